@@ -1,0 +1,4 @@
+from .configuration_mmgem import MMGEMConfig
+
+
+__all__ = ["MMGEMConfig"]

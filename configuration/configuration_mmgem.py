@@ -1,0 +1,99 @@
+"""MM-GEM configuration: the architecture, and nothing about training."""
+
+import math
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.configuration_utils import SubConfigSpec
+
+
+@strict
+class MMGEMConfig(PreTrainedConfig):
+    r"""
+    Configuration of [`MMGEMModel`]: a vision encoder, one language model, and the maps h1 to h4 between them.
+
+    Args:
+        vision_config (`dict` or `PreTrainedConfig`, *optional*, defaults to `CLIPVisionConfig`):
+            The ViT. `clip_vision_model`, `siglip_vision_model`, `dinov2`, `dinov2_with_registers` or `vit`.
+        text_config (`dict` or `PreTrainedConfig`, *optional*, defaults to `LlamaConfig`):
+            The language model: any causal LM of transformers with attention only (no recurrent state).
+        projection_dim (`int`, *optional*, defaults to 512):
+            D, the size of the shared embedding space.
+        image_token_id, cap_token_id, emb_token_id (`int`, *optional*):
+            Ids of `<image>` (a visual token's place), `[CAP]` (a caption starts) and `[EMB]` (the sentence
+            embedding is read here). `None` stands for the last three ids of the vocabulary, in this order.
+        region_grid_size (`int`, *optional*, defaults to 1):
+            k: a region becomes k x k visual tokens in front of its caption.
+        num_soft_prompts (`int`, *optional*, defaults to 64):
+            Length of a run of [CAP] that stands for the learned [CAP_i] of stage 2.
+        lm_head_bias (`bool`, *optional*, defaults to `False`):
+            Whether the language model's head has a bias (Phi's has).
+        logit_scale_init_value (`float`, *optional*, defaults to ln(1 / 0.07)):
+            Start of the learned log of 1/tau.
+        logit_scale_max_value (`float`, *optional*, defaults to ln(1 / 0.01)):
+            Upper bound of it: tau never falls below 0.01.
+        initializer_range (`float`, *optional*, defaults to 0.02):
+            Standard deviation of what the two towers do not initialise themselves.
+
+    Example:
+
+    ```python
+    >>> from mmgem import MMGEMConfig, MMGEMModel
+
+    >>> config = MMGEMConfig(
+    ...     vision_config={"model_type": "clip_vision_model", "hidden_size": 64, "intermediate_size": 128,
+    ...                    "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 32, "patch_size": 8},
+    ...     text_config={"model_type": "llama", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+    ...                  "num_attention_heads": 2, "vocab_size": 500},
+    ...     projection_dim=64,
+    ... )
+    >>> model = MMGEMModel(config)
+    ```
+    """
+
+    model_type = "mmgem"
+    sub_configs_defaults = {
+        "vision_config": SubConfigSpec(config_class=AutoConfig, model_type="clip_vision_model"),
+        "text_config": SubConfigSpec(config_class=AutoConfig, model_type="llama"),
+    }
+
+    vision_config: dict | PreTrainedConfig | None = None
+    text_config: dict | PreTrainedConfig | None = None
+    projection_dim: int = 512
+    image_token_id: int | None = None
+    cap_token_id: int | None = None
+    emb_token_id: int | None = None
+    region_grid_size: int = 1
+    num_soft_prompts: int = 64
+    lm_head_bias: bool = False
+    logit_scale_init_value: float | int = math.log(1 / 0.07)
+    logit_scale_max_value: float | int = math.log(1 / 0.01)
+    initializer_range: float | int = 0.02
+    tie_word_embeddings: bool = False
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        vocab_size = self.text_config.vocab_size
+        if self.image_token_id is None:
+            self.image_token_id = vocab_size - 3
+        if self.cap_token_id is None:
+            self.cap_token_id = vocab_size - 2
+        if self.emb_token_id is None:
+            self.emb_token_id = vocab_size - 1
+        # The library ties by the top config, checkpoints of language models say it in their own.
+        if getattr(self.text_config, "tie_word_embeddings", False):
+            self.tie_word_embeddings = True
+
+    def validate_token_ids(self) -> None:
+        """Raises ValueError unless the three special tokens are distinct ids of the vocabulary."""
+        ids = {name: getattr(self, name) for name in ("image_token_id", "cap_token_id", "emb_token_id")}
+        outside = {name: i for name, i in ids.items() if not 0 <= i < self.text_config.vocab_size}
+        if outside or len(set(ids.values())) < len(ids):
+            raise ValueError(
+                f"image_token_id, cap_token_id and emb_token_id must be three distinct ids below the vocabulary's "
+                f"{self.text_config.vocab_size}, got {ids}."
+            )
+
+
+__all__ = ["MMGEMConfig"]

@@ -1,0 +1,58 @@
+"""The two losses of MM-GEM, pure functions of tensors. L = L_Emb + L_Gen, unweighted (paper, equation 4)."""
+
+import torch
+from torch.nn import functional as F
+
+
+def contrastive_loss(
+    text_embeds: torch.Tensor,
+    image_embeds: torch.Tensor,
+    logit_scale: torch.Tensor,
+    all_text_embeds: torch.Tensor | None = None,
+    all_image_embeds: torch.Tensor | None = None,
+    offset: int = 0,
+) -> torch.Tensor:
+    """
+    L_Emb = L_v2t + L_t2v (paper, equation 2): InfoNCE both ways, the plain sum. Each half is a mean over the rows.
+
+    With the embeddings gathered from all processes (with gradient) as `all_*`, the local rows stand against all
+    columns; averaged over processes of equal batch size this is the loss, and its gradient, of one process that holds
+    the whole batch.
+
+    Args:
+        text_embeds, image_embeds (`torch.FloatTensor` of shape `(N, D)`): unit norm, row i belongs to row i.
+        logit_scale (`torch.FloatTensor`, scalar): 1 / tau.
+        all_text_embeds, all_image_embeds (`torch.FloatTensor` of shape `(M, D)`, *optional*): the columns.
+        offset (`int`): column of the first local row.
+
+    Returns:
+        `torch.FloatTensor`, scalar, in nats.
+    """
+    all_text_embeds = text_embeds if all_text_embeds is None else all_text_embeds
+    all_image_embeds = image_embeds if all_image_embeds is None else all_image_embeds
+    targets = torch.arange(len(text_embeds), device=text_embeds.device) + offset
+    logits_per_text = logit_scale * text_embeds @ all_image_embeds.T
+    logits_per_image = logit_scale * image_embeds @ all_text_embeds.T
+    return F.cross_entropy(logits_per_text.float(), targets) + F.cross_entropy(logits_per_image.float(), targets)
+
+
+def caption_loss(
+    logits: torch.Tensor, targets: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None
+) -> torch.Tensor:
+    """
+    L_Gen (paper, equation 3): next-token cross-entropy of the caption, per caption token.
+
+    Args:
+        logits (`torch.FloatTensor` of shape `(N, vocab_size)`): predictions of the tokens in `targets`.
+        targets (`torch.LongTensor` of shape `(N,)`): the tokens that follow.
+        num_items_in_batch (`int` or scalar tensor, *optional*): divides the sum instead of N, where the mean runs
+            over more than this call sees (gradient accumulation, several processes).
+
+    Returns:
+        `torch.FloatTensor`, scalar, in nats per token; 0 (with a graph) where there is no target.
+    """
+    total = F.cross_entropy(logits.float(), targets, reduction="sum")
+    return total / (max(len(targets), 1) if num_items_in_batch is None else num_items_in_batch)
+
+
+__all__ = ["caption_loss", "contrastive_loss"]

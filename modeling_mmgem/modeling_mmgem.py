@@ -1,0 +1,476 @@
+"""
+PyTorch MM-GEM model: one vision encoder and one language model that embeds sentences and writes captions.
+
+    pixels  -> vision_model -> V -> PoolAggregator -> visual_projection (h1) -> V_Emb -> region_projection (h4, regions)
+    V_Emb   -> caption_projection (h3) -> V_in -> at the `<image>` placeholders of the language model's input
+    tokens  -> language_model -> hidden state at [EMB] -> text_projection (h2) -> W_Emb
+                              -> hidden states of the caption -> lm_head
+
+Symbols are those of "Multi-Modal Generative Embedding Model" (arXiv 2405.19333).
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModel, GenerationMixin, PreTrainedModel
+from transformers import initialization as init
+from transformers.cache_utils import Cache
+from transformers.modeling_outputs import BaseModelOutputWithPooling, ModelOutput
+from transformers.modeling_utils import slice_logits_to_keep
+from transformers.utils import torch_compilable_check
+from transformers.utils.generic import can_return_tuple
+
+from ..configuration.configuration_mmgem import MMGEMConfig
+from .losses_mmgem import caption_loss, contrastive_loss
+from .pooling_mmgem import PoolAggregator
+
+
+VISION_MODEL_TYPES = ("clip_vision_model", "siglip_vision_model", "dinov2", "dinov2_with_registers", "vit")
+
+
+@dataclass
+class MMGEMOutput(ModelOutput):
+    """
+    Output of [`MMGEMModel`]. N texts, M pictures (or regions, those of `region_mask` alone).
+
+    Args:
+        loss (`torch.FloatTensor`, scalar): sum of the two below, as far as they were asked for (equation 4).
+        contrastive_loss (`torch.FloatTensor`, scalar): L_Emb, with `return_loss=True`.
+        caption_loss (`torch.FloatTensor`, scalar): L_Gen in nats per caption token, with `labels`.
+        logits_per_image (`torch.FloatTensor` of shape `(M, N)`): scaled cosine similarities.
+        logits_per_text (`torch.FloatTensor` of shape `(N, M)`): the same, transposed.
+        image_embeds (`torch.FloatTensor` of shape `(M, D)`): unit norm; `(B, R, D)` with boxes or masks.
+        text_embeds (`torch.FloatTensor` of shape `(N, D)`): unit norm, in row-major order of [EMB].
+        logits (`torch.FloatTensor` of shape `(B, T, vocab_size)`): next-token scores.
+        logit_scale (`torch.FloatTensor`, scalar): 1 / tau.
+        past_key_values (`Cache`): with `use_cache=True`.
+    """
+
+    loss: torch.FloatTensor | None = None
+    contrastive_loss: torch.FloatTensor | None = None
+    caption_loss: torch.FloatTensor | None = None
+    logits_per_image: torch.FloatTensor | None = None
+    logits_per_text: torch.FloatTensor | None = None
+    image_embeds: torch.FloatTensor | None = None
+    text_embeds: torch.FloatTensor | None = None
+    logits: torch.FloatTensor | None = None
+    logit_scale: torch.FloatTensor | None = None
+    past_key_values: Cache | None = None
+
+
+class MMGEMModel(PreTrainedModel, GenerationMixin):
+    """
+    MM-GEM: the same language model embeds a text and captions a picture, an image's box or a mask of it.
+
+    Example:
+
+    ```python
+    >>> model = AutoModel.from_pretrained("org/mm-gem").eval()
+    >>> processor = AutoProcessor.from_pretrained("org/mm-gem")
+    >>> texts = model.get_embedding(**processor(text=["a dog on a beach"], return_tensors="pt"))
+    >>> pictures = model.get_embedding(**processor(images=[image], return_tensors="pt"))
+    >>> similarity = texts @ pictures.T
+    >>> ids = model.generate(**processor(images=[image], task="caption", return_tensors="pt"), max_new_tokens=40)
+    >>> captions = processor.batch_decode(ids, skip_special_tokens=True)
+    ```
+    """
+
+    config: MMGEMConfig
+    config_class = MMGEMConfig
+    base_model_prefix = ""
+    main_input_name = "input_ids"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    accepts_loss_kwargs = False
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+
+    def __init__(self, config: MMGEMConfig):
+        super().__init__(config)
+        vision_config, text_config, dim = config.vision_config, config.text_config, config.projection_dim
+        if vision_config.model_type not in VISION_MODEL_TYPES:
+            raise ValueError(
+                f"Vision tower '{vision_config.model_type}' is not supported; choose one of "
+                f"{', '.join(VISION_MODEL_TYPES)}."
+            )
+        config.validate_token_ids()
+        # ViT's pooling head would never get a gradient: we pool the patches.
+        options = {"add_pooling_layer": False} if vision_config.model_type == "vit" else {}
+        self.vision_model = AutoModel.from_config(vision_config, **options)
+        self.language_model = AutoModel.from_config(text_config)
+        if self.language_model._is_stateful:
+            raise ValueError(
+                f"Language model '{text_config.model_type}' carries a recurrent state, which would leak between the "
+                "sequences of a row; choose one with attention only."
+            )
+        self.lm_head = nn.Linear(text_config.hidden_size, text_config.vocab_size, bias=config.lm_head_bias)
+        self.pool_aggregator = PoolAggregator(vision_config.patch_size)
+        self.visual_projection = nn.Linear(vision_config.hidden_size, dim)  # h1
+        self.text_projection = nn.Linear(text_config.hidden_size, dim)  # h2
+        self.caption_projection = nn.Linear(dim, text_config.hidden_size)  # h3
+        self.region_projection = nn.Linear(dim, dim)  # h4
+        # [CAP_i] minus [CAP]: zero is "a copy of [CAP]", whatever [CAP] has become.
+        self.soft_prompts = nn.Embedding(config.num_soft_prompts, text_config.hidden_size)
+        self.logit_scale = nn.Parameter(torch.tensor(float(config.logit_scale_init_value)))
+        embeddings = self.language_model.get_input_embeddings()
+        name = next(name for name, module in self.language_model.named_modules() if module is embeddings)
+        self._tied_weights_keys = {"lm_head.weight": f"language_model.{name}.weight"}
+        self.post_init()
+
+    @classmethod
+    def from_vision_text_pretrained(cls, vision: str, text: str, **kwargs: Any) -> "MMGEMModel":
+        """
+        A model whose two towers come from checkpoints; the projections are new. See
+        [`mmgem.modeling_mmgem.conversion_mmgem.from_vision_text_pretrained`] for arguments and errors.
+        """
+        from .conversion_mmgem import from_vision_text_pretrained
+
+        return from_vision_text_pretrained(cls, vision, text, **kwargs)
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        if module is self.region_projection:
+            init.eye_(module.weight)
+            init.zeros_(module.bias)
+        elif module is self.soft_prompts:
+            init.zeros_(module.weight)
+        elif module is self:
+            init.constant_(self.logit_scale, float(self.config.logit_scale_init_value))
+        else:
+            super()._init_weights(module)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.language_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.language_model.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+    def get_decoder(self) -> nn.Module:
+        return self.language_model
+
+    # ---------------------------------------------------------------- pictures
+
+    def _patch_features(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int]]:
+        """V `(B, P, C)` after the ViT's final norm and without CLS and registers, and its grid (height, width)."""
+        features = self.vision_model(pixel_values=pixel_values).last_hidden_state
+        patch_size = self.pool_aggregator.patch_size
+        grid = (pixel_values.shape[-2] // patch_size, pixel_values.shape[-1] // patch_size)
+        features = features[:, features.shape[1] - grid[0] * grid[1] :]
+        if self.config.vision_config.model_type == "clip_vision_model":  # CLIP's own output is before the norm
+            features = self.vision_model.post_layernorm(features)
+        return features, grid
+
+    def _image_features(
+        self,
+        features: torch.Tensor,
+        grid: tuple[int, int],
+        boxes: torch.Tensor | None,
+        masks: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """V_Emb, `(B, D)`, or `(B, R, D)` through h4 for regions (equations 5 and 7)."""
+        embeds = self.visual_projection(self.pool_aggregator(features, grid, boxes, masks))
+        return embeds[:, 0] if boxes is None and masks is None else self.region_projection(embeds)
+
+    def _visual_tokens(
+        self,
+        features: torch.Tensor,
+        grid: tuple[int, int],
+        boxes: torch.Tensor | None,
+        masks: torch.Tensor | None,
+        region_mask: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """V_in `(N, H)`: one token per picture, k x k per region, in row-major order (equations 5 and 6)."""
+        pooled = self.pool_aggregator(features, grid, boxes, masks, self.config.region_grid_size)
+        tokens = self.caption_projection(self.visual_projection(pooled))
+        if region_mask is not None:
+            tokens = tokens.unflatten(1, (region_mask.shape[1], -1))[region_mask]
+        return tokens.flatten(0, -2)
+
+    def get_image_features(
+        self,
+        pixel_values: torch.FloatTensor,
+        boxes: torch.FloatTensor | None = None,
+        masks: torch.Tensor | None = None,
+        region_mask: torch.BoolTensor | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPooling:
+        """
+        V_Emb, not normalised.
+
+        Args:
+            pixel_values (`torch.FloatTensor` of shape `(B, 3, height, width)`).
+            boxes (`torch.FloatTensor` of shape `(B, R, 4)`, *optional*): `[x0, y0, x1, y1]` in pixels of
+                `pixel_values`; the processor makes them from boxes of the original picture.
+            masks (`torch.Tensor` of shape `(B, R, height, width)`, *optional*): instead of boxes.
+            region_mask (`torch.BoolTensor` of shape `(B, R)`, *optional*): False where a region is padding; its
+                embedding is zero.
+
+        Returns:
+            `BaseModelOutputWithPooling`: `pooler_output` of shape `(B, D)`, or `(B, R, D)` with regions;
+            `last_hidden_state` holds the patch features V `(B, P, C)`.
+        """
+        features, grid = self._patch_features(pixel_values)
+        embeds = self._image_features(features, grid, boxes, masks)
+        if region_mask is not None:
+            embeds = embeds * region_mask[..., None].to(embeds.dtype)
+        return BaseModelOutputWithPooling(last_hidden_state=features, pooler_output=embeds)
+
+    # ------------------------------------------------------------------- texts
+
+    def get_text_features(
+        self,
+        input_ids: torch.LongTensor,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPooling:
+        """
+        W_Emb, not normalised: h2 of the hidden state at [EMB] (equation 1).
+
+        Args:
+            input_ids (`torch.LongTensor` of shape `(B, T)`): one text per row, padded left or right.
+            attention_mask (`torch.Tensor` of shape `(B, T)`, *optional*).
+
+        Returns:
+            `BaseModelOutputWithPooling`: `pooler_output` of shape `(B, D)`, `last_hidden_state` `(B, T, H)`.
+
+        Raises:
+            ValueError: where a row has no [EMB].
+        """
+        is_emb = input_ids == self.config.emb_token_id
+        torch_compilable_check(
+            is_emb.any(-1).all(),
+            f"A text has no [EMB] token (id {self.config.emb_token_id}) at its end; tokenize it with the processor.",
+        )
+        hidden = self._language_hidden_states(
+            self.get_input_embeddings()(input_ids), attention_mask, position_ids
+        ).last_hidden_state
+        last = input_ids.shape[1] - 1 - is_emb.flip(-1).int().argmax(-1)
+        at_emb = hidden[torch.arange(len(hidden), device=hidden.device), last]
+        return BaseModelOutputWithPooling(last_hidden_state=hidden, pooler_output=self.text_projection(at_emb))
+
+    def get_embedding(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        pixel_values: torch.FloatTensor | None = None,
+        boxes: torch.FloatTensor | None = None,
+        masks: torch.Tensor | None = None,
+        region_mask: torch.BoolTensor | None = None,
+    ) -> torch.Tensor:
+        """
+        Embeddings of texts, of pictures, or of regions of pictures, in one space.
+
+        Args: as [`get_text_features`] or [`get_image_features`].
+
+        Returns:
+            `torch.FloatTensor`: unit norm, `(B, D)`; `(B, R, D)` with boxes or masks (zero where `region_mask` is
+            False).
+
+        Raises:
+            ValueError: for texts and pictures in one call, or neither.
+        """
+        if (input_ids is None) == (pixel_values is None):
+            raise ValueError(
+                "get_embedding takes texts (input_ids) or pictures (pixel_values), one of the two; call it twice to "
+                "embed both."
+            )
+        if pixel_values is not None:
+            features = self.get_image_features(pixel_values, boxes, masks, region_mask)
+        else:
+            features = self.get_text_features(input_ids, attention_mask)
+        return nn.functional.normalize(features.pooler_output, dim=-1)
+
+    # ---------------------------------------------------------- language model
+
+    def _language_hidden_states(
+        self,
+        inputs_embeds: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
+        **kwargs: Any,
+    ) -> Any:
+        kwargs.setdefault("use_cache", False)
+        return self.language_model(
+            inputs_embeds=inputs_embeds, attention_mask=attention_mask, position_ids=position_ids, **kwargs
+        )
+
+    def _logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """The head, with what Granite (division), Cohere (factor) and Gemma2 (soft cap) do behind it."""
+        config = self.config.text_config
+        logits = self.lm_head(hidden_states)
+        if getattr(config, "logits_scaling", None) is not None:
+            logits = logits / config.logits_scaling
+        if getattr(config, "logit_scale", None) is not None:
+            logits = logits * config.logit_scale
+        if (cap := getattr(config, "final_logit_softcapping", None)) is not None:
+            logits = cap * torch.tanh(logits / cap)
+        return logits
+
+    def _embed_tokens(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Input vectors `(B, T, H)`; every run of exactly 64 [CAP] becomes [CAP_1..64] (equation 6)."""
+        inputs_embeds = self.get_input_embeddings()(input_ids)
+        is_cap = input_ids == self.config.cap_token_id
+        length = input_ids.shape[1]
+        index = torch.arange(length, device=input_ids.device).expand_as(input_ids)
+        before = torch.where(is_cap, -1, index).cummax(-1).values
+        behind = torch.where(is_cap, length, index).flip(-1).cummin(-1).values.flip(-1)
+        is_soft = is_cap & (behind - before - 1 == self.config.num_soft_prompts)
+        soft = self.soft_prompts((index - before - 1).clamp(0, self.config.num_soft_prompts - 1))
+        return inputs_embeds + soft * is_soft[..., None].to(soft.dtype)
+
+    def _place_visual_tokens(
+        self, inputs_embeds: torch.Tensor, input_ids: torch.Tensor, tokens: torch.Tensor
+    ) -> torch.Tensor:
+        """V_in at the `<image>` placeholders; no placeholder at all beside [EMB] is CLIP's use of the model."""
+        is_image = input_ids == self.config.image_token_id
+        placeholders = is_image.sum()
+        torch_compilable_check(
+            (placeholders == len(tokens))
+            | ((placeholders == 0) & (input_ids == self.config.emb_token_id).any()),
+            f"The pictures or regions give {len(tokens)} visual tokens, but input_ids hold another number of <image> "
+            f"placeholders (id {self.config.image_token_id}); let the processor write the prompt.",
+        )
+        return inputs_embeds.masked_scatter(is_image[..., None], tokens.to(inputs_embeds.dtype))
+
+    @torch.no_grad()
+    def generate(self, inputs: torch.Tensor | None = None, **kwargs: Any) -> Any:
+        """
+        Captions: [`GenerationMixin.generate`] after `<bos> <image> [CAP]`, as the processor's `task="caption"` writes
+        it. The pictures are encoded once, before beams and `num_return_sequences` multiply the rows.
+
+        Returns:
+            `torch.LongTensor` of shape `(B * num_return_sequences, T)`: prompt and caption, as every decoder of the
+            library; `processor.batch_decode(ids, skip_special_tokens=True)` leaves the caption.
+        """
+        picture = {name: kwargs.pop(name, None) for name in ("pixel_values", "boxes", "masks", "region_mask")}
+        input_ids = kwargs.get("input_ids") if inputs is None else inputs
+        if picture["pixel_values"] is None:
+            return super().generate(inputs, **kwargs)
+        if input_ids is None or not bool((input_ids == self.config.image_token_id).any()):
+            raise ValueError(
+                'The pictures have no <image> placeholder in input_ids, so no caption would see them; use '
+                'processor(images=…, task="caption").'
+            )
+        features, grid = self._patch_features(picture.pop("pixel_values"))
+        tokens = self._visual_tokens(features, grid, **picture)
+        embeds = self._place_visual_tokens(self._embed_tokens(input_ids), input_ids, tokens)
+        return super().generate(inputs, inputs_embeds=embeds, **kwargs)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        pixel_values: torch.FloatTensor | None = None,
+        boxes: torch.FloatTensor | None = None,
+        masks: torch.Tensor | None = None,
+        region_mask: torch.BoolTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        return_loss: bool | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        **kwargs: Any,
+    ) -> MMGEMOutput:
+        """
+        Everything that the inputs allow, in one pass of each tower.
+
+        A row may hold any number of sequences, "text [EMB]" and "<image> [CAP] caption" alike: texts come out in
+        row-major order of [EMB], pictures go in, in row-major order of their placeholders. Several sequences in a row
+        need `position_ids` that restart at 0 and no `attention_mask`.
+
+        Args:
+            input_ids (`torch.LongTensor` of shape `(B, T)`, *optional*).
+            attention_mask (`torch.Tensor` of shape `(B, T)`, *optional*): 0 on padding.
+            position_ids (`torch.LongTensor` of shape `(B, T)`, *optional*).
+            pixel_values, boxes, masks, region_mask: see [`get_image_features`].
+            labels (`torch.LongTensor` of shape `(B, T)`, *optional*): the caption's tokens in their own places, -100
+                elsewhere; the shift by one happens here. While training, the head then runs on these positions alone
+                and `logits` is `None`.
+            return_loss (`bool`, *optional*): compute L_Emb; text i belongs to picture i.
+            logits_to_keep (`int` or `torch.Tensor`): see transformers' causal language models.
+            num_items_in_batch (`int` or scalar tensor, *optional*): see [`caption_loss`].
+
+        Returns:
+            [`MMGEMOutput`]
+
+        Raises:
+            ValueError: neither texts nor pictures; pictures that do not match the placeholders; `return_loss` where
+            texts and pictures differ in number.
+        """
+        if input_ids is None and inputs_embeds is None and pixel_values is None:
+            raise ValueError("Pass input_ids (or inputs_embeds), pixel_values, or both.")
+        output = MMGEMOutput(logit_scale=self.logit_scale.float().clamp(max=self.config.logit_scale_max_value).exp())
+        if pixel_values is not None:
+            features, grid = self._patch_features(pixel_values)
+            embeds = self._image_features(features, grid, boxes, masks)
+            if region_mask is not None:
+                embeds = embeds * region_mask[..., None].to(embeds.dtype)
+            output.image_embeds = nn.functional.normalize(embeds, dim=-1)
+
+        if input_ids is not None or inputs_embeds is not None:
+            if inputs_embeds is None:
+                inputs_embeds = self._embed_tokens(input_ids)
+                if pixel_values is not None:
+                    tokens = self._visual_tokens(features, grid, boxes, masks, region_mask)
+                    inputs_embeds = self._place_visual_tokens(inputs_embeds, input_ids, tokens)
+                elif past_key_values is None or past_key_values.get_seq_length() == 0:
+                    torch_compilable_check(
+                        ~(input_ids == self.config.image_token_id).any(),
+                        "input_ids hold <image> placeholders, but there are no pixel_values to fill them.",
+                    )
+            outputs = self._language_hidden_states(
+                inputs_embeds,
+                attention_mask,
+                position_ids,
+                past_key_values=past_key_values,
+                use_cache=past_key_values is not None if use_cache is None else use_cache,
+                **kwargs,
+            )
+            output.past_key_values = outputs.past_key_values
+            hidden_states = outputs.last_hidden_state
+            if input_ids is not None and past_key_values is None:
+                at_emb = hidden_states[input_ids == self.config.emb_token_id]
+                if len(at_emb) > 0:
+                    output.text_embeds = nn.functional.normalize(self.text_projection(at_emb), dim=-1)
+            if labels is not None:
+                predicts = labels[:, 1:] != -100
+                output.caption_loss = caption_loss(
+                    self._logits(hidden_states[:, :-1][predicts]), labels[:, 1:][predicts], num_items_in_batch
+                )
+            if labels is None or not self.training:
+                output.logits = self._logits(slice_logits_to_keep(hidden_states, logits_to_keep))
+
+        if output.text_embeds is not None and output.image_embeds is not None:
+            image_embeds = output.image_embeds
+            if image_embeds.ndim == 3:
+                image_embeds = image_embeds.flatten(0, 1) if region_mask is None else image_embeds[region_mask]
+            output.logits_per_text = output.logit_scale * output.text_embeds @ image_embeds.T
+            output.logits_per_image = output.logits_per_text.T
+            if return_loss:
+                if len(image_embeds) != len(output.text_embeds):
+                    raise ValueError(
+                        f"return_loss pairs text i with picture i, but there are {len(output.text_embeds)} texts and "
+                        f"{len(image_embeds)} pictures."
+                    )
+                output.contrastive_loss = contrastive_loss(output.text_embeds, image_embeds, output.logit_scale)
+        losses = [loss for loss in (output.contrastive_loss, output.caption_loss) if loss is not None]
+        if losses:
+            output.loss = sum(losses)
+        return output
+
+
+__all__ = ["MMGEMModel", "MMGEMOutput"]

@@ -1,0 +1,239 @@
+"""Processor of MM-GEM: texts, prompts, pictures and regions to what the model takes."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from PIL import Image
+from transformers import AutoImageProcessor, AutoTokenizer, BatchFeature, ProcessorMixin
+from transformers.image_utils import load_image
+from transformers.utils import logging
+
+from .regions_mmgem import map_regions, to_rgb
+from .tokenization_mmgem import CAP_TOKEN, EMB_TOKEN, IMAGE_TOKEN, ends_with_emb, starts_with_bos, to_mmgem_tokenizer
+
+
+logger = logging.get_logger(__name__)
+
+TASKS = ("caption", "region-caption")
+
+
+class MMGEMProcessor(ProcessorMixin):
+    """
+    A tokenizer that ends texts with [EMB], an image processor, and the regions between them.
+
+    Args:
+        image_processor: of the vision tower.
+        tokenizer: from [`to_mmgem_tokenizer`].
+        max_length (`int`, *optional*, defaults to 50): tokens of a text, BOS and [EMB] included (paper: 50 in
+            training, 200 for long captions at test time).
+        region_grid_size (`int`, *optional*, defaults to 1): k, as in [`MMGEMConfig`].
+        num_soft_prompts (`int`, *optional*, defaults to 64): as in [`MMGEMConfig`].
+
+    Raises:
+        ValueError: where the tokenizer does not end texts with [EMB].
+    """
+
+    def __init__(
+        self,
+        image_processor: Any = None,
+        tokenizer: Any = None,
+        chat_template: str | None = None,
+        max_length: int = 50,
+        region_grid_size: int = 1,
+        num_soft_prompts: int = 64,
+    ):
+        super().__init__(image_processor, tokenizer, chat_template=chat_template)
+        if not ends_with_emb(tokenizer):
+            raise ValueError(
+                f"This tokenizer does not end a text with {EMB_TOKEN}, so no sentence embedding could be read. It was "
+                "probably loaded with add_bos_token or add_eos_token, or saved by hand; load it without these options, "
+                "or make it anew with mmgem.processing.to_mmgem_tokenizer."
+            )
+        self.max_length = max_length
+        self.region_grid_size = region_grid_size
+        self.num_soft_prompts = num_soft_prompts
+        self.image_token = IMAGE_TOKEN
+        self.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+        self.bos = tokenizer.bos_token if starts_with_bos(tokenizer) else ""
+
+    def to_dict(self) -> dict[str, Any]:
+        derived = ("image_token", "image_token_id", "bos")
+        return {name: value for name, value in super().to_dict().items() if name not in derived}
+
+    @classmethod
+    def from_vision_text_pretrained(cls, vision: str, text: str, image_size: int | None = None, **kwargs: Any) -> Any:
+        """
+        The processor that belongs to [`MMGEMModel.from_vision_text_pretrained`]: mean, std and resampling of the
+        vision checkpoint, the vocabulary of the text checkpoint.
+
+        Args:
+            vision, text (`str`): Hub ids or folders.
+            image_size (`int`, *optional*): pixels per side, where it is not the checkpoint's.
+            **kwargs: of the constructor.
+        """
+        image_processor = AutoImageProcessor.from_pretrained(vision, backend="pil")
+        if image_size is not None:
+            for name in ("size", "crop_size"):
+                edges = getattr(image_processor, name, None)
+                if edges:
+                    setattr(image_processor, name, {edge: image_size for edge, value in dict(edges).items() if value})
+        return cls(image_processor, to_mmgem_tokenizer(AutoTokenizer.from_pretrained(text)), **kwargs)
+
+    @property
+    def model_input_names(self) -> list[str]:
+        return ["input_ids", "attention_mask", "pixel_values", "boxes", "masks", "region_mask"]
+
+    def __call__(  # type: ignore[override]
+        self,
+        images: Any = None,
+        text: str | Sequence[str] | None = None,
+        *,
+        boxes: Sequence[Sequence[Sequence[float]]] | None = None,
+        masks: Sequence[Sequence[Any]] | None = None,
+        task: str | None = None,
+        return_tensors: str | None = None,
+        **kwargs: Any,
+    ) -> BatchFeature:
+        """
+        Without a task, texts are sentences to embed, with pictures beside them or not (CLIP's meaning). With
+        `task="caption"`, or a text that holds `<image>`, it writes prompts for `generate`.
+
+        Args:
+            images: a picture or a list of them: PIL images, paths, URLs or arrays `(height, width, 3)`.
+            text (`str` or list of `str`): sentences; for a prompt, text before `<image>` and behind [CAP] conditions
+                the caption. A text without `<image>` in a caption task continues behind [CAP].
+            boxes: per picture a list of `[x0, y0, x1, y1]` in pixels of the original picture (upright, after EXIF).
+            masks: per picture a list of `(height, width)` arrays; instead of boxes.
+            task (`str`, *optional*): "caption" (one prompt per picture) or "region-caption" (one per region: k x k
+                placeholders and 64 [CAP]).
+            return_tensors (`str`, *optional*): "pt" or "np".
+            **kwargs: `max_length`, `truncation`, `padding`, `padding_side` for texts; anything else goes to the image
+                processor.
+
+        Returns:
+            `BatchFeature` with `input_ids`, `attention_mask`, `pixel_values`, `boxes`, `masks`, `region_mask`, as far
+            as there is something to put in.
+
+        Raises:
+            ValueError: nothing to process, an empty text, an unknown task, pictures and `<image>` placeholders that
+                do not match, or a region that is none (with its index).
+        """
+        texts = [text] if isinstance(text, str) else None if text is None else list(text)
+        self._check_texts(texts, images, task)
+        text_kwargs = {
+            name: kwargs.pop(name) for name in ("max_length", "truncation", "padding", "padding_side") if name in kwargs
+        }
+        data: dict[str, Any] = {}
+        pictures = self._load_images(images)
+        if pictures:
+            data.update(self.image_processor(pictures, return_tensors="np", **kwargs))
+        if boxes is not None or masks is not None:
+            data.update(self._regions(pictures, boxes, masks))
+        if task is not None or (texts is not None and any(IMAGE_TOKEN in sample for sample in texts)):
+            data.update(self._prompts(texts, pictures, data.get("region_mask"), task or "caption", text_kwargs))
+        elif texts is not None:
+            data.update(self._sentences(texts, text_kwargs))
+        return BatchFeature(data, tensor_type=return_tensors)
+
+    def _check_texts(self, texts: list[str] | None, images: Any, task: str | None) -> None:
+        if task is not None and task not in TASKS:
+            raise ValueError(f"Unknown task {task!r}; choose one of {', '.join(map(repr, TASKS))}, or None to embed.")
+        if texts is None and images is None:
+            raise ValueError("Nothing to process: pass text, images, or both.")
+        if task is not None and images is None:
+            raise ValueError(f"task={task!r} captions pictures, but there are no images.")
+        if texts is None:
+            return
+        if not texts:
+            raise ValueError("text is an empty list.")
+        for i, sample in enumerate(texts):
+            if not isinstance(sample, str):
+                raise ValueError(f"text[{i}] must be a str, got {type(sample).__name__}.")
+            if task is None and not sample.strip():
+                raise ValueError(f"text[{i}] is empty: there is nothing to embed; drop it.")
+
+    @staticmethod
+    def _load_images(images: Any) -> list[Image.Image]:
+        if images is None:
+            return []
+        batch = list(images) if isinstance(images, list | tuple) else [images]
+        if not batch:
+            raise ValueError("images is an empty list.")
+        return [
+            to_rgb(image if isinstance(image, Image.Image) else _open_image(image, i)) for i, image in enumerate(batch)
+        ]
+
+    def _regions(self, pictures: list[Image.Image], boxes: Any, masks: Any) -> dict[str, Any]:
+        if not pictures:
+            raise ValueError("boxes and masks need the pictures they lie on: pass images.")
+        if boxes is not None and masks is not None:
+            raise ValueError("A region is a box or a mask: pass boxes or masks, not both.")
+        kind = "boxes" if boxes is not None else "masks"
+        sizes = [picture.size for picture in pictures]
+        regions, region_mask = map_regions(boxes if masks is None else masks, sizes, self.image_processor, kind)
+        return {kind: regions, "region_mask": region_mask}
+
+    def _sentences(self, texts: list[str], text_kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Rows "(BOS) text [EMB]". A sentence that spells out a special token gets its letters, not the token."""
+        max_length = text_kwargs.pop("max_length", self.max_length)
+        truncation = text_kwargs.pop("truncation", True)
+        rows = self.tokenizer(texts, split_special_tokens=True)["input_ids"]
+        too_long = [i for i, row in enumerate(rows) if len(row) > max_length]
+        if truncation and too_long:
+            logger.warning(
+                f"{len(too_long)} of {len(rows)} texts are longer than max_length={max_length} tokens (the first is "
+                f"text[{too_long[0]}] with {len(rows[too_long[0]])}) and were cut; [EMB] stays."
+            )
+            for i in too_long:
+                rows[i] = rows[i][: max_length - 1] + rows[i][-1:]
+        text_kwargs.setdefault("padding", True)
+        return dict(self.tokenizer.pad({"input_ids": rows}, **text_kwargs, max_length=max_length))
+
+    def _prompts(
+        self, texts: list[str] | None, pictures: list[Image.Image], region_mask: Any, task: str, text_kwargs: dict
+    ) -> dict[str, Any]:
+        """Rows "(BOS) before <image>*n [CAP]*m behind", padded left: generation goes on at the right end."""
+        if task == "region-caption":
+            if region_mask is None:
+                raise ValueError('task="region-caption" needs boxes or masks; task="caption" takes whole pictures.')
+            number = int(region_mask.sum())
+            opening = IMAGE_TOKEN * self.region_grid_size**2 + CAP_TOKEN * self.num_soft_prompts
+        else:
+            number = len(pictures)
+            opening = IMAGE_TOKEN + CAP_TOKEN
+        texts = [""] * number if texts is None else texts
+        if len(texts) == 1:
+            texts = texts * max(number, 1)
+        if len(texts) != number:
+            raise ValueError(f"There are {len(texts)} prompts for {number} pictures or regions.")
+        prompts = []
+        for i, sample in enumerate(texts):
+            before, image, behind = sample.partition(IMAGE_TOKEN) if IMAGE_TOKEN in sample else ("", "", sample)
+            if IMAGE_TOKEN in behind:
+                raise ValueError(f"text[{i}] holds more than one {IMAGE_TOKEN}; a caption is of one picture.")
+            prompts.append(self.bos + before + opening + behind.removeprefix(CAP_TOKEN))
+        text_kwargs.pop("truncation", None)
+        text_kwargs.pop("max_length", None)
+        options = {"padding": True, "padding_side": "left", **text_kwargs}
+        return dict(self.tokenizer(prompts, add_special_tokens=False, **options))
+
+    def post_process_image_text_to_text(
+        self, generated_outputs: Any, skip_special_tokens: bool = True, **kwargs: Any
+    ) -> list[str]:
+        """Captions of `generate`'s ids, special tokens left out."""
+        return self.tokenizer.batch_decode(generated_outputs, skip_special_tokens=skip_special_tokens, **kwargs)
+
+
+def _open_image(image: Any, index: int) -> Image.Image:
+    """A path, URL or array as a PIL image; whatever goes wrong names the picture."""
+    try:
+        if isinstance(image, str):
+            return load_image(image)
+        if hasattr(image, "__fspath__"):
+            return Image.open(image)
+        return Image.fromarray(image.numpy() if hasattr(image, "numpy") else image)
+    except Exception as error:
+        raise ValueError(f"images[{index}] could not be read: {error}") from error
+
+
+__all__ = ["MMGEMProcessor"]

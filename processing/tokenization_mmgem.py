@@ -1,0 +1,64 @@
+"""What turns a language model's tokenizer into MM-GEM's: three tokens, a pad token, and [EMB] at the end of a text."""
+
+from tokenizers.processors import TemplateProcessing
+from transformers import AddedToken, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+
+IMAGE_TOKEN = "<image>"
+CAP_TOKEN = "[CAP]"
+EMB_TOKEN = "[EMB]"
+
+
+def starts_with_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether this tokenizer puts its BOS in front of a text."""
+    ids = tokenizer("a")["input_ids"]
+    return tokenizer.bos_token_id is not None and ids[0] == tokenizer.bos_token_id
+
+
+def ends_with_emb(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether this tokenizer puts [EMB] behind a text."""
+    return tokenizer("a")["input_ids"][-1] == tokenizer.convert_tokens_to_ids(EMB_TOKEN)
+
+
+def to_mmgem_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerFast:
+    """
+    A tokenizer with the same vocabulary plus `<image>`, [CAP], [EMB] (and `<pad>` where there is no pad token), whose
+    post-processor writes "(BOS) text [EMB]".
+
+    The result is of the generic class: those of single models rebuild their post-processor when they are loaded, and
+    would lose [EMB].
+
+    Raises:
+        ValueError: for a tokenizer without a `tokenizers` backend.
+    """
+    if getattr(tokenizer, "backend_tokenizer", None) is None:
+        raise ValueError(
+            f"{type(tokenizer).__name__} has no fast backend (tokenizer.json), so it cannot append {EMB_TOKEN} itself; "
+            "convert the tokenizer to a fast one first."
+        )
+    bos = tokenizer.bos_token if starts_with_bos(tokenizer) else None
+    names = ("bos_token", "eos_token", "unk_token", "pad_token")
+    special = {name: str(token) for name in names if (token := getattr(tokenizer, name, None)) is not None}
+    special.setdefault("pad_token", "<pad>")
+    result = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer.backend_tokenizer,
+        model_max_length=tokenizer.model_max_length,
+        clean_up_tokenization_spaces=False,
+        padding_side="right",
+        **special,
+    )
+    result.add_tokens(
+        [AddedToken(token, special=True, normalized=False) for token in (IMAGE_TOKEN, CAP_TOKEN, EMB_TOKEN)],
+        special_tokens=True,
+    )
+    ids = {EMB_TOKEN: result.convert_tokens_to_ids(EMB_TOKEN)}
+    if bos is not None:
+        ids[bos] = tokenizer.bos_token_id
+    start = f"{bos} " if bos is not None else ""
+    result.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{start}$A {EMB_TOKEN}", pair=f"{start}$A $B {EMB_TOKEN}", special_tokens=list(ids.items())
+    )
+    return result
+
+
+__all__ = ["CAP_TOKEN", "EMB_TOKEN", "IMAGE_TOKEN", "ends_with_emb", "starts_with_bos", "to_mmgem_tokenizer"]
