@@ -83,7 +83,6 @@ class MMGEMModel(PreTrainedModel, GenerationMixin):
     main_input_name = "input_ids"
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
-    accepts_loss_kwargs = False
     _skip_keys_device_placement = ["past_key_values"]
     _supports_flash_attn = True
     _supports_sdpa = True
@@ -99,7 +98,6 @@ class MMGEMModel(PreTrainedModel, GenerationMixin):
                 f"Vision tower '{vision_config.model_type}' is not supported; choose one of "
                 f"{', '.join(VISION_MODEL_TYPES)}."
             )
-        config.validate_token_ids()
         # ViT's pooling head would never get a gradient: we pool the patches.
         options = {"add_pooling_layer": False} if vision_config.model_type == "vit" else {}
         self.vision_model = AutoModel.from_config(vision_config, **options)

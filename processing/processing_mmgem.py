@@ -187,7 +187,9 @@ class MMGEMProcessor(ProcessorMixin):
             for i in too_long:
                 rows[i] = rows[i][: max_length - 1] + rows[i][-1:]
         text_kwargs.setdefault("padding", True)
-        return dict(self.tokenizer.pad({"input_ids": rows}, **text_kwargs, max_length=max_length))
+        if text_kwargs["padding"] == "max_length":
+            text_kwargs["max_length"] = max_length
+        return dict(self.tokenizer.pad({"input_ids": rows}, **text_kwargs))
 
     def _prompts(
         self, texts: list[str] | None, pictures: list[Image.Image], region_mask: Any, task: str, text_kwargs: dict

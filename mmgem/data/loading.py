@@ -1,0 +1,69 @@
+"""From the options to a training and an evaluation dataset."""
+
+import os
+from typing import Any
+
+import datasets
+
+from ..training.arguments import DataArguments
+from .pairs import PairDataset
+from .scenes import ScenesDataset
+
+
+FORMATS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv"}
+
+
+def load_pairs(arguments: DataArguments, image_size: int, seed: int) -> tuple[PairDataset, PairDataset | None]:
+    """
+    The training pairs, and those to evaluate on (None where the data has no validation or test split).
+
+    Raises:
+        ValueError: for a column that is not there, with those that are; for a file of unknown format.
+        FileNotFoundError: for a file that is not there.
+    """
+    if arguments.dataset_name == "scenes":
+        train: Any = ScenesDataset("train", arguments.max_train_samples or 20_000, image_size, seed)
+        # The held-out scenes are the same whatever the training seed.
+        held_out: Any = ScenesDataset("test", arguments.max_eval_samples or 500, image_size)
+        scale = arguments.augmentation_scale
+        return PairDataset(train, augmentation_scale=scale, seed=seed), PairDataset(held_out)
+    if arguments.dataset_name is not None:
+        splits = datasets.load_dataset(arguments.dataset_name, arguments.dataset_config_name)
+        if "train" not in splits:
+            raise ValueError(f"{arguments.dataset_name} has no train split, only {', '.join(splits)}.")
+        tables = [splits["train"], splits.get("validation", splits.get("test"))]
+        roots = ["", ""]
+    else:
+        files = [arguments.train_file, arguments.validation_file]
+        tables = [_read_file(file) if file else None for file in files]
+        roots = [os.path.dirname(file) if file else "" for file in files]
+    limits = [arguments.max_train_samples, arguments.max_eval_samples]
+    pairs = []
+    for i, (table, root, limit) in enumerate(zip(tables, roots, limits)):
+        if table is None:
+            pairs.append(None)
+            continue
+        for column in (arguments.image_column, arguments.caption_column):
+            if column not in table.column_names:
+                raise ValueError(
+                    f"The dataset has no column {column!r}; its columns are {', '.join(table.column_names)}. Set "
+                    "--image_column and --caption_column."
+                )
+        table = table.select(range(min(limit, len(table)))) if limit else table
+        if isinstance(table.features[arguments.image_column], datasets.Image):
+            # Decoded by us, so that one corrupt picture does not end the run.
+            table = table.cast_column(arguments.image_column, datasets.Image(decode=False))
+        scale = arguments.augmentation_scale if i == 0 else 1.0
+        pairs.append(PairDataset(table, arguments.image_column, arguments.caption_column, scale, seed, root))
+    train_pairs, eval_pairs = pairs
+    assert train_pairs is not None
+    return train_pairs, eval_pairs
+
+
+def _read_file(path: str) -> datasets.Dataset:
+    extension = os.path.splitext(path)[1]
+    if extension not in FORMATS:
+        raise ValueError(f"{path}: unknown format {extension!r}; use one of {', '.join(FORMATS)}.")
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"There is no file {path}.")
+    return datasets.load_dataset(FORMATS[extension], data_files=path, split="train")

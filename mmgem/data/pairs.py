@@ -1,0 +1,108 @@
+"""Pictures with captions, from any table that `datasets` reads, as examples for training and evaluation."""
+
+import io
+import os
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from ..processing.regions_mmgem import to_rgb
+from .scenes import ScenesDataset
+
+
+class PairDataset(torch.utils.data.Dataset):
+    """
+    Map-style pairs. Example i is `{"image": RGB picture, "caption": str, "captions": [str, …], "bad": [int, …]}`.
+
+    Where a picture has several captions, `caption` is one of them, drawn anew each epoch. Whatever is random (the
+    caption, augmentation) is a function of (seed, epoch, index) alone, so a resumed run sees what the uninterrupted
+    one saw. An example that cannot be read is replaced by the next that can; `bad` lists the indices that were
+    passed over, for the Trainer to count.
+
+    Args:
+        table: rows with the two columns; anything with `len` and integer indexing, such as `datasets.Dataset`.
+        image_column: PIL pictures, `{"bytes", "path"}`, bytes, or paths (relative ones from `root`).
+        caption_column: a string, or a list of strings.
+        augmentation_scale: least fraction of the picture's area that a random crop keeps; 1 takes the whole picture.
+        seed: of everything random.
+        root: folder of relative image paths.
+    """
+
+    def __init__(
+        self,
+        table: Any,
+        image_column: str = "image",
+        caption_column: str = "caption",
+        augmentation_scale: float = 1.0,
+        seed: int = 0,
+        root: str = "",
+    ):
+        self.table = table
+        self.image_column = image_column
+        self.caption_column = caption_column
+        self.augmentation_scale = augmentation_scale
+        self.seed = seed
+        self.root = root
+        # Shared with the loader's worker processes, which are started before the epoch is known.
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Sets what the next examples are drawn by."""
+        self._epoch.fill_(epoch)
+
+    def captions(self) -> list[list[str]]:
+        """Every example's captions, without decoding a picture."""
+        values = self.table.captions if isinstance(self.table, ScenesDataset) else self.table[self.caption_column]
+        return [as_captions(value) for value in values]
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        bad: list[int] = []
+        for candidate in range(index, index + len(self)):
+            candidate %= len(self)
+            try:
+                return {**self._read(candidate), "bad": bad}
+            except (OSError, ValueError, SyntaxError, Image.DecompressionBombError, TypeError):
+                bad.append(candidate)
+        raise ValueError(f"None of the {len(self)} examples could be read.")
+
+    def _read(self, index: int) -> dict[str, Any]:
+        row = self.table[index]
+        captions = as_captions(row[self.caption_column])
+        if not captions:
+            raise ValueError(f"Example {index} has no caption.")
+        rng = np.random.default_rng([self.seed, int(self._epoch), index])
+        image = to_rgb(open_image(row[self.image_column], self.root))
+        if self.augmentation_scale < 1:
+            image = random_crop(image, self.augmentation_scale, rng)
+        return {"image": image, "caption": captions[rng.integers(len(captions))], "captions": captions}
+
+
+def as_captions(value: Any) -> list[str]:
+    """One caption or a list of them, without the empty ones."""
+    values = [value] if isinstance(value, str) else list(value or [])
+    return [caption.strip() for caption in values if caption and caption.strip()]
+
+
+def open_image(value: Any, root: str = "") -> Image.Image:
+    """A picture from PIL, bytes, a path, or `datasets`' `{"bytes", "path"}`, fully decoded."""
+    if isinstance(value, Image.Image):
+        return value
+    if isinstance(value, dict):
+        value = value["bytes"] if value.get("bytes") is not None else value["path"]
+    image = Image.open(io.BytesIO(value) if isinstance(value, bytes) else os.path.join(root, value))
+    image.load()
+    return image
+
+
+def random_crop(image: Image.Image, scale: float, rng: np.random.Generator) -> Image.Image:
+    """A random part of the picture, at least `scale` of its area, its sides in a ratio of 3:4 to 4:3 to the whole's."""
+    area, ratio = rng.uniform(scale, 1), np.exp(rng.uniform(-1, 1) * np.log(4 / 3))
+    width = min(1.0, float(np.sqrt(area * ratio))) * image.width
+    height = min(1.0, float(np.sqrt(area / ratio))) * image.height
+    left, top = rng.uniform(0, image.width - width), rng.uniform(0, image.height - height)
+    return image.crop((round(left), round(top), round(left + width), round(top + height)))

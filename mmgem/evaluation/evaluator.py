@@ -1,0 +1,134 @@
+"""Embeds, captions and scores a dataset of pairs with one model."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from ..data.collator import PairCollator
+from ..data.pairs import PairDataset
+from ..data.scenes import ScenesDataset, parse_objects
+from ..modeling_mmgem import MMGEMModel
+from ..processing import MMGEMProcessor
+from .captioning import bleu, cider_d
+from .retrieval import retrieval_metrics
+
+
+def evaluate_model(
+    model: MMGEMModel,
+    processor: MMGEMProcessor,
+    dataset: PairDataset,
+    batch_size: int = 64,
+    caption_samples: int = 0,
+) -> tuple[dict[str, float], dict[str, Any]]:
+    """
+    Retrieval over the whole dataset, held-out L_Gen over all captions, and metrics of generated captions.
+
+    Args:
+        caption_samples: how many pictures to caption (greedily), from the first on; 0 for none.
+
+    Returns:
+        the metrics, fractions except CIDEr and losses, and the outputs they were computed from: `image_embeds`
+        `(N, D)`, `text_embeds` `(T, D)`, `text_to_image` `(T,)` and `captions` (list of str).
+    """
+    was_training = model.training
+    model.eval()
+    try:
+        outputs = embed_pairs(model, processor, dataset, batch_size)
+        metrics = retrieval_metrics(outputs["text_embeds"], outputs["image_embeds"], outputs["text_to_image"])
+        metrics["caption_loss"] = held_out_caption_loss(model, processor, dataset, batch_size)
+        if caption_samples:
+            count = min(caption_samples, len(dataset))
+            outputs["captions"] = generate_captions(model, processor, dataset, count, batch_size)
+            metrics.update(caption_metrics(outputs["captions"], dataset))
+    finally:
+        model.train(was_training)
+    return metrics, outputs
+
+
+@torch.inference_mode()
+def embed_pairs(
+    model: MMGEMModel, processor: MMGEMProcessor, dataset: PairDataset, batch_size: int
+) -> dict[str, torch.Tensor]:
+    """Unit-norm embeddings of every picture and every caption, on the CPU; `text_to_image` says which belong together."""
+    captions = [(i, caption) for i, of_image in enumerate(dataset.captions()) for caption in of_image]
+    texts = []
+    for start in range(0, len(captions), batch_size):
+        batch = [caption for _, caption in captions[start : start + batch_size]]
+        inputs = processor(text=batch, return_tensors="pt").to(model.device)
+        texts.append(model.get_embedding(**inputs).float().cpu())
+    images = []
+    for examples in _batches(dataset, len(dataset), batch_size):
+        inputs = processor(images=[example["image"] for example in examples], return_tensors="pt").to(model.device)
+        images.append(model.get_embedding(**inputs).float().cpu())
+    return {
+        "text_embeds": torch.cat(texts),
+        "image_embeds": torch.cat(images),
+        "text_to_image": torch.tensor([i for i, _ in captions]),
+    }
+
+
+@torch.inference_mode()
+def held_out_caption_loss(
+    model: MMGEMModel, processor: MMGEMProcessor, dataset: PairDataset, batch_size: int
+) -> float:
+    """L_Gen in nats per token, EOS included, over all captions of the dataset."""
+    collate = PairCollator(processor, "caption")
+    total = tokens = 0
+    for examples in _batches(dataset, len(dataset), batch_size):
+        pairs = [{**example, "caption": caption} for example in examples for caption in example["captions"]]
+        for start in range(0, len(pairs), batch_size):
+            batch = collate(pairs[start : start + batch_size])
+            inputs = {name: batch[name].to(model.device) for name in batch if name not in ("bad", "truncated")}
+            total += float(model(**inputs, num_items_in_batch=1).caption_loss)
+            tokens += int((batch["labels"] != -100).sum())
+    return total / tokens
+
+
+def generate_captions(
+    model: MMGEMModel,
+    processor: MMGEMProcessor,
+    dataset: PairDataset,
+    count: int,
+    batch_size: int,
+    **generation: Any,
+) -> list[str]:
+    """Captions of the first `count` pictures; greedy unless `generation` says otherwise."""
+    options = {"do_sample": False, "max_new_tokens": processor.max_length, **generation}
+    captions: list[str] = []
+    for examples in _batches(dataset, count, batch_size):
+        inputs = processor(images=[e["image"] for e in examples], task="caption", return_tensors="pt")
+        ids = model.generate(**inputs.to(model.device), **options)
+        captions += [caption.strip() for caption in processor.batch_decode(ids, skip_special_tokens=True)]
+    return captions
+
+
+def caption_metrics(captions: list[str], dataset: PairDataset) -> dict[str, float]:
+    """CIDEr-D, BLEU-4 and how many captions are distinct; object F1 on scenes."""
+    references = dataset.captions()[: len(captions)]
+    metrics = {
+        "caption_cider": cider_d(captions, references)[0],
+        "caption_bleu4": bleu(captions, references)[3],
+        "caption_distinct": len(set(captions)) / len(captions),
+    }
+    if isinstance(dataset.table, ScenesDataset):
+        metrics["caption_object_f1"] = object_f1(captions, [of_image[0] for of_image in references])
+        exact = sum(caption == of_image[0] for caption, of_image in zip(captions, references))
+        metrics["caption_exact"] = exact / len(captions)
+    return metrics
+
+
+def object_f1(captions: list[str], references: list[str]) -> float:
+    """F1 of the (colour, shape) pairs named, counted over the whole set."""
+    hits = named = present = 0
+    for caption, reference in zip(captions, references):
+        found, expected = parse_objects(caption), parse_objects(reference)
+        hits += (found & expected).total()
+        named += found.total()
+        present += expected.total()
+    return 2 * hits / max(named + present, 1)
+
+
+def _batches(dataset: PairDataset, count: int, batch_size: int) -> Iterator[list[dict[str, Any]]]:
+    for start in range(0, count, batch_size):
+        yield [dataset[i] for i in range(start, min(start + batch_size, count))]

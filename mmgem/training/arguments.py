@@ -1,0 +1,149 @@
+"""The options of train.py, one dataclass per concern, from YAML and the command line."""
+
+import difflib
+import sys
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
+
+import yaml
+from transformers import HfArgumentParser, TrainingArguments
+from transformers.hf_argparser import DataClassType
+
+
+@dataclass
+class ModelArguments:
+    """Where the model comes from: a checkpoint of ours, two checkpoints of towers, or nothing."""
+
+    init_from: str | None = field(
+        default=None, metadata={"help": "MM-GEM checkpoint (folder or Hub id) to go on from, on new data."}
+    )
+    vision_model_name_or_path: str | None = field(
+        default=None, metadata={"help": "CLIP, SigLIP, DINOv2 or ViT checkpoint for the vision tower."}
+    )
+    text_model_name_or_path: str | None = field(default=None, metadata={"help": "Causal language model checkpoint."})
+    vision_config: dict | str = field(
+        default_factory=dict, metadata={"help": "From scratch: settings of the vision tower (JSON)."}
+    )
+    text_config: dict | str = field(
+        default_factory=dict, metadata={"help": "From scratch: settings of the language model (JSON)."}
+    )
+    vocab_size: int = field(default=4096, metadata={"help": "From scratch: size of the BPE trained on the captions."})
+    image_size: int | None = field(
+        default=None, metadata={"help": "Pixels per side; position embeddings are interpolated where it is new."}
+    )
+    projection_dim: int = field(default=512, metadata={"help": "D, the size of the embedding space."})
+
+    def __post_init__(self) -> None:
+        if bool(self.vision_model_name_or_path) != bool(self.text_model_name_or_path):
+            raise ValueError("vision_model_name_or_path and text_model_name_or_path go together; give both or neither.")
+        if self.init_from and (self.vision_model_name_or_path or self.vision_config or self.text_config):
+            raise ValueError("init_from brings its own architecture; drop the settings of the towers.")
+
+
+@dataclass
+class DataArguments:
+    """Pictures with captions. The names are those of transformers' own examples."""
+
+    dataset_name: str | None = field(
+        default=None, metadata={"help": "'scenes' (built in), a Hub id, or a local folder of `datasets`."}
+    )
+    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the Hub dataset."})
+    train_file: str | None = field(default=None, metadata={"help": "parquet, jsonl, json or csv."})
+    validation_file: str | None = field(default=None, metadata={"help": "parquet, jsonl, json or csv."})
+    image_column: str = field(default="image", metadata={"help": "Pictures, bytes or paths."})
+    caption_column: str = field(
+        default="caption",
+        metadata={"help": "A string, or a list of strings: one is drawn per step, all count in evaluation."},
+    )
+    max_length: int = field(default=50, metadata={"help": "Tokens per text, BOS and [EMB] included."})
+    max_train_samples: int | None = field(default=None, metadata={"help": "Use that many (scenes: draws 20,000)."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Use that many (scenes: draws 500)."})
+    augmentation_scale: float = field(
+        default=1.0, metadata={"help": "Least share of the area that a random crop keeps in training; 1: no crop."}
+    )
+    max_bad_fraction: float = field(
+        default=0.01, metadata={"help": "Stop when more than this share of the training set cannot be read."}
+    )
+
+    def __post_init__(self) -> None:
+        if (self.dataset_name is None) == (self.train_file is None):
+            raise ValueError("Give dataset_name or train_file, one of the two.")
+        if not 0 < self.augmentation_scale <= 1:
+            raise ValueError(f"augmentation_scale must lie in (0, 1], got {self.augmentation_scale}.")
+
+
+@dataclass
+class MMGEMTrainingArguments(TrainingArguments):
+    """
+    transformers' TrainingArguments, plus what stage 1 needs. `learning_rate` is the backbones' rate; `optim` also
+    takes "lamb" (from pytorch-optimizer).
+    """
+
+    objective: Literal["joint", "contrastive", "caption"] = field(
+        default="joint", metadata={"help": "L_Emb + L_Gen, or one alone (the paper's ablation)."}
+    )
+    projection_lr_multiplier: float = field(
+        default=10.0, metadata={"help": "Learning rate of projections and logit_scale over the backbones'."}
+    )
+    freeze: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Parameters not to train: names or beginnings of names, such as vision_model."},
+    )
+    caption_samples: int = field(
+        default=500, metadata={"help": "Pictures to caption in the final evaluation; 0 for none."}
+    )
+
+    def __post_init__(self) -> None:
+        self.lamb = self.optim == "lamb"
+        if self.lamb:  # not one of Trainer's own; the optimizer is handed to it
+            self.optim = "adamw_torch"
+        super().__post_init__()
+        self.remove_unused_columns = False
+        self.dataloader_drop_last = True  # a ragged last batch would change the number of negatives
+
+
+def parse_arguments(arguments: list[str] | None = None) -> tuple[ModelArguments, DataArguments, MMGEMTrainingArguments]:
+    """
+    `--config file.yaml` and `--option value`, the command line winning over the file.
+
+    Raises:
+        ValueError: for an unknown option, with the nearest known one.
+    """
+    arguments = sys.argv[1:] if arguments is None else arguments
+    types: list[DataClassType] = [ModelArguments, DataArguments, MMGEMTrainingArguments]  # type: ignore[list-item]
+    parser = HfArgumentParser(types, allow_abbrev=False)  # type: ignore[arg-type]
+    known = {f.name for data_class in types for f in fields(data_class) if f.init}  # type: ignore[arg-type]
+    settings, rest = _read_config(arguments)
+    _refuse_unknown([name for name in settings if name not in known], known, "in the configuration file")
+    parser.set_defaults(**settings)
+    *parsed, remaining = parser.parse_args_into_dataclasses(rest, return_remaining_strings=True)
+    unknown = [word.removeprefix("--").split("=")[0] for word in remaining if word.startswith("--")]
+    _refuse_unknown(unknown, known | {"config"}, "on the command line")
+    if remaining:
+        raise ValueError(f"Could not make sense of {' '.join(remaining)!r}: options are written --name value.")
+    return tuple(parsed)  # type: ignore[return-value]
+
+
+def _read_config(arguments: list[str]) -> tuple[dict[str, Any], list[str]]:
+    """The settings of `--config FILE` (or `--config=FILE`), and the other arguments."""
+    rest = [*arguments]
+    for i, word in enumerate(rest):
+        if word == "--config" and i + 1 < len(rest):
+            path, rest[i : i + 2] = rest[i + 1], []
+        elif word.startswith("--config="):
+            path, rest[i : i + 1] = word.removeprefix("--config="), []
+        else:
+            continue
+        with open(path, encoding="utf-8") as file:
+            settings = yaml.safe_load(file)
+        if not isinstance(settings, dict):
+            raise ValueError(f"{path} must hold a mapping of options to values.")
+        return settings, rest
+    return {}, rest
+
+
+def _refuse_unknown(unknown: list[str], known: set[str], where: str) -> None:
+    if unknown:
+        nearest = difflib.get_close_matches(unknown[0], known, n=1, cutoff=0.5)
+        hint = f"; did you mean {nearest[0]!r}?" if nearest else "; see --help."
+        raise ValueError(f"Unknown option {unknown[0]!r} {where}{hint}")

@@ -1,0 +1,95 @@
+"""The model and processor that a run starts from."""
+
+from typing import Any
+
+from transformers import AutoConfig
+from transformers.models.clip import CLIPImageProcessorPil
+
+from ..configuration import MMGEMConfig
+from ..data.pairs import PairDataset
+from ..data.tokenizer import train_tokenizer
+from ..modeling_mmgem import MMGEMModel
+from ..modeling_mmgem.conversion_mmgem import configure_generation
+from ..processing import MMGEMProcessor, to_mmgem_tokenizer
+from ..processing.tokenization_mmgem import CAP_TOKEN, EMB_TOKEN, IMAGE_TOKEN
+from .arguments import ModelArguments
+
+
+DEFAULT_IMAGE_SIZE = 224
+
+
+def initial_image_size(arguments: ModelArguments) -> int:
+    """Pixels per side that the built-in pictures are drawn at."""
+    if arguments.image_size is not None:
+        return arguments.image_size
+    if arguments.init_from is not None:
+        return AutoConfig.from_pretrained(arguments.init_from).vision_config.image_size
+    return (arguments.vision_config or {}).get("image_size", DEFAULT_IMAGE_SIZE)  # type: ignore[union-attr]
+
+
+def build_model_and_processor(
+    arguments: ModelArguments, train_dataset: PairDataset, max_length: int
+) -> tuple[MMGEMModel, MMGEMProcessor]:
+    """
+    From a checkpoint of ours (`init_from`), from two towers' checkpoints, or from scratch with a tokenizer trained on
+    the training captions.
+
+    Raises:
+        ValueError: where `init_from` is a checkpoint of another model type.
+    """
+    if arguments.init_from is not None:
+        model_type = AutoConfig.from_pretrained(arguments.init_from).model_type
+        if model_type != "mmgem":
+            raise ValueError(
+                f"{arguments.init_from} is a '{model_type}' checkpoint, not 'mmgem'; a vision tower or language model "
+                "goes into --vision_model_name_or_path or --text_model_name_or_path."
+            )
+        processor = MMGEMProcessor.from_pretrained(arguments.init_from)
+        processor.max_length = max_length
+        return MMGEMModel.from_pretrained(arguments.init_from), processor
+    if arguments.vision_model_name_or_path and arguments.text_model_name_or_path:
+        towers = (arguments.vision_model_name_or_path, arguments.text_model_name_or_path)
+        model = MMGEMModel.from_vision_text_pretrained(
+            *towers, image_size=arguments.image_size, projection_dim=arguments.projection_dim
+        )
+        processor = MMGEMProcessor.from_vision_text_pretrained(
+            *towers, image_size=arguments.image_size, max_length=max_length
+        )
+        return model, processor
+    return _from_scratch(arguments, train_dataset, max_length)
+
+
+def _from_scratch(
+    arguments: ModelArguments, train_dataset: PairDataset, max_length: int
+) -> tuple[MMGEMModel, MMGEMProcessor]:
+    captions = (caption for captions in train_dataset.captions() for caption in captions)
+    tokenizer = to_mmgem_tokenizer(train_tokenizer(captions, arguments.vocab_size))
+    vision: dict[str, Any] = {"model_type": "clip_vision_model", **arguments.vision_config}  # type: ignore[dict-item]
+    if arguments.image_size is not None:
+        vision["image_size"] = arguments.image_size
+    text: dict[str, Any] = {
+        "model_type": "llama",
+        **arguments.text_config,  # type: ignore[dict-item]
+        "vocab_size": len(tokenizer),
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    config = MMGEMConfig(
+        vision_config=vision,
+        text_config=text,
+        projection_dim=arguments.projection_dim,
+        image_token_id=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
+        cap_token_id=tokenizer.convert_tokens_to_ids(CAP_TOKEN),
+        emb_token_id=tokenizer.convert_tokens_to_ids(EMB_TOKEN),
+    )
+    model = MMGEMModel(config)
+    configure_generation(model, tokenizer)
+    side = config.vision_config.image_size
+    image_processor = CLIPImageProcessorPil(
+        size={"shortest_edge": side},
+        crop_size={"height": side, "width": side},
+        image_mean=[0.5, 0.5, 0.5],
+        image_std=[0.5, 0.5, 0.5],
+    )
+    return model, MMGEMProcessor(image_processor, tokenizer, max_length=max_length)

@@ -1,0 +1,54 @@
+"""Which parameters a stage trains, and at which rate."""
+
+import difflib
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+
+PROJECTIONS = ("visual_projection", "text_projection", "caption_projection", "logit_scale")
+
+# What a loss does not reach gets no gradient, which DistributedDataParallel takes for an error: it is frozen.
+UNREACHED = {
+    "joint": ("region_projection", "soft_prompts"),
+    "contrastive": ("region_projection", "soft_prompts", "caption_projection", "lm_head"),
+    "caption": ("region_projection", "soft_prompts", "text_projection", "logit_scale"),
+}
+
+
+def freeze_parameters(model: nn.Module, objective: str, names: Sequence[str] = ()) -> None:
+    """
+    Freezes what the objective does not reach, and whatever begins with one of `names`.
+
+    Raises:
+        ValueError: for a name that no parameter begins with, with the nearest that there is.
+    """
+    parameters = dict(model.named_parameters())
+    for name in names:
+        if not any(_begins(parameter, name) for parameter in parameters):
+            prefixes = {".".join(p.split(".")[: i + 1]) for p in parameters for i in range(p.count(".") + 1)}
+            nearest = difflib.get_close_matches(name, prefixes, n=1, cutoff=0)
+            raise ValueError(f"No parameter begins with {name!r}, so it cannot be frozen; the nearest is {nearest[0]!r}.")
+    for parameter_name, parameter in parameters.items():
+        frozen = (*names, *UNREACHED[objective])
+        # DINOv2's mask token is for its own pretraining.
+        if any(_begins(parameter_name, name) for name in frozen) or parameter_name.endswith("mask_token"):
+            parameter.requires_grad_(False)
+
+
+def parameter_groups(
+    model: nn.Module, learning_rate: float, projection_lr_multiplier: float, weight_decay: float
+) -> list[dict[str, Any]]:
+    """Projections at a multiple of the backbones' rate (paper: 10 x); vectors and scalars without weight decay."""
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            factor = projection_lr_multiplier if any(_begins(name, p) for p in PROJECTIONS) else 1.0
+            decay = weight_decay if parameter.ndim > 1 else 0.0
+            groups.setdefault((learning_rate * factor, decay), []).append(parameter)
+    return [{"params": params, "lr": lr, "weight_decay": decay} for (lr, decay), params in groups.items()]
+
+
+def _begins(parameter: str, name: str) -> bool:
+    return parameter == name or parameter.startswith(f"{name}.")

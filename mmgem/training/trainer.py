@@ -1,0 +1,230 @@
+"""The Trainer of stage 1: transformers' own, with the joint loss over all processes."""
+
+import os
+import re
+import time
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.nn.functional import all_gather
+from transformers import Trainer, TrainerCallback
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.utils import logging
+
+from ..data.collator import PairCollator
+from ..data.pairs import PairDataset
+from ..evaluation.evaluator import evaluate_model
+from ..modeling_mmgem import MMGEMModel, contrastive_loss
+from ..processing import MMGEMProcessor
+from .arguments import MMGEMTrainingArguments
+from .stages import freeze_parameters, parameter_groups
+
+
+logger = logging.get_logger(__name__)
+
+
+class BadDataError(ValueError):
+    """More of the training set is unreadable than `max_bad_fraction` allows."""
+
+
+class MMGEMTrainer(Trainer):
+    """
+    Trains stage 1 (paper, equation 4) on a [`PairDataset`].
+
+    The contrastive loss sees the embeddings of all processes, with their gradient; captions are averaged over all
+    tokens of a step. Gradients are those of one process that holds the whole batch. Under gradient accumulation each
+    micro-batch has its own negatives, and the mean of their losses counts.
+
+    Args:
+        processor: saved with every checkpoint.
+        max_bad_fraction: share of unreadable examples that ends the run.
+    """
+
+    def __init__(
+        self,
+        model: MMGEMModel,
+        args: MMGEMTrainingArguments,
+        processor: MMGEMProcessor,
+        train_dataset: PairDataset,
+        eval_dataset: PairDataset | None = None,
+        max_bad_fraction: float = 0.01,
+        **kwargs: Any,
+    ):
+        freeze_parameters(model, args.objective, args.freeze)
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=PairCollator(processor, args.objective),
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processor,
+            **kwargs,
+        )
+        self.processor = processor
+        self.max_bad_fraction = max_bad_fraction
+        self.loss_is_scaled_for_ga = True
+        self.bad_examples: set[int] = set()
+        self.truncated = self.seen = 0
+        self._sums: dict[str, torch.Tensor] = {}
+        self._steps_since_log = 0
+        self._interval = {"start": time.perf_counter(), "data": 0.0, "samples": 0}
+        self.add_callback(_Stage1Callback(model, train_dataset))
+
+    def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
+        if self.optimizer is None:
+            args = self.args
+            groups = parameter_groups(
+                self.model if model is None else model,
+                args.learning_rate,
+                args.projection_lr_multiplier,
+                args.weight_decay,
+            )
+            if args.lamb:
+                from pytorch_optimizer import Lamb
+
+                betas = (args.adam_beta1, args.adam_beta2)
+                self.optimizer = Lamb(groups, lr=args.learning_rate, betas=betas, eps=args.adam_epsilon)
+            else:
+                optimizer_class, options = self.get_optimizer_cls_and_kwargs(args, self.model)
+                self.optimizer = optimizer_class(groups, **options)
+        return self.optimizer
+
+    def get_batch_samples(
+        self, epoch_iterator: Any, num_batches: int, device: torch.device
+    ) -> tuple[list, torch.Tensor | int | None]:
+        """The next micro-batches; times the wait for them and counts what was bad or cut."""
+        self._steps_since_log += 1
+        start = time.perf_counter()
+        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self._interval["data"] += time.perf_counter() - start
+        for batch in batches:
+            self.bad_examples.update(batch.pop("bad").tolist())
+            self.truncated += int(batch.pop("truncated"))
+            samples = len(batch["pixel_values"])
+            self.seen += samples
+            self._interval["samples"] += samples * self.args.world_size
+        limit = self.max_bad_fraction * len(self.train_dataset) / self.args.world_size
+        if len(self.bad_examples) > limit:
+            raise BadDataError(
+                f"{len(self.bad_examples)} training examples could not be read (the first: "
+                f"{sorted(self.bad_examples)[:5]}), more than max_bad_fraction={self.max_bad_fraction} allows; repair "
+                "the data or raise --max_bad_fraction."
+            )
+        return batches, num_items
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        """L_Emb + L_Gen, scaled such that sums over micro-batches and means over processes are the batch's loss."""
+        outputs = model(**inputs, num_items_in_batch=num_items_in_batch)
+        losses = {}
+        if self.args.objective != "caption":
+            losses["contrastive_loss"] = self._global_contrastive_loss(outputs) / self.current_gradient_accumulation_steps
+        if self.args.objective != "contrastive":
+            # num_items_in_batch counts the tokens of all processes, whose gradients will be averaged.
+            losses["caption_loss"] = outputs.caption_loss * self.args.world_size
+        for name, value in losses.items():
+            self._sums[name] = self._sums.get(name, 0) + value.detach()
+        loss = torch.stack(list(losses.values())).sum()
+        return (loss, outputs) if return_outputs else loss
+
+    def _global_contrastive_loss(self, outputs: Any) -> torch.Tensor:
+        texts, images = outputs.text_embeds, outputs.image_embeds
+        if self.args.world_size == 1:
+            return contrastive_loss(texts, images, outputs.logit_scale)
+        all_texts, all_images = torch.cat(all_gather(texts)), torch.cat(all_gather(images))
+        offset = dist.get_rank() * len(texts)
+        return contrastive_loss(texts, images, outputs.logit_scale, all_texts, all_images, offset)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds both losses, tau, samples/s and the share of time that went into waiting for data."""
+        if "loss" in logs and self._sums:
+            steps = self._steps_since_log
+            self._steps_since_log = 0
+            for name, value in self._sums.items():
+                total = self.accelerator.reduce(value.clone(), "mean") if self.args.world_size > 1 else value
+                logs[name] = float(total) / steps
+            self._sums.clear()
+            if self.args.objective != "caption":
+                model = self.accelerator.unwrap_model(self.model)
+                logs["tau"] = float((-model.logit_scale.float()).exp())
+            now = time.perf_counter()
+            elapsed = now - self._interval["start"]
+            logs["samples_per_second"] = round(self._interval["samples"] / elapsed, 1)
+            logs["data_time_fraction"] = round(self._interval["data"] / elapsed, 3)
+            self._interval = {"start": now, "data": 0.0, "samples": 0}
+        super().log(logs, start_time)
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+        """As [`Trainer.train`]; resumes from the last whole checkpoint and reports what was skipped or cut."""
+        if resume_from_checkpoint:
+            folder = self.args.output_dir if resume_from_checkpoint is True else resume_from_checkpoint
+            resume_from_checkpoint = find_checkpoint(str(folder))
+        result = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        if self.bad_examples:
+            logger.warning(
+                f"{len(self.bad_examples)} training examples could not be read and were replaced by the next: "
+                f"{sorted(self.bad_examples)[:10]}"
+            )
+        if self.truncated:
+            logger.warning(
+                f"{self.truncated} of {self.seen} captions were longer than max_length={self.processor.max_length} "
+                "tokens and were cut; [EMB] stayed."
+            )
+        return result
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Retrieval and held-out L_Gen; every process computes all of it."""
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        model = self.accelerator.unwrap_model(self.model)
+        metrics = evaluate_model(model, self.processor, dataset, self.args.per_device_eval_batch_size)[0]
+        logs = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
+        self.log(logs)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, logs)
+        self._interval = {"start": time.perf_counter(), "data": 0.0, "samples": 0}
+        return logs
+
+
+class _Stage1Callback(TrainerCallback):
+    """Tells the data which epoch it is, and holds tau at its lower bound of 0.01."""
+
+    def __init__(self, model: MMGEMModel, train_dataset: PairDataset):
+        self.model = model
+        self.train_dataset = train_dataset
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.train_dataset.set_epoch(int(state.epoch or 0))
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # Beyond the bound forward clamps, and its gradient is zero: the parameter could not come back by itself.
+        with torch.no_grad():
+            self.model.logit_scale.clamp_(max=self.model.config.logit_scale_max_value)
+
+
+def find_checkpoint(folder: str) -> str:
+    """
+    The checkpoint at `folder`, or the last whole one in it. Trainer writes `trainer_state.json` last, so a checkpoint
+    without it was cut off.
+
+    Raises:
+        ValueError: where there is none.
+    """
+    if os.path.isfile(os.path.join(folder, TRAINER_STATE_NAME)):
+        return folder
+    names = os.listdir(folder) if os.path.isdir(folder) else []
+    steps = [int(match[1]) for name in names if (match := re.fullmatch(r"checkpoint-(\d+)", name))]
+    for step in sorted(steps, reverse=True):
+        checkpoint = os.path.join(folder, f"checkpoint-{step}")
+        if os.path.isfile(os.path.join(checkpoint, TRAINER_STATE_NAME)):
+            return checkpoint
+    raise ValueError(
+        f"{folder} holds no whole checkpoint (a checkpoint-N folder with {TRAINER_STATE_NAME}) to resume from; leave out "
+        "--resume_from_checkpoint to start anew, or name another folder."
+    )

@@ -1,0 +1,86 @@
+"""Tiny checkpoints and pictures that the tests make themselves."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers.models.clip import CLIPImageProcessorPil
+
+from mmgem import MMGEMConfig, MMGEMModel, MMGEMProcessor
+from mmgem.data.tokenizer import train_tokenizer
+from mmgem.modeling_mmgem.conversion_mmgem import configure_generation
+from mmgem.processing import to_mmgem_tokenizer
+
+
+torch.set_num_threads(2)
+
+CORPUS = ["a dog on a beach", "the cat sat on the mat", "two people ride red bicycles", "snow on a mountain"] * 3
+VISION = {
+    "model_type": "clip_vision_model",
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "image_size": 32,
+    "patch_size": 8,
+}
+TEXT = {
+    "model_type": "llama",
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+}
+
+
+def make_picture(seed: int, size: tuple[int, int] = (48, 40)) -> Image.Image:
+    """A smooth picture of random colours, (width, height)."""
+    coarse = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
+    return Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC)
+
+
+@pytest.fixture(scope="session")
+def base_tokenizer():
+    return train_tokenizer(CORPUS, 320)
+
+
+@pytest.fixture(scope="session")
+def processor(base_tokenizer) -> MMGEMProcessor:
+    image_processor = CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    return MMGEMProcessor(image_processor, to_mmgem_tokenizer(base_tokenizer))
+
+
+def make_model(processor: MMGEMProcessor, seed: int = 0, **changes) -> MMGEMModel:
+    """A tiny model in eval mode; `changes` go to the text config, `config` to MMGEMConfig."""
+    tokenizer = processor.tokenizer
+    ids = tokenizer.convert_tokens_to_ids(["<image>", "[CAP]", "[EMB]"])
+    config_changes = changes.pop("config", {})
+    config = MMGEMConfig(
+        **{
+            "vision_config": VISION,
+            "text_config": {
+                **TEXT,
+                "vocab_size": len(tokenizer),
+                "bos_token_id": tokenizer.bos_token_id,
+                "eos_token_id": tokenizer.eos_token_id,
+                "pad_token_id": tokenizer.pad_token_id,
+                **changes,
+            },
+            "projection_dim": 16,
+            "image_token_id": ids[0],
+            "cap_token_id": ids[1],
+            "emb_token_id": ids[2],
+            **config_changes,
+        }
+    )
+    torch.manual_seed(seed)
+    model = MMGEMModel(config).eval()
+    configure_generation(model, tokenizer)
+    return model
+
+
+@pytest.fixture
+def model(processor) -> MMGEMModel:
+    return make_model(processor)

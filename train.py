@@ -1,0 +1,64 @@
+"""
+Trains stage 1 of MM-GEM (L = L_Emb + L_Gen), evaluates it, and saves a checkpoint.
+
+    accelerate launch train.py --config configs/scenes.yaml [--any_option value]
+    python train.py --train_file pairs.parquet --caption_column captions --output_dir outputs/mine --max_steps 1000
+"""
+
+import os
+import sys
+
+import torch
+import transformers
+
+import mmgem
+from mmgem.data.loading import load_pairs
+from mmgem.evaluation.evaluator import evaluate_model
+from mmgem.evaluation.report import write_report
+from mmgem.training.arguments import parse_arguments
+from mmgem.training.building import build_model_and_processor, initial_image_size
+from mmgem.training.trainer import MMGEMTrainer
+
+
+def main() -> None:
+    """Parse, build, train, save, evaluate."""
+    model_args, data_args, args = parse_arguments()
+    transformers.set_seed(args.seed)
+    train_dataset, eval_dataset = load_pairs(data_args, initial_image_size(model_args), args.seed)
+    model, processor = build_model_and_processor(model_args, train_dataset, data_args.max_length)
+    trainer = MMGEMTrainer(model, args, processor, train_dataset, eval_dataset, data_args.max_bad_fraction)
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    print(f"{model.num_parameters() / 1e6:.2f} M parameters, {trained / 1e6:.2f} M trained; {len(train_dataset)} pairs")
+
+    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    trainer.save_model()
+    if eval_dataset is None or not trainer.is_world_process_zero():
+        return
+    metrics, outputs = evaluate_model(
+        model, processor, eval_dataset, args.per_device_eval_batch_size, args.caption_samples
+    )
+    setting = {
+        "dataset": data_args.dataset_name or data_args.validation_file,
+        "split": "test" if data_args.dataset_name == "scenes" else "validation",
+        "size": len(eval_dataset),
+        "prompt": "<image>[CAP]",
+        "max_length": data_args.max_length,
+        "dtype": str(model.dtype),
+        "device": str(model.device),
+        "seed": args.seed,
+        "steps": trainer.state.global_step,
+        "objective": args.objective,
+        "model": args.output_dir,
+        "versions": {"mmgem": mmgem.__version__, "transformers": transformers.__version__, "torch": torch.__version__},
+    }
+    report = write_report(args.output_dir, metrics, setting, outputs, eval_dataset)
+    for name, value in metrics.items():
+        print(f"{name:28} {value:.4f}")
+    print(f"Report: {os.path.relpath(report)}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, FileNotFoundError) as error:
+        sys.exit(f"error: {error}")
