@@ -30,13 +30,17 @@ def from_vision_text_pretrained(
     """
     vision_model = _load_vision_tower(vision, image_size)
     causal_lm = AutoModelForCausalLM.from_pretrained(text, dtype=torch.float32)
-    tokenizer = to_mmgem_tokenizer(AutoTokenizer.from_pretrained(text))
+    old_tokenizer = AutoTokenizer.from_pretrained(text)
+    old_vocabulary = old_tokenizer.get_vocab()
+    tokenizer = to_mmgem_tokenizer(old_tokenizer)
     _check_language_model(causal_lm)
-    probe = torch.arange(min(32, causal_lm.config.vocab_size))[None]
+    # Inside a vocabulary that was padded, the new tokens take rows that no old token uses.
+    known = torch.tensor(sorted(i for i in old_vocabulary.values() if i < causal_lm.config.vocab_size))
+    probe = known[:32][None]
     with torch.no_grad():
-        expected = causal_lm.eval()(probe).logits
-    new_tokens = (IMAGE_TOKEN, CAP_TOKEN, EMB_TOKEN, tokenizer.pad_token)
-    _add_rows(causal_lm, len(tokenizer), [tokenizer.convert_tokens_to_ids(token) for token in new_tokens])
+        expected = causal_lm.eval()(probe).logits[..., known]
+    new_ids = [i for token, i in tokenizer.get_vocab().items() if token not in old_vocabulary]
+    _add_rows(causal_lm, len(tokenizer), known, new_ids)
 
     head = causal_lm.get_output_embeddings()
     config = MMGEMConfig(
@@ -58,12 +62,7 @@ def from_vision_text_pretrained(
     configure_generation(model, tokenizer)
 
     with torch.no_grad():
-        actual = model(probe).logits[..., : expected.shape[-1]]
-    # The rows of the new tokens may lie inside a padded vocabulary; every other logit is the checkpoint's.
-    old = torch.ones(expected.shape[-1], dtype=torch.bool)
-    old[[i for i in map(tokenizer.convert_tokens_to_ids, new_tokens) if i < len(old)]] = False
-    old_inputs = [i for i in range(probe.shape[1]) if old[i]]
-    error = (actual - expected)[:, : len(old_inputs)][..., old].abs().max() / expected.abs().max()
+        error = (model(probe).logits[..., known] - expected).abs().max() / expected.abs().max()
     if not error < 1e-4:
         raise ValueError(
             f"The logits of '{causal_lm.config.model_type}' ({text}) are computed in a way that MM-GEM does not know "
@@ -116,7 +115,10 @@ def _interpolate_positions(model: PreTrainedModel, config: PreTrainedConfig, ima
         positions = old.reshape(-1, old.shape[-1])
         prefix, grid = positions[: len(positions) - old_side**2], positions[len(positions) - old_side**2 :]
         grid = grid.T.reshape(1, -1, old_side, old_side)
-        grid = nn.functional.interpolate(grid, size=(side, side), mode="bicubic", align_corners=False)
+        antialias = config.model_type == "dinov2_with_registers"  # as that tower does it itself
+        grid = nn.functional.interpolate(
+            grid, size=(side, side), mode="bicubic", align_corners=False, antialias=antialias
+        )
         state[name] = torch.cat([prefix, grid.flatten(2)[0].T]).reshape(shapes[name].shape)
     resized.load_state_dict(state)
     return resized
@@ -135,17 +137,13 @@ def _check_language_model(causal_lm: PreTrainedModel) -> None:
         raise ValueError(f"'{name}' is not a plain causal language model with one head; choose another one.")
 
 
-def _add_rows(causal_lm: PreTrainedModel, vocab_size: int, new_ids: list[int]) -> None:
-    """Room for `new_ids` in embeddings and head, each new row (and bias) the mean of the old ones."""
-    old_size = causal_lm.config.vocab_size
-    if vocab_size > old_size:
+def _add_rows(causal_lm: PreTrainedModel, vocab_size: int, known: torch.Tensor, new_ids: list[int]) -> None:
+    """Room for `new_ids` in embeddings and head, each new row (and bias) the mean of the `known` ones."""
+    if vocab_size > causal_lm.config.vocab_size:
         causal_lm.resize_token_embeddings(vocab_size, mean_resizing=False)
-    first_new = min(new_ids)
     for module in {causal_lm.get_input_embeddings(), causal_lm.get_output_embeddings()}:
         for parameter in module.parameters():
-            mean = parameter.data[: min(first_new, old_size)].mean(0)
-            parameter.data[sorted(new_ids)] = mean
-            parameter.data[old_size:] = mean
+            parameter.data[new_ids] = parameter.data[known].mean(0)
 
 
 __all__ = ["configure_generation", "from_vision_text_pretrained"]
