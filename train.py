@@ -26,7 +26,15 @@ def main() -> None:
     transformers.set_seed(args.seed)
     train_dataset, eval_dataset = load_pairs(data_args, initial_image_size(model_args), args.seed)
     model, processor = build_model_and_processor(model_args, train_dataset, data_args.max_length)
-    trainer = MMGEMTrainer(model, args, processor, train_dataset, eval_dataset, data_args.max_bad_fraction)
+    trainer = MMGEMTrainer(
+        model,
+        args,
+        processor,
+        train_dataset,
+        eval_dataset,
+        max_bad_fraction=data_args.max_bad_fraction,
+        pack_length=data_args.pack_length if data_args.packing else 0,
+    )
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     print(f"{model.num_parameters() / 1e6:.2f} M parameters, {trained / 1e6:.2f} M trained; {len(train_dataset)} pairs")
 

@@ -202,7 +202,7 @@ def draw(scene: Scene, image_size: int) -> tuple[np.ndarray, list[np.ndarray]]:
         mask = np.zeros((image_size, image_size), dtype=bool)
         mask[top:bottom, left:right] = depth >= 0
         masks.append(mask)
-    pixels += rng.normal(0, 5, pixels.shape)
+    pixels += 5 * rng.standard_normal(pixels.shape, dtype=np.float32)
     return pixels.clip(0, 255).astype(np.uint8), masks
 
 
@@ -231,16 +231,19 @@ def inside(shape: str, u: np.ndarray, v: np.ndarray, radius: float) -> np.ndarra
 def _background(scene: Scene, size: int, rng: np.random.Generator) -> np.ndarray:
     """A dark ground of random hue with a faint texture, `(size, size, 3)` float."""
     tint = TONES[scene.tone] * rng.uniform(0.4, 1.6, 3)
-    row, column = np.mgrid[:size, :size] * (CANVAS / size)
-    period = rng.uniform(6, 12)
+    axis = np.arange(size) * (CANVAS / size)
+    row, column = axis[:, None], axis[None]
+    period = 2 * np.pi / rng.uniform(6, 12)
     wave = {
-        "plain": lambda: np.zeros((size, size)),
-        "horizontally striped": lambda: np.sign(np.sin(2 * np.pi * row / period)),
-        "vertically striped": lambda: np.sign(np.sin(2 * np.pi * column / period)),
-        "dotted": lambda: np.sign(np.sin(2 * np.pi * row / period) * np.sin(2 * np.pi * column / period) - 0.5),
+        "plain": lambda: np.zeros((1, 1)),
+        "horizontally striped": lambda: np.sign(np.sin(row * period)),
+        "vertically striped": lambda: np.sign(np.sin(column * period)),
+        "dotted": lambda: np.sign(np.sin(row * period) * np.sin(column * period) - 0.5),
         "shaded": lambda: (row + column) / CANVAS - 1,
     }[scene.texture]()
-    return tint + 9.0 * wave[..., None]
+    ground = np.empty((size, size, 3), dtype=np.float32)
+    ground[:] = tint + 9.0 * wave[..., None]
+    return ground
 
 
 def box_of(mask: np.ndarray) -> list[float]:

@@ -56,6 +56,10 @@ class DataArguments:
         metadata={"help": "A string, or a list of strings: one is drawn per step, all count in evaluation."},
     )
     max_length: int = field(default=50, metadata={"help": "Tokens per text, BOS and [EMB] included."})
+    packing: bool = field(
+        default=True, metadata={"help": "Pack sequences into rows without padding; false gives each a padded row."}
+    )
+    pack_length: int = field(default=128, metadata={"help": "Length of the packed rows."})
     max_train_samples: int | None = field(default=None, metadata={"help": "Use that many (scenes: draws 20,000)."})
     max_eval_samples: int | None = field(default=None, metadata={"help": "Use that many (scenes: draws 500)."})
     augmentation_scale: float = field(

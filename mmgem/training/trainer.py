@@ -39,6 +39,7 @@ class MMGEMTrainer(Trainer):
     Args:
         processor: saved with every checkpoint.
         max_bad_fraction: share of unreadable examples that ends the run.
+        pack_length: see [`PairCollator`].
     """
 
     def __init__(
@@ -49,13 +50,14 @@ class MMGEMTrainer(Trainer):
         train_dataset: PairDataset,
         eval_dataset: PairDataset | None = None,
         max_bad_fraction: float = 0.01,
+        pack_length: int = 0,
         **kwargs: Any,
     ):
         freeze_parameters(model, args.objective, args.freeze)
         super().__init__(
             model=model,
             args=args,
-            data_collator=PairCollator(processor, args.objective),
+            data_collator=PairCollator(processor, args.objective, pack_length),
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processor,
@@ -152,7 +154,7 @@ class MMGEMTrainer(Trainer):
             self._sums.clear()
             if self.args.objective != "caption":
                 model = self.accelerator.unwrap_model(self.model)
-                logs["tau"] = float((-model.logit_scale.float()).exp())
+                logs["tau"] = (-model.logit_scale.detach().float()).exp().item()
             now = time.perf_counter()
             elapsed = now - self._interval["start"]
             logs["samples_per_second"] = round(self._interval["samples"] / elapsed, 1)
