@@ -36,7 +36,9 @@ def main() -> None:
         pack_length=data_args.pack_length if data_args.packing else 0,
     )
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    print(f"{model.num_parameters() / 1e6:.2f} M parameters, {trained / 1e6:.2f} M trained; {len(train_dataset)} pairs")
+    print(
+        f"{model.num_parameters() / 1e6:.2f} M parameters, {trained / 1e6:.2f} M trained; {len(train_dataset)} pairs"
+    )
 
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     trainer.save_model()

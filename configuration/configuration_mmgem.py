@@ -8,6 +8,9 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
 
+TOKEN_IDS = ("image_token_id", "cap_token_id", "emb_token_id")
+
+
 @strict
 class MMGEMConfig(PreTrainedConfig):
     r"""
@@ -20,9 +23,9 @@ class MMGEMConfig(PreTrainedConfig):
             The language model: any causal LM of transformers with attention only (no recurrent state).
         projection_dim (`int`, *optional*, defaults to 512):
             D, the size of the shared embedding space.
-        image_token_id, cap_token_id, emb_token_id (`int`, *optional*):
+        image_token_id, cap_token_id, emb_token_id (`int`, *optional*, default to -3, -2, -1):
             Ids of `<image>` (a visual token's place), `[CAP]` (a caption starts) and `[EMB]` (the sentence
-            embedding is read here). `None` stands for the last three ids of the vocabulary, in this order.
+            embedding is read here); negative ones count from the end of the vocabulary.
         region_grid_size (`int`, *optional*, defaults to 1):
             k: a region becomes k x k visual tokens in front of its caption.
         num_soft_prompts (`int`, *optional*, defaults to 64):
@@ -58,12 +61,12 @@ class MMGEMConfig(PreTrainedConfig):
         "text_config": SubConfigSpec(config_class=AutoConfig, model_type="llama"),
     }
 
-    vision_config: dict | PreTrainedConfig | None = None
-    text_config: dict | PreTrainedConfig | None = None
+    vision_config: Any = None
+    text_config: Any = None
     projection_dim: int = 512
-    image_token_id: int | None = None
-    cap_token_id: int | None = None
-    emb_token_id: int | None = None
+    image_token_id: int = -3
+    cap_token_id: int = -2
+    emb_token_id: int = -1
     region_grid_size: int = 1
     num_soft_prompts: int = 64
     lm_head_bias: bool = False
@@ -75,19 +78,15 @@ class MMGEMConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
         vocab_size = self.text_config.vocab_size
-        if self.image_token_id is None:
-            self.image_token_id = vocab_size - 3
-        if self.cap_token_id is None:
-            self.cap_token_id = vocab_size - 2
-        if self.emb_token_id is None:
-            self.emb_token_id = vocab_size - 1
+        for name in TOKEN_IDS:
+            setattr(self, name, getattr(self, name) % vocab_size if getattr(self, name) < 0 else getattr(self, name))
         # The library ties by the top config, checkpoints of language models say it in their own.
         if getattr(self.text_config, "tie_word_embeddings", False):
             self.tie_word_embeddings = True
 
     def validate_token_ids(self) -> None:
         """Raises ValueError unless the three special tokens are distinct ids of the vocabulary."""
-        ids = {name: getattr(self, name) for name in ("image_token_id", "cap_token_id", "emb_token_id")}
+        ids = {name: getattr(self, name) for name in TOKEN_IDS}
         outside = {name: i for name, i in ids.items() if not 0 <= i < self.text_config.vocab_size}
         if outside or len(set(ids.values())) < len(ids):
             raise ValueError(

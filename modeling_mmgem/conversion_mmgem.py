@@ -8,7 +8,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
 from ..configuration.configuration_mmgem import MMGEMConfig
-from ..processing.tokenization_mmgem import CAP_TOKEN, EMB_TOKEN, IMAGE_TOKEN, to_mmgem_tokenizer
+from ..processing.tokenization_mmgem import special_token_ids, to_mmgem_tokenizer
 
 
 def from_vision_text_pretrained(
@@ -46,9 +46,7 @@ def from_vision_text_pretrained(
     config = MMGEMConfig(
         vision_config=vision_model.config.to_dict(),
         text_config=causal_lm.config.to_dict(),
-        image_token_id=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
-        cap_token_id=tokenizer.convert_tokens_to_ids(CAP_TOKEN),
-        emb_token_id=tokenizer.convert_tokens_to_ids(EMB_TOKEN),
+        **special_token_ids(tokenizer),
         lm_head_bias=head.bias is not None,
         **config_kwargs,
     )
@@ -77,7 +75,7 @@ def configure_generation(model: Any, tokenizer: Any) -> None:
     generation.bos_token_id = tokenizer.bos_token_id
     generation.eos_token_id = tokenizer.eos_token_id
     generation.pad_token_id = tokenizer.pad_token_id
-    generation.suppress_tokens = tokenizer.convert_tokens_to_ids([IMAGE_TOKEN, CAP_TOKEN, EMB_TOKEN])
+    generation.suppress_tokens = list(special_token_ids(tokenizer).values())
 
 
 def _load_vision_tower(vision: str, image_size: int | None) -> PreTrainedModel:

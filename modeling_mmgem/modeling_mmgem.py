@@ -1,7 +1,7 @@
 """
 PyTorch MM-GEM model: one vision encoder and one language model that embeds sentences and writes captions.
 
-    pixels  -> vision_model -> V -> PoolAggregator -> visual_projection (h1) -> V_Emb -> region_projection (h4, regions)
+    pixels  -> vision_model -> V -> PoolAggregator -> visual_projection (h1) -> V_Emb (-> region_projection, h4)
     V_Emb   -> caption_projection (h3) -> V_in -> at the `<image>` placeholders of the language model's input
     tokens  -> language_model -> hidden state at [EMB] -> text_projection (h2) -> W_Emb
                               -> hidden states of the caption -> lm_head
@@ -48,15 +48,15 @@ class MMGEMOutput(ModelOutput):
         past_key_values (`Cache`): with `use_cache=True`.
     """
 
-    loss: torch.FloatTensor | None = None
-    contrastive_loss: torch.FloatTensor | None = None
-    caption_loss: torch.FloatTensor | None = None
-    logits_per_image: torch.FloatTensor | None = None
-    logits_per_text: torch.FloatTensor | None = None
-    image_embeds: torch.FloatTensor | None = None
-    text_embeds: torch.FloatTensor | None = None
-    logits: torch.FloatTensor | None = None
-    logit_scale: torch.FloatTensor | None = None
+    loss: torch.Tensor | None = None
+    contrastive_loss: torch.Tensor | None = None
+    caption_loss: torch.Tensor | None = None
+    logits_per_image: torch.Tensor | None = None
+    logits_per_text: torch.Tensor | None = None
+    image_embeds: torch.Tensor | None = None
+    text_embeds: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    logit_scale: torch.Tensor | None = None
     past_key_values: Cache | None = None
 
 
@@ -81,7 +81,7 @@ class MMGEMModel(PreTrainedModel, GenerationMixin):
     config_class = MMGEMConfig
     base_model_prefix = ""
     main_input_name = "input_ids"
-    input_modalities = ("image", "text")
+    input_modalities = ("image", "text")  # type: ignore[assignment]
     supports_gradient_checkpointing = True
     _skip_keys_device_placement = ["past_key_values"]
     _supports_flash_attn = True
@@ -195,10 +195,10 @@ class MMGEMModel(PreTrainedModel, GenerationMixin):
 
     def get_image_features(
         self,
-        pixel_values: torch.FloatTensor,
-        boxes: torch.FloatTensor | None = None,
+        pixel_values: torch.Tensor,
+        boxes: torch.Tensor | None = None,
         masks: torch.Tensor | None = None,
-        region_mask: torch.BoolTensor | None = None,
+        region_mask: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPooling:
         """
@@ -226,9 +226,9 @@ class MMGEMModel(PreTrainedModel, GenerationMixin):
 
     def get_text_features(
         self,
-        input_ids: torch.LongTensor,
+        input_ids: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPooling:
         """
@@ -244,7 +244,7 @@ class MMGEMModel(PreTrainedModel, GenerationMixin):
         Raises:
             ValueError: where a row has no [EMB].
         """
-        is_emb = input_ids == self.config.emb_token_id
+        is_emb = input_ids.eq(self.config.emb_token_id)
         torch_compilable_check(
             is_emb.any(-1).all(),
             f"A text has no [EMB] token (id {self.config.emb_token_id}) at its end; tokenize it with the processor.",
@@ -258,12 +258,12 @@ class MMGEMModel(PreTrainedModel, GenerationMixin):
 
     def get_embedding(
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        pixel_values: torch.FloatTensor | None = None,
-        boxes: torch.FloatTensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        boxes: torch.Tensor | None = None,
         masks: torch.Tensor | None = None,
-        region_mask: torch.BoolTensor | None = None,
+        region_mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """
         Embeddings of texts, of pictures, or of regions of pictures, in one space.
@@ -285,8 +285,10 @@ class MMGEMModel(PreTrainedModel, GenerationMixin):
         if pixel_values is not None:
             features = self.get_image_features(pixel_values, boxes, masks, region_mask)
         else:
+            assert input_ids is not None
             features = self.get_text_features(input_ids, attention_mask)
-        return nn.functional.normalize(features.pooler_output, dim=-1)
+        embeds: torch.Tensor = features.pooler_output  # type: ignore[assignment]
+        return nn.functional.normalize(embeds, dim=-1)
 
     # ---------------------------------------------------------- language model
 
@@ -317,7 +319,7 @@ class MMGEMModel(PreTrainedModel, GenerationMixin):
     def _embed_tokens(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Input vectors `(B, T, H)`; every run of exactly 64 [CAP] becomes [CAP_1..64] (equation 6)."""
         inputs_embeds = self.get_input_embeddings()(input_ids)
-        is_cap = input_ids == self.config.cap_token_id
+        is_cap = input_ids.eq(self.config.cap_token_id)
         length = input_ids.shape[1]
         index = torch.arange(length, device=input_ids.device).expand_as(input_ids)
         before = torch.where(is_cap, -1, index).cummax(-1).values
@@ -330,18 +332,19 @@ class MMGEMModel(PreTrainedModel, GenerationMixin):
         self, inputs_embeds: torch.Tensor, input_ids: torch.Tensor, tokens: torch.Tensor
     ) -> torch.Tensor:
         """V_in at the `<image>` placeholders; no placeholder at all beside [EMB] is CLIP's use of the model."""
-        is_image = input_ids == self.config.image_token_id
+        is_image = input_ids.eq(self.config.image_token_id)
         placeholders = is_image.sum()
         torch_compilable_check(
-            (placeholders == len(tokens))
-            | ((placeholders == 0) & (input_ids == self.config.emb_token_id).any()),
+            placeholders.eq(len(tokens)) | (placeholders.eq(0) & input_ids.eq(self.config.emb_token_id).any()),
             f"The pictures or regions give {len(tokens)} visual tokens, but input_ids hold another number of <image> "
             f"placeholders (id {self.config.image_token_id}); let the processor write the prompt.",
         )
         return inputs_embeds.masked_scatter(is_image[..., None], tokens.to(inputs_embeds.dtype))
 
     @torch.no_grad()
-    def generate(self, inputs: torch.Tensor | None = None, **kwargs: Any) -> Any:
+    def generate(  # type: ignore[override]
+        self, inputs: torch.Tensor | None = None, **kwargs: Any
+    ) -> Any:
         """
         Captions: [`GenerationMixin.generate`] after `<bos> <image> [CAP]`, as the processor's `task="caption"` writes
         it. The pictures are encoded once, before beams and `num_return_sequences` multiply the rows.
@@ -353,31 +356,31 @@ class MMGEMModel(PreTrainedModel, GenerationMixin):
         picture = {name: kwargs.pop(name, None) for name in ("pixel_values", "boxes", "masks", "region_mask")}
         input_ids = kwargs.get("input_ids") if inputs is None else inputs
         if picture["pixel_values"] is None:
-            return super().generate(inputs, **kwargs)
-        if input_ids is None or not bool((input_ids == self.config.image_token_id).any()):
+            return super().generate(inputs, **kwargs)  # type: ignore[misc]
+        if input_ids is None or not bool(input_ids.eq(self.config.image_token_id).any()):
             raise ValueError(
-                'The pictures have no <image> placeholder in input_ids, so no caption would see them; use '
+                "The pictures have no <image> placeholder in input_ids, so no caption would see them; use "
                 'processor(images=…, task="caption").'
             )
         features, grid = self._patch_features(picture.pop("pixel_values"))
         tokens = self._visual_tokens(features, grid, **picture)
         embeds = self._place_visual_tokens(self._embed_tokens(input_ids), input_ids, tokens)
-        return super().generate(inputs, inputs_embeds=embeds, **kwargs)
+        return super().generate(inputs, inputs_embeds=embeds, **kwargs)  # type: ignore[misc]
 
     @can_return_tuple
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
-        pixel_values: torch.FloatTensor | None = None,
-        boxes: torch.FloatTensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        boxes: torch.Tensor | None = None,
         masks: torch.Tensor | None = None,
-        region_mask: torch.BoolTensor | None = None,
-        labels: torch.LongTensor | None = None,
+        region_mask: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
         return_loss: bool | None = None,
         past_key_values: Cache | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         num_items_in_batch: torch.Tensor | int | None = None,
@@ -411,25 +414,27 @@ class MMGEMModel(PreTrainedModel, GenerationMixin):
         """
         if input_ids is None and inputs_embeds is None and pixel_values is None:
             raise ValueError("Pass input_ids (or inputs_embeds), pixel_values, or both.")
-        output = MMGEMOutput(logit_scale=self.logit_scale.float().clamp(max=self.config.logit_scale_max_value).exp())
+        logit_scale = self.logit_scale.float().clamp(max=self.config.logit_scale_max_value).exp()
+        output = MMGEMOutput(logit_scale=logit_scale)
+        image_embeds = text_embeds = None
         if pixel_values is not None:
             features, grid = self._patch_features(pixel_values)
             embeds = self._image_features(features, grid, boxes, masks)
             if region_mask is not None:
                 embeds = embeds * region_mask[..., None].to(embeds.dtype)
-            output.image_embeds = nn.functional.normalize(embeds, dim=-1)
+            image_embeds = output.image_embeds = nn.functional.normalize(embeds, dim=-1)
 
-        if input_ids is not None or inputs_embeds is not None:
-            if inputs_embeds is None:
-                inputs_embeds = self._embed_tokens(input_ids)
-                if pixel_values is not None:
-                    tokens = self._visual_tokens(features, grid, boxes, masks, region_mask)
-                    inputs_embeds = self._place_visual_tokens(inputs_embeds, input_ids, tokens)
-                elif past_key_values is None or past_key_values.get_seq_length() == 0:
-                    torch_compilable_check(
-                        ~(input_ids == self.config.image_token_id).any(),
-                        "input_ids hold <image> placeholders, but there are no pixel_values to fill them.",
-                    )
+        if inputs_embeds is None and input_ids is not None:
+            inputs_embeds = self._embed_tokens(input_ids)
+            if pixel_values is not None:
+                tokens = self._visual_tokens(features, grid, boxes, masks, region_mask)
+                inputs_embeds = self._place_visual_tokens(inputs_embeds, input_ids, tokens)
+            elif past_key_values is None or past_key_values.get_seq_length() == 0:
+                torch_compilable_check(
+                    ~input_ids.eq(self.config.image_token_id).any(),
+                    "input_ids hold <image> placeholders, but there are no pixel_values to fill them.",
+                )
+        if inputs_embeds is not None:
             outputs = self._language_hidden_states(
                 inputs_embeds,
                 attention_mask,
@@ -441,9 +446,10 @@ class MMGEMModel(PreTrainedModel, GenerationMixin):
             output.past_key_values = outputs.past_key_values
             hidden_states = outputs.last_hidden_state
             if input_ids is not None and past_key_values is None:
-                at_emb = hidden_states[input_ids == self.config.emb_token_id]
+                at_emb = hidden_states[input_ids.eq(self.config.emb_token_id)]
                 if len(at_emb) > 0:
-                    output.text_embeds = nn.functional.normalize(self.text_projection(at_emb), dim=-1)
+                    text_embeds = nn.functional.normalize(self.text_projection(at_emb), dim=-1)
+                    output.text_embeds = text_embeds
             if labels is not None:
                 predicts = labels[:, 1:] != -100
                 output.caption_loss = caption_loss(
@@ -452,22 +458,21 @@ class MMGEMModel(PreTrainedModel, GenerationMixin):
             if labels is None or not self.training:
                 output.logits = self._logits(slice_logits_to_keep(hidden_states, logits_to_keep))
 
-        if output.text_embeds is not None and output.image_embeds is not None:
-            image_embeds = output.image_embeds
+        if text_embeds is not None and image_embeds is not None:
             if image_embeds.ndim == 3:
                 image_embeds = image_embeds.flatten(0, 1) if region_mask is None else image_embeds[region_mask]
-            output.logits_per_text = output.logit_scale * output.text_embeds @ image_embeds.T
+            output.logits_per_text = logit_scale * text_embeds @ image_embeds.T
             output.logits_per_image = output.logits_per_text.T
             if return_loss:
-                if len(image_embeds) != len(output.text_embeds):
+                if len(image_embeds) != len(text_embeds):
                     raise ValueError(
-                        f"return_loss pairs text i with picture i, but there are {len(output.text_embeds)} texts and "
+                        f"return_loss pairs text i with picture i, but there are {len(text_embeds)} texts and "
                         f"{len(image_embeds)} pictures."
                     )
-                output.contrastive_loss = contrastive_loss(output.text_embeds, image_embeds, output.logit_scale)
+                output.contrastive_loss = contrastive_loss(text_embeds, image_embeds, logit_scale)
         losses = [loss for loss in (output.contrastive_loss, output.caption_loss) if loss is not None]
         if losses:
-            output.loss = sum(losses)
+            output.loss = torch.stack(losses).sum()
         return output
 
 

@@ -79,6 +79,7 @@ class PoolAggregator(nn.Module):
         else:
             if grid_size != 1:
                 raise ValueError(f"A mask pools into one vector, but region_grid_size is {grid_size}; pass boxes.")
+            assert masks is not None
             weights = self.weights_of_masks(masks)
         return weights.to(patch_features.dtype) @ patch_features
 
@@ -91,7 +92,7 @@ class PoolAggregator(nn.Module):
         return weights.flatten(4).flatten(1, 3)
 
     def weights_of_masks(self, masks: torch.Tensor) -> torch.Tensor:
-        """Area of the mask in each patch, normalised: `(B, R, height, width)` to `(B, R, P)`. An empty mask gives 0."""
+        """Area of the mask per patch, normalised: `(B, R, height, width)` to `(B, R, P)`; an empty mask gives 0."""
         masks = masks if masks.is_floating_point() else masks.float()
         area = nn.functional.avg_pool2d(masks, self.patch_size).flatten(2)
         return area / area.sum(-1, keepdim=True).clamp(min=torch.finfo(area.dtype).tiny)

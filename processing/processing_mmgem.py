@@ -24,8 +24,8 @@ class MMGEMProcessor(ProcessorMixin):
     Args:
         image_processor: of the vision tower.
         tokenizer: from [`to_mmgem_tokenizer`].
-        max_length (`int`, *optional*, defaults to 50): tokens of a text, BOS and [EMB] included (paper: 50 in
-            training, 200 for long captions at test time).
+        max_length (`int`, *optional*, defaults to 50): tokens of a text, BOS and [EMB] included (paper: 50
+            in training, 200 for long captions at test time).
         region_grid_size (`int`, *optional*, defaults to 1): k, as in [`MMGEMConfig`].
         num_soft_prompts (`int`, *optional*, defaults to 64): as in [`MMGEMConfig`].
 
@@ -46,8 +46,8 @@ class MMGEMProcessor(ProcessorMixin):
         if not ends_with_emb(tokenizer):
             raise ValueError(
                 f"This tokenizer does not end a text with {EMB_TOKEN}, so no sentence embedding could be read. It was "
-                "probably loaded with add_bos_token or add_eos_token, or saved by hand; load it without these options, "
-                "or make it anew with mmgem.processing.to_mmgem_tokenizer."
+                "probably loaded with add_bos_token or add_eos_token, or saved by hand; load it without these, or "
+                "make it anew with mmgem.processing.to_mmgem_tokenizer."
             )
         self.max_length = max_length
         self.region_grid_size = region_grid_size
@@ -120,8 +120,10 @@ class MMGEMProcessor(ProcessorMixin):
         """
         texts = [text] if isinstance(text, str) else None if text is None else list(text)
         self._check_texts(texts, images, task)
-        text_kwargs = {
-            name: kwargs.pop(name) for name in ("max_length", "truncation", "padding", "padding_side") if name in kwargs
+        text_kwargs: dict[str, Any] = {
+            name: kwargs.pop(name)
+            for name in ("max_length", "truncation", "padding", "padding_side")
+            if name in kwargs
         }
         data: dict[str, Any] = {}
         pictures = self._load_images(images)
@@ -210,7 +212,7 @@ class MMGEMProcessor(ProcessorMixin):
             raise ValueError(f"There are {len(texts)} prompts for {number} pictures or regions.")
         prompts = []
         for i, sample in enumerate(texts):
-            before, image, behind = sample.partition(IMAGE_TOKEN) if IMAGE_TOKEN in sample else ("", "", sample)
+            before, _, behind = sample.partition(IMAGE_TOKEN) if IMAGE_TOKEN in sample else ("", "", sample)
             if IMAGE_TOKEN in behind:
                 raise ValueError(f"text[{i}] holds more than one {IMAGE_TOKEN}; a caption is of one picture.")
             prompts.append(self.bos + before + opening + behind.removeprefix(CAP_TOKEN))

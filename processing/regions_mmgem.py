@@ -83,8 +83,8 @@ def map_box(box: Sequence[float], width: int, height: int, geometry: Geometry, n
     mapped = mapped.clip(0, np.tile(geometry.window, 2))
     if mapped[2] <= mapped[0] or mapped[3] <= mapped[1]:
         raise ValueError(
-            f"{name} = {corners.tolist()} is cut away by the centre crop of its {width} x {height} picture; drop it, or "
-            "use an image processor that resizes to a square without cropping."
+            f"{name} = {corners.tolist()} is cut away by the centre crop of its {width} x {height} picture; drop it, "
+            "or use an image processor that resizes to a square without cropping."
         )
     return mapped.astype(np.float32)
 

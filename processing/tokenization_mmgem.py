@@ -1,5 +1,7 @@
 """What turns a language model's tokenizer into MM-GEM's: three tokens, a pad token, and [EMB] at the end of a text."""
 
+from typing import Any
+
 from tokenizers.processors import TemplateProcessing
 from transformers import AddedToken, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
@@ -15,6 +17,13 @@ def starts_with_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
     return tokenizer.bos_token_id is not None and ids[0] == tokenizer.bos_token_id
 
 
+def special_token_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """The ids of the three tokens, under the names that [`MMGEMConfig`] has for them."""
+    names = {"image_token_id": IMAGE_TOKEN, "cap_token_id": CAP_TOKEN, "emb_token_id": EMB_TOKEN}
+    vocabulary = tokenizer.get_vocab()
+    return {name: vocabulary[token] for name, token in names.items()}
+
+
 def ends_with_emb(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether this tokenizer puts [EMB] behind a text."""
     return tokenizer("a")["input_ids"][-1] == tokenizer.convert_tokens_to_ids(EMB_TOKEN)
@@ -22,7 +31,7 @@ def ends_with_emb(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 def to_mmgem_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerFast:
     """
-    A tokenizer with the same vocabulary plus `<image>`, [CAP], [EMB] (and `<pad>` where there is no pad token), whose
+    The same vocabulary plus `<image>`, [CAP], [EMB] (and `<pad>` where there is no pad token), in a tokenizer whose
     post-processor writes "(BOS) text [EMB]".
 
     The result is of the generic class: those of single models rebuild their post-processor when they are loaded, and
@@ -33,8 +42,8 @@ def to_mmgem_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenize
     """
     if getattr(tokenizer, "backend_tokenizer", None) is None:
         raise ValueError(
-            f"{type(tokenizer).__name__} has no fast backend (tokenizer.json), so it cannot append {EMB_TOKEN} itself; "
-            "convert the tokenizer to a fast one first."
+            f"{type(tokenizer).__name__} has no fast backend (tokenizer.json), so it cannot append {EMB_TOKEN} "
+            "itself; convert the tokenizer to a fast one first."
         )
     bos = tokenizer.bos_token if starts_with_bos(tokenizer) else None
     names = ("bos_token", "eos_token", "unk_token", "pad_token")
@@ -51,9 +60,7 @@ def to_mmgem_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenize
         [AddedToken(token, special=True, normalized=False) for token in (IMAGE_TOKEN, CAP_TOKEN, EMB_TOKEN)],
         special_tokens=True,
     )
-    ids = {EMB_TOKEN: result.convert_tokens_to_ids(EMB_TOKEN)}
-    if bos is not None:
-        ids[bos] = tokenizer.bos_token_id
+    ids = {token: result.get_vocab()[token] for token in (bos, EMB_TOKEN) if token is not None}
     start = f"{bos} " if bos is not None else ""
     result.backend_tokenizer.post_processor = TemplateProcessing(
         single=f"{start}$A {EMB_TOKEN}", pair=f"{start}$A $B {EMB_TOKEN}", special_tokens=list(ids.items())
@@ -61,4 +68,12 @@ def to_mmgem_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenize
     return result
 
 
-__all__ = ["CAP_TOKEN", "EMB_TOKEN", "IMAGE_TOKEN", "ends_with_emb", "starts_with_bos", "to_mmgem_tokenizer"]
+__all__ = [
+    "CAP_TOKEN",
+    "EMB_TOKEN",
+    "IMAGE_TOKEN",
+    "ends_with_emb",
+    "special_token_ids",
+    "starts_with_bos",
+    "to_mmgem_tokenizer",
+]

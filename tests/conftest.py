@@ -10,6 +10,7 @@ from mmgem import MMGEMConfig, MMGEMModel, MMGEMProcessor
 from mmgem.data.tokenizer import train_tokenizer
 from mmgem.modeling_mmgem.conversion_mmgem import configure_generation
 from mmgem.processing import to_mmgem_tokenizer
+from mmgem.processing.tokenization_mmgem import special_token_ids
 
 
 torch.set_num_threads(2)
@@ -55,7 +56,6 @@ def processor(base_tokenizer) -> MMGEMProcessor:
 def make_model(processor: MMGEMProcessor, seed: int = 0, **changes) -> MMGEMModel:
     """A tiny model in eval mode; `changes` go to the text config, `config` to MMGEMConfig."""
     tokenizer = processor.tokenizer
-    ids = tokenizer.convert_tokens_to_ids(["<image>", "[CAP]", "[EMB]"])
     config_changes = changes.pop("config", {})
     config = MMGEMConfig(
         **{
@@ -69,9 +69,7 @@ def make_model(processor: MMGEMProcessor, seed: int = 0, **changes) -> MMGEMMode
                 **changes,
             },
             "projection_dim": 16,
-            "image_token_id": ids[0],
-            "cap_token_id": ids[1],
-            "emb_token_id": ids[2],
+            **special_token_ids(tokenizer),
             **config_changes,
         }
     )

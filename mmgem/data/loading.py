@@ -38,7 +38,7 @@ def load_pairs(arguments: DataArguments, image_size: int, seed: int) -> tuple[Pa
         tables = [_read_file(file) if file else None for file in files]
         roots = [os.path.dirname(file) if file else "" for file in files]
     limits = [arguments.max_train_samples, arguments.max_eval_samples]
-    pairs = []
+    pairs: list[PairDataset | None] = []
     for i, (table, root, limit) in enumerate(zip(tables, roots, limits)):
         if table is None:
             pairs.append(None)

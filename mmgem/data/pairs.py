@@ -100,7 +100,7 @@ def open_image(value: Any, root: str = "") -> Image.Image:
 
 
 def random_crop(image: Image.Image, scale: float, rng: np.random.Generator) -> Image.Image:
-    """A random part of the picture, at least `scale` of its area, its sides in a ratio of 3:4 to 4:3 to the whole's."""
+    """A random part of the picture: at least `scale` of its area, stretched by 4:3 at most against the whole."""
     area, ratio = rng.uniform(scale, 1), np.exp(rng.uniform(-1, 1) * np.log(4 / 3))
     width = min(1.0, float(np.sqrt(area * ratio))) * image.width
     height = min(1.0, float(np.sqrt(area / ratio))) * image.height

@@ -195,7 +195,7 @@ def draw(scene: Scene, image_size: int) -> tuple[np.ndarray, list[np.ndarray]]:
         top, bottom = (int(np.clip(v * scale, 0, image_size)) for v in (item.y - reach, item.y + reach + 1))
         u = (np.arange(left, right) + 0.5) / scale - item.x
         v = (np.arange(top, bottom) + 0.5) / scale - item.y
-        depth = inside(item.shape, *np.meshgrid(u, v), item.radius) * scale
+        depth = inside(item.shape, u[None], v[:, None], item.radius) * scale
         cover = np.clip(depth + 0.5, 0, 1)[..., None]  # anti-aliased edge, one pixel wide
         window = pixels[top:bottom, left:right]
         window += cover * (colour - window)
@@ -259,9 +259,10 @@ def long_caption(scene: Scene) -> str:
     number = ("one object", "two objects", "three objects", "four objects")[count - 1]
     ground = f"a {scene.tone}, {scene.texture} ground"
     sentences = [
-        (f"This is a computer drawing of {number} on {ground}.", f"On {ground} one can see {number}, drawn by a program.")[
-            rng.integers(2)
-        ]
+        (
+            f"This is a computer drawing of {number} on {ground}.",
+            f"On {ground} one can see {number}, drawn by a program.",
+        )[rng.integers(2)]
     ]
     for item in scene.objects:
         text = (
@@ -282,7 +283,7 @@ def long_caption(scene: Scene) -> str:
         f"The colours of the objects are {', '.join(colours)}, and no other colour stands out from the dark behind.",
         "All edges are clean, nothing covers anything else, and every object is wholly inside the frame.",
         f"There is no {', no '.join(absent)} anywhere in this picture.",
-        "There are no people, no animals and no letters, only flat shapes as in a child's book about forms and colours.",
+        "There are no people, animals or letters, only flat shapes as in a child's book about forms and colours.",
         "The light is even, nothing throws a shadow, and nothing suggests that any of the shapes is about to move.",
     ]
     for detail in details:

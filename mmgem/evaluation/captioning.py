@@ -81,11 +81,10 @@ def bleu(candidates: Sequence[str], references: Sequence[Sequence[str]], max_n: 
         for ngram, count in _ngrams(words, max_n).items():
             totals[len(ngram) - 1] += count
             hits[len(ngram) - 1] += min(count, most[ngram])
-    if not hits.all():
-        last = int(np.argmin(hits > 0))  # from this order on nothing matched
-    else:
-        last = max_n
-    penalty = 1.0 if candidate_length >= reference_length else math.exp(1 - reference_length / max(candidate_length, 1))
+    last = max_n if hits.all() else int(np.argmin(hits > 0))  # beyond this order nothing matched
+    penalty = (
+        1.0 if candidate_length >= reference_length else math.exp(1 - reference_length / max(candidate_length, 1))
+    )
     precisions = hits / np.maximum(totals, 1)
     return [penalty * float(np.exp(np.log(precisions[:n]).mean())) if n <= last else 0.0 for n in range(1, max_n + 1)]
 

@@ -34,7 +34,7 @@ def evaluate_model(
     was_training = model.training
     model.eval()
     try:
-        outputs = embed_pairs(model, processor, dataset, batch_size)
+        outputs: dict[str, Any] = dict(embed_pairs(model, processor, dataset, batch_size))
         metrics = retrieval_metrics(outputs["text_embeds"], outputs["image_embeds"], outputs["text_to_image"])
         metrics["caption_loss"] = held_out_caption_loss(model, processor, dataset, batch_size)
         if caption_samples:
@@ -50,7 +50,7 @@ def evaluate_model(
 def embed_pairs(
     model: MMGEMModel, processor: MMGEMProcessor, dataset: PairDataset, batch_size: int
 ) -> dict[str, torch.Tensor]:
-    """Unit-norm embeddings of every picture and every caption, on the CPU; `text_to_image` says which belong together."""
+    """Unit-norm embeddings of every picture and caption, on the CPU; `text_to_image` says which belong together."""
     captions = [(i, caption) for i, of_image in enumerate(dataset.captions()) for caption in of_image]
     texts = []
     for start in range(0, len(captions), batch_size):
@@ -74,7 +74,7 @@ def held_out_caption_loss(
 ) -> float:
     """L_Gen in nats per token, EOS included, over all captions of the dataset."""
     collate = PairCollator(processor, "caption")
-    total = tokens = 0
+    total, tokens = 0.0, 0
     for examples in _batches(dataset, len(dataset), batch_size):
         pairs = [{**example, "caption": caption} for example in examples for caption in example["captions"]]
         for start in range(0, len(pairs), batch_size):

@@ -20,7 +20,7 @@ def write_report(
     output_dir: str, metrics: dict[str, float], setting: dict[str, Any], outputs: dict[str, Any], dataset: PairDataset
 ) -> str:
     """
-    Writes `results.json`, `report.md`, `captions.png` and `retrieval.png` into `output_dir`; returns the report's path.
+    Writes `results.json`, `report.md`, `captions.png` and `retrieval.png`; returns the report's path.
 
     Args:
         metrics, outputs: what [`evaluate_model`] returns.

@@ -35,7 +35,9 @@ class ModelArguments:
 
     def __post_init__(self) -> None:
         if bool(self.vision_model_name_or_path) != bool(self.text_model_name_or_path):
-            raise ValueError("vision_model_name_or_path and text_model_name_or_path go together; give both or neither.")
+            raise ValueError(
+                "vision_model_name_or_path and text_model_name_or_path go together; give both or neither."
+            )
         if self.init_from and (self.vision_model_name_or_path or self.vision_config or self.text_config):
             raise ValueError("init_from brings its own architecture; drop the settings of the towers.")
 
@@ -106,7 +108,9 @@ class MMGEMTrainingArguments(TrainingArguments):
         self.dataloader_drop_last = True  # a ragged last batch would change the number of negatives
 
 
-def parse_arguments(arguments: list[str] | None = None) -> tuple[ModelArguments, DataArguments, MMGEMTrainingArguments]:
+def parse_arguments(
+    arguments: list[str] | None = None,
+) -> tuple[ModelArguments, DataArguments, MMGEMTrainingArguments]:
     """
     `--config file.yaml` and `--option value`, the command line winning over the file.
 

@@ -11,7 +11,7 @@ from ..data.tokenizer import train_tokenizer
 from ..modeling_mmgem import MMGEMModel
 from ..modeling_mmgem.conversion_mmgem import configure_generation
 from ..processing import MMGEMProcessor, to_mmgem_tokenizer
-from ..processing.tokenization_mmgem import CAP_TOKEN, EMB_TOKEN, IMAGE_TOKEN
+from ..processing.tokenization_mmgem import special_token_ids
 from .arguments import ModelArguments
 
 
@@ -79,9 +79,7 @@ def _from_scratch(
         vision_config=vision,
         text_config=text,
         projection_dim=arguments.projection_dim,
-        image_token_id=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
-        cap_token_id=tokenizer.convert_tokens_to_ids(CAP_TOKEN),
-        emb_token_id=tokenizer.convert_tokens_to_ids(EMB_TOKEN),
+        **special_token_ids(tokenizer),
     )
     model = MMGEMModel(config)
     configure_generation(model, tokenizer)

@@ -29,7 +29,9 @@ def freeze_parameters(model: nn.Module, objective: str, names: Sequence[str] = (
         if not any(_begins(parameter, name) for parameter in parameters):
             prefixes = {".".join(p.split(".")[: i + 1]) for p in parameters for i in range(p.count(".") + 1)}
             nearest = difflib.get_close_matches(name, prefixes, n=1, cutoff=0)
-            raise ValueError(f"No parameter begins with {name!r}, so it cannot be frozen; the nearest is {nearest[0]!r}.")
+            raise ValueError(
+                f"No parameter begins with {name!r}, so it cannot be frozen; the nearest is {nearest[0]!r}."
+            )
     for parameter_name, parameter in parameters.items():
         frozen = (*names, *UNREACHED[objective])
         # DINOv2's mask token is for its own pretraining.

@@ -42,6 +42,10 @@ class MMGEMTrainer(Trainer):
         pack_length: see [`PairCollator`].
     """
 
+    args: MMGEMTrainingArguments
+    model: MMGEMModel
+    train_dataset: PairDataset
+
     def __init__(
         self,
         model: MMGEMModel,
@@ -126,7 +130,9 @@ class MMGEMTrainer(Trainer):
         outputs = model(**inputs, num_items_in_batch=num_items_in_batch)
         losses = {}
         if self.args.objective != "caption":
-            losses["contrastive_loss"] = self._global_contrastive_loss(outputs) / self.current_gradient_accumulation_steps
+            losses["contrastive_loss"] = (
+                self._global_contrastive_loss(outputs) / self.current_gradient_accumulation_steps
+            )
         if self.args.objective != "contrastive":
             # num_items_in_batch counts the tokens of all processes, whose gradients will be averaged.
             losses["caption_loss"] = outputs.caption_loss * self.args.world_size
@@ -162,12 +168,12 @@ class MMGEMTrainer(Trainer):
             self._interval = {"start": now, "data": 0.0, "samples": 0}
         super().log(logs, start_time)
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """As [`Trainer.train`]; resumes from the last whole checkpoint and reports what was skipped or cut."""
         if resume_from_checkpoint:
             folder = self.args.output_dir if resume_from_checkpoint is True else resume_from_checkpoint
             resume_from_checkpoint = find_checkpoint(str(folder))
-        result = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        result = super().train(resume_from_checkpoint, *args, **kwargs)
         if self.bad_examples:
             logger.warning(
                 f"{len(self.bad_examples)} training examples could not be read and were replaced by the next: "
@@ -184,7 +190,7 @@ class MMGEMTrainer(Trainer):
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
         """Retrieval and held-out L_Gen; every process computes all of it."""
-        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        dataset: Any = self.eval_dataset if eval_dataset is None else eval_dataset
         model = self.accelerator.unwrap_model(self.model)
         metrics = evaluate_model(model, self.processor, dataset, self.args.per_device_eval_batch_size)[0]
         logs = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
@@ -227,6 +233,6 @@ def find_checkpoint(folder: str) -> str:
         if os.path.isfile(os.path.join(checkpoint, TRAINER_STATE_NAME)):
             return checkpoint
     raise ValueError(
-        f"{folder} holds no whole checkpoint (a checkpoint-N folder with {TRAINER_STATE_NAME}) to resume from; leave out "
-        "--resume_from_checkpoint to start anew, or name another folder."
+        f"{folder} holds no whole checkpoint (a checkpoint-N folder with {TRAINER_STATE_NAME}) to resume from; leave "
+        "out --resume_from_checkpoint to start anew, or name another folder."
     )

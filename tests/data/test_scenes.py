@@ -81,7 +81,7 @@ def test_parse_objects_reads_bad_captions():
 
 
 def test_unknown_split_is_named():
-    with pytest.raises(ValueError, match="'dev'.*train, validation, test"):
+    with pytest.raises(ValueError, match=r"'dev'.*train, validation, test"):
         ScenesDataset("dev", 1)
 
 

@@ -63,7 +63,13 @@ LANGUAGE_MODELS = {
     "phi": (PhiConfig, PhiForCausalLM, {**DECODER, "num_key_value_heads": 4}),
     "cohere": (CohereConfig, CohereForCausalLM, {**DECODER, "logit_scale": 0.25}),
 }
-TEXT_TOWER = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4, "vocab_size": 99}
+TEXT_TOWER = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "vocab_size": 99,
+}
 
 
 @pytest.fixture(scope="module")
@@ -186,9 +192,7 @@ def test_other_image_size_interpolates_the_positions(kind, base_tokenizer, tmp_p
         expected = tower(pixels, **options).last_hidden_state[:, -36:]
         if kind == "clip_vision":
             expected = tower.post_layernorm(expected)
-        torch.testing.assert_close(
-            model.get_image_features(pixels).last_hidden_state, expected, atol=1e-3, rtol=1e-3
-        )
+        torch.testing.assert_close(model.get_image_features(pixels).last_hidden_state, expected, atol=1e-3, rtol=1e-3)
     with pytest.raises(ValueError, match="multiple"):
         MMGEMModel.from_vision_text_pretrained(*paths, image_size=50)
 
@@ -197,7 +201,7 @@ def test_recurrent_language_model_is_refused_by_name(vision, base_tokenizer, tmp
     config = MambaConfig(hidden_size=32, num_hidden_layers=1, vocab_size=len(base_tokenizer), state_size=4)
     MambaForCausalLM(config).save_pretrained(tmp_path)
     base_tokenizer.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="'mamba'.*recurrent"):
+    with pytest.raises(ValueError, match=r"'mamba'.*recurrent"):
         MMGEMModel.from_vision_text_pretrained(vision, str(tmp_path))
 
 

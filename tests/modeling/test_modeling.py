@@ -30,9 +30,7 @@ def test_saved_and_loaded_model_is_the_same(model, processor, tmp_path):
     inputs = processor(images=[picture], task="caption", return_tensors="pt")
     loaded_inputs = loaded_processor(images=[picture], task="caption", return_tensors="pt")
     assert torch.equal(inputs["input_ids"], loaded_inputs["input_ids"])
-    assert torch.equal(
-        model.generate(**inputs, max_new_tokens=5), loaded.generate(**loaded_inputs, max_new_tokens=5)
-    )
+    assert torch.equal(model.generate(**inputs, max_new_tokens=5), loaded.generate(**loaded_inputs, max_new_tokens=5))
 
 
 def test_sharded_checkpoint_and_device_map(model, processor, tmp_path):
@@ -240,7 +238,9 @@ def test_unsupported_towers_are_refused_by_name(processor):
     with pytest.raises(ValueError, match="mamba"):
         make_model(
             processor,
-            config={"text_config": {"model_type": "mamba", "hidden_size": 32, "num_hidden_layers": 1, "vocab_size": 400}},
+            config={
+                "text_config": {"model_type": "mamba", "hidden_size": 32, "num_hidden_layers": 1, "vocab_size": 400}
+            },
         )
     with pytest.raises(StrictDataclassError, match="distinct"):
         make_model(processor, config={"cap_token_id": 10**6})

@@ -58,7 +58,9 @@ coordinate = st.floats(-20, 80, allow_nan=False)
 
 
 @settings(max_examples=60, deadline=None)
-@given(corners=st.tuples(coordinate, coordinate, coordinate, coordinate), k=st.integers(1, 3), samples=st.integers(1, 3))
+@given(
+    corners=st.tuples(coordinate, coordinate, coordinate, coordinate), k=st.integers(1, 3), samples=st.integers(1, 3)
+)
 def test_boxes_equal_the_definition(corners, k, samples):
     features = features_map()
     x0, x1 = sorted(corners[::2])
@@ -71,7 +73,9 @@ def test_boxes_equal_the_definition(corners, k, samples):
 
 
 def test_boxes_equal_torchvision():
-    ops = pytest.importorskip("torchvision.ops", reason="torchvision cannot be imported beside a CPU torch", exc_type=Exception)
+    ops = pytest.importorskip(
+        "torchvision.ops", reason="torchvision cannot be imported beside a CPU torch", exc_type=Exception
+    )
     features = features_map()
     boxes = torch.tensor([[3.0, 5.0, 40.0, 30.0], [-10.0, -3.0, 70.0, 44.0]], dtype=torch.float64)
     expected = ops.roi_align(
