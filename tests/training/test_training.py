@@ -1,0 +1,273 @@
+"""Training as a user runs it: arguments, groups, tau, overfitting, bad data, resume."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from mmgem import MMGEMModel
+from mmgem.data.pairs import PairDataset
+from mmgem.data.scenes import ScenesDataset
+from mmgem.evaluation.evaluator import evaluate_model
+from mmgem.training.arguments import MMGEMTrainingArguments, parse_arguments
+from mmgem.training.stages import freeze_parameters, parameter_groups
+from mmgem.training.trainer import BadDataError, MMGEMTrainer, find_checkpoint
+from tests.conftest import make_model, make_picture
+
+
+ROOT = Path(__file__).parents[2]
+CAPTIONS = [
+    "a dog on a beach",
+    "the cat sat on the mat",
+    "two people ride red bicycles",
+    "snow on a mountain",
+    "a boat in the harbour",
+    "an old man reads a newspaper",
+    "three birds on a wire",
+    "a bowl of green apples",
+]
+
+
+class Table(list):
+    """Rows with the one thing more that PairDataset asks of a table."""
+
+    def __getitem__(self, key):
+        return [row[key] for row in self] if isinstance(key, str) else super().__getitem__(key)
+
+
+def eight_pictures(**kwargs) -> PairDataset:
+    return PairDataset(Table({"image": make_picture(i), "caption": c} for i, c in enumerate(CAPTIONS)), **kwargs)
+
+
+def training_arguments(tmp_path, **kwargs) -> MMGEMTrainingArguments:
+    options = {
+        "output_dir": str(tmp_path),
+        "per_device_train_batch_size": 8,
+        "learning_rate": 3e-3,
+        "projection_lr_multiplier": 1.0,
+        "logging_steps": 50,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_cpu": True,
+    }
+    return MMGEMTrainingArguments(**{**options, **kwargs})
+
+
+@pytest.mark.parametrize("pack_length", [0, 64])
+def test_overfits_eight_pictures_and_writes_their_captions(processor, tmp_path, pack_length):
+    model = make_model(processor)
+    dataset = eight_pictures()
+    args = training_arguments(tmp_path, max_steps=200, lr_scheduler_type="constant")
+    MMGEMTrainer(model, args, processor, dataset, pack_length=pack_length).train()
+    metrics, outputs = evaluate_model(model, processor, dataset, batch_size=8, caption_samples=8)
+    assert outputs["captions"] == CAPTIONS
+    assert metrics["caption_loss"] < 0.1
+    assert metrics["text_to_image_R@1"] == metrics["image_to_text_R@1"] == 1
+    inputs = processor(images=[make_picture(3)], task="caption", return_tensors="pt")
+    ids = model.generate(**inputs, max_new_tokens=60)
+    assert ids[0, -1] == processor.tokenizer.eos_token_id and ids.shape[1] < 40
+
+
+def test_resume_equals_the_uninterrupted_run(processor, tmp_path):
+    table = Table({"image": make_picture(i), "caption": [c, c + " today"]} for i, c in enumerate(CAPTIONS * 2))
+
+    def trainer(folder, **kwargs):
+        args = training_arguments(
+            tmp_path / folder, per_device_train_batch_size=4, max_steps=10, save_strategy="steps", save_steps=3, **kwargs
+        )
+        dataset = PairDataset(table, augmentation_scale=0.5)
+        return MMGEMTrainer(make_model(processor), args, processor, dataset, pack_length=64)
+
+    whole = trainer("whole")
+    whole.train()
+    resumed = trainer("resumed")
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-6"))
+    for name, tensor in whole.model.state_dict().items():
+        assert torch.equal(tensor, resumed.model.state_dict()[name]), name
+
+
+def test_killed_run_resumes_to_the_same_weights(tmp_path):
+    """SIGKILL at whatever moment; then the same command with --resume_from_checkpoint."""
+    command = [sys.executable, str(ROOT / "train.py"), "--config", str(ROOT / "configs/scenes.yaml")]
+    command += ["--max_train_samples", "64", "--max_eval_samples", "8", "--per_device_train_batch_size", "8"]
+    command += ["--max_steps", "12", "--warmup_steps", "2", "--save_strategy", "steps", "--save_steps", "4"]
+    command += ["--eval_strategy", "no", "--caption_samples", "4", "--logging_steps", "1", "--disable_tqdm", "true"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    subprocess.run([*command, "--output_dir", str(whole)], check=True, env=environment, capture_output=True)
+    process = subprocess.Popen(
+        [*command, "--output_dir", str(killed)], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    while process.poll() is None and not (killed / "checkpoint-4" / "trainer_state.json").exists():
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() != 0, "the run ended before it could be killed"
+    assert not (killed / "model.safetensors").exists()
+    resume = [*command, "--output_dir", str(killed), "--resume_from_checkpoint", str(killed)]
+    subprocess.run(resume, check=True, env=environment, capture_output=True)
+    expected, actual = load_file(whole / "model.safetensors"), load_file(killed / "model.safetensors")
+    assert expected.keys() == actual.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(tensor, actual[name]), name
+    results = [json.loads((folder / "results.json").read_text())["metrics"] for folder in (whole, killed)]
+    assert results[0] == results[1]
+
+
+def test_fresh_process_gets_the_trainers_embeddings_and_captions(processor, tmp_path):
+    model = make_model(processor)
+    trainer = MMGEMTrainer(model, training_arguments(tmp_path, max_steps=3), processor, eight_pictures())
+    trainer.train()
+    trainer.save_model()
+    make_picture(0).save(tmp_path / "picture.png")
+    script = """
+import sys, torch, mmgem
+from transformers import AutoModel, AutoProcessor
+folder = sys.argv[1]
+model, processor = AutoModel.from_pretrained(folder).eval(), AutoProcessor.from_pretrained(folder)
+picture = folder + "/picture.png"
+torch.save({"text": model.get_embedding(**processor(text=["a dog on a beach"], return_tensors="pt")).detach(),
+  "image": model.get_embedding(**processor(images=[picture], return_tensors="pt")).detach(),
+  "ids": model.generate(**processor(images=[picture], task="caption", return_tensors="pt"), max_new_tokens=8)},
+  folder + "/outputs.pt")
+"""
+    subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=True, cwd=tmp_path, capture_output=True)
+    outputs = torch.load(tmp_path / "outputs.pt", weights_only=True)
+    model.eval()
+    inputs = processor(images=[make_picture(0)], return_tensors="pt")
+    text = model.get_embedding(**processor(text=["a dog on a beach"], return_tensors="pt"))
+    torch.testing.assert_close(outputs["text"], text.detach(), atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(outputs["image"], model.get_embedding(**inputs).detach(), atol=1e-6, rtol=1e-6)
+    prompt = processor(images=[make_picture(0)], task="caption", return_tensors="pt")
+    assert torch.equal(outputs["ids"], model.generate(**prompt, max_new_tokens=8))
+
+
+def test_tau_starts_where_it_should_and_stays_above_its_bound(processor, tmp_path):
+    model = make_model(processor)
+    assert 1 / model.logit_scale.exp().item() == pytest.approx(0.07)
+    # A rate that throws the parameter over the bound in one step, if nothing holds it.
+    args = training_arguments(tmp_path, max_steps=3, learning_rate=5.0, objective="contrastive", warmup_steps=0)
+    trainer = MMGEMTrainer(model, args, processor, eight_pictures())
+    with torch.no_grad():
+        model.logit_scale.fill_(4.6)
+    gradient_sign = []
+    model.logit_scale.register_hook(lambda gradient: gradient_sign.append(gradient) or -torch.ones_like(gradient))
+    trainer.train()
+    assert len(gradient_sign) == 3
+    assert model.logit_scale.item() == pytest.approx(model.config.logit_scale_max_value)
+
+
+@pytest.mark.parametrize("objective", ["joint", "contrastive", "caption"])
+def test_objective_trains_exactly_what_its_loss_reaches(processor, tmp_path, objective):
+    model = make_model(processor)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    args = training_arguments(tmp_path, max_steps=1, objective=objective)
+    MMGEMTrainer(model, args, processor, eight_pictures()).train()
+    still = {name.split(".")[0] for name, tensor in model.state_dict().items() if torch.equal(tensor, before[name])}
+    expected = {
+        "joint": {"region_projection", "soft_prompts"},
+        "contrastive": {"region_projection", "soft_prompts", "caption_projection", "lm_head"},
+        "caption": {"region_projection", "soft_prompts", "text_projection", "logit_scale"},
+    }[objective]
+    frozen = {name.split(".")[0] for name, p in model.named_parameters() if not p.requires_grad}
+    assert frozen == expected
+    assert expected <= still
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            assert parameter.grad is not None, name
+
+
+def test_freezing_by_name(processor):
+    model = make_model(processor)
+    freeze_parameters(model, "joint", ["vision_model"])
+    assert not any(p.requires_grad for p in model.vision_model.parameters())
+    assert all(p.requires_grad for p in model.language_model.parameters())
+    with pytest.raises(ValueError, match=r"'visual_model'.*'vision_model'"):
+        freeze_parameters(model, "joint", ["visual_model"])
+
+
+def test_projections_learn_ten_times_faster_and_vectors_do_not_decay(processor):
+    model = make_model(processor)
+    freeze_parameters(model, "joint")
+    groups = parameter_groups(model, 5e-5, 10.0, 0.05)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    for group in groups:
+        for parameter in group["params"]:
+            name = names[id(parameter)]
+            projection = name.split(".")[0] in ("visual_projection", "text_projection", "caption_projection", "logit_scale")
+            assert group["lr"] == pytest.approx(5e-4 if projection else 5e-5), name
+            assert group["weight_decay"] == (0.05 if parameter.ndim > 1 else 0), name
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert sum(len(group["params"]) for group in groups) == len(trained)
+
+
+def test_lamb_trains(processor, tmp_path):
+    pytest.importorskip("pytorch_optimizer")
+    args = training_arguments(tmp_path, max_steps=2, optim="lamb")
+    trainer = MMGEMTrainer(make_model(processor), args, processor, eight_pictures())
+    trainer.train()
+    assert "lamb" in type(getattr(trainer.optimizer, "optimizer", trainer.optimizer)).__name__.lower()
+
+
+def test_unreadable_pictures_are_skipped_counted_and_limited(processor, tmp_path):
+    rows = Table({"image": make_picture(i), "caption": c} for i, c in enumerate(CAPTIONS * 2))
+    rows[3]["image"] = b"this is no picture"
+    rows[5]["image"] = "/nowhere/picture.png"
+    dataset = PairDataset(rows)
+    assert dataset[3]["caption"] == CAPTIONS[4] and dataset[3]["bad"] == [3]
+    args = training_arguments(tmp_path, max_steps=4)
+    trainer = MMGEMTrainer(make_model(processor), args, processor, dataset, max_bad_fraction=0.2)
+    trainer.train()
+    assert trainer.bad_examples == {3, 5}
+    with pytest.raises(BadDataError, match=r"\[3, 5\].*max_bad_fraction"):
+        args = training_arguments(tmp_path, max_steps=4, per_device_train_batch_size=16)
+        MMGEMTrainer(make_model(processor), args, processor, dataset, max_bad_fraction=0.1).train()
+
+
+def test_caption_choice_depends_on_epoch_and_index_alone():
+    rows = Table({"image": make_picture(0), "caption": [f"caption {k}" for k in range(50)]} for _ in range(8))
+    dataset = PairDataset(rows, seed=1)
+    first = [dataset[i]["caption"] for i in range(8)]
+    assert [dataset[i]["caption"] for i in reversed(range(8))] == first[::-1]
+    assert len(set(first)) > 1
+    dataset.set_epoch(1)
+    assert [dataset[i]["caption"] for i in range(8)] != first
+
+
+def test_options_come_from_yaml_and_the_command_line_wins(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(f"dataset_name: scenes\nmax_steps: 5\noutput_dir: {tmp_path}\nvision_config: {{hidden_size: 8}}\n")
+    model_args, data_args, args = parse_arguments(["--config", str(path), "--max_steps", "7", "--objective", "caption"])
+    assert (args.max_steps, args.objective, data_args.dataset_name) == (7, "caption", "scenes")
+    assert model_args.vision_config == {"hidden_size": 8}
+    path.write_text("dataset_name: scenes\nlearning_rat: 1\n")
+    with pytest.raises(ValueError, match=r"'learning_rat'.*'learning_rate'"):
+        parse_arguments(["--config", str(path)])
+    with pytest.raises(ValueError, match=r"'max_step'.*'max_steps'"):
+        parse_arguments(["--dataset_name", "scenes", "--max_step", "3"])
+    with pytest.raises(ValueError, match="dataset_name or train_file"):
+        parse_arguments([])
+
+
+def test_resume_from_a_folder_without_checkpoint_says_so(tmp_path):
+    with pytest.raises(ValueError, match="no whole checkpoint"):
+        find_checkpoint(str(tmp_path))
+    (tmp_path / "checkpoint-9").mkdir()  # cut off while it was written
+    whole = tmp_path / "checkpoint-4"
+    whole.mkdir()
+    (whole / "trainer_state.json").write_text("{}")
+    assert find_checkpoint(str(tmp_path)) == str(whole)
+
+
+def test_scenes_are_a_table_of_pairs(processor):
+    dataset = PairDataset(ScenesDataset("test", 3, image_size=32))
+    assert dataset.captions() == [[caption] for caption in dataset.table.captions]
+    assert dataset[1]["caption"] == dataset.table.captions[1]
+    assert isinstance(make_model(processor), MMGEMModel)
