@@ -189,7 +189,7 @@ def draw(scene: Scene, image_size: int) -> tuple[np.ndarray, list[np.ndarray]]:
     pixels = _background(scene, image_size, rng)
     masks = []
     for item in scene.objects:
-        colour = np.array(COLOURS[item.colour]) * rng.uniform(0.7, 1.0) + rng.uniform(-20, 20, 3)
+        colour = np.array(COLOURS[item.colour]) * rng.uniform(0.75, 1.0) + rng.uniform(-10, 10, 3)
         reach = item.radius + 1
         left, right = (int(np.clip(v * scale, 0, image_size)) for v in (item.x - reach, item.x + reach + 1))
         top, bottom = (int(np.clip(v * scale, 0, image_size)) for v in (item.y - reach, item.y + reach + 1))

@@ -34,10 +34,11 @@ def retrieval_metrics(
         if bad:
             raise ValueError(f"{bad} of {len(embeds)} {side} embeddings hold NaN or infinity; nothing can be ranked.")
     counts = torch.bincount(text_to_image, minlength=len(image_embeds))
-    if len(counts) > len(image_embeds) or (counts == 0).any():
+    unknown = list(range(len(image_embeds), len(counts)))[-1:]
+    if wrong := unknown or (counts == 0).nonzero().flatten().tolist():
         raise ValueError(
             f"text_to_image must name each of the {len(image_embeds)} pictures at least once and no other; picture "
-            f"{int((counts == 0).nonzero()[0]) if (counts == 0).any() else len(counts) - 1} is wrong."
+            f"{wrong[0]} is wrong."
         )
     texts, images = text_embeds.float(), image_embeds.float()
     ranks = {

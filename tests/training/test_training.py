@@ -81,7 +81,12 @@ def test_resume_equals_the_uninterrupted_run(processor, tmp_path):
 
     def trainer(folder, **kwargs):
         args = training_arguments(
-            tmp_path / folder, per_device_train_batch_size=4, max_steps=10, save_strategy="steps", save_steps=3, **kwargs
+            tmp_path / folder,
+            per_device_train_batch_size=4,
+            max_steps=10,
+            save_strategy="steps",
+            save_steps=3,
+            **kwargs,
         )
         dataset = PairDataset(table, augmentation_scale=0.5)
         return MMGEMTrainer(make_model(processor), args, processor, dataset, pack_length=64)
@@ -201,7 +206,12 @@ def test_projections_learn_ten_times_faster_and_vectors_do_not_decay(processor):
     for group in groups:
         for parameter in group["params"]:
             name = names[id(parameter)]
-            projection = name.split(".")[0] in ("visual_projection", "text_projection", "caption_projection", "logit_scale")
+            projection = name.split(".")[0] in (
+                "visual_projection",
+                "text_projection",
+                "caption_projection",
+                "logit_scale",
+            )
             assert group["lr"] == pytest.approx(5e-4 if projection else 5e-5), name
             assert group["weight_decay"] == (0.05 if parameter.ndim > 1 else 0), name
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -244,7 +254,9 @@ def test_caption_choice_depends_on_epoch_and_index_alone():
 def test_options_come_from_yaml_and_the_command_line_wins(tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text(f"dataset_name: scenes\nmax_steps: 5\noutput_dir: {tmp_path}\nvision_config: {{hidden_size: 8}}\n")
-    model_args, data_args, args = parse_arguments(["--config", str(path), "--max_steps", "7", "--objective", "caption"])
+    model_args, data_args, args = parse_arguments(
+        ["--config", str(path), "--max_steps", "7", "--objective", "caption"]
+    )
     assert (args.max_steps, args.objective, data_args.dataset_name) == (7, "caption", "scenes")
     assert model_args.vision_config == {"hidden_size": 8}
     path.write_text("dataset_name: scenes\nlearning_rat: 1\n")

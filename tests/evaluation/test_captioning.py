@@ -1,0 +1,107 @@
+"""CIDEr-D and BLEU against their formulas, written out slowly."""
+
+import math
+from collections import Counter
+from itertools import pairwise
+
+import numpy as np
+import pytest
+
+from mmgem.evaluation.captioning import bleu, cider_d, tokenize
+
+
+REFERENCES = [
+    ["a dog runs on the beach", "the brown dog is running on sand", "a dog at the sea"],
+    ["two people ride bicycles", "people on red bicycles in a street"],
+    ["a cat sleeps on the red sofa", "the cat is asleep on a sofa", "a sleeping cat"],
+    ["a boat in the harbour at night"],
+]
+CANDIDATES = ["a brown dog runs on sand", "two dogs ride on the beach", "a cat on a sofa a cat on a sofa", ""]
+
+
+def grams(text, n):
+    words = text.split()
+    return Counter(tuple(words[i : i + n]) for i in range(len(words) - n + 1))
+
+
+def cider_d_by_definition(candidates, references):
+    """Equations 1 to 4 of the CIDEr paper with the -D changes, one n at a time."""
+    scores = []
+    for candidate, of_image in zip(candidates, references):
+        total = 0.0
+        for n in range(1, 5):
+
+            def weights(text, n=n):
+                def idf(gram):
+                    df = sum(any(gram in grams(r, n) for r in refs) for refs in references)
+                    return math.log(len(references) / max(1, df))
+
+                return {gram: count * idf(gram) for gram, count in grams(text, n).items()}
+
+            c = weights(candidate)
+            for reference in of_image:
+                r = weights(reference)
+                dot = sum(min(c[g], r[g]) * r[g] for g in c if g in r)
+                norm = math.sqrt(sum(v * v for v in c.values())) * math.sqrt(sum(v * v for v in r.values()))
+                difference = max(len(candidate.split()) - 1, 0) - max(len(reference.split()) - 1, 0)
+                similarity = dot / norm if norm else 0.0
+                total += similarity * math.exp(-(difference**2) / 72) / len(of_image) / 4
+        scores.append(10 * total)
+    return scores
+
+
+def test_cider_d_equals_its_definition():
+    mean, scores = cider_d(CANDIDATES, REFERENCES)
+    np.testing.assert_allclose(scores, cider_d_by_definition(CANDIDATES, REFERENCES), atol=1e-12)
+    assert mean == pytest.approx(scores.mean()) and scores[3] == 0
+
+
+def test_cider_d_prefers_the_right_picture_and_is_10_at_best():
+    perfect = [of_image[0] for of_image in REFERENCES]
+    mean, scores = cider_d(perfect, REFERENCES)
+    assert scores[3] == pytest.approx(10)
+    assert cider_d(perfect[::-1], REFERENCES)[0] < mean / 5
+    order = [2, 0, 3, 1]
+    shuffled = cider_d([CANDIDATES[i] for i in order], [REFERENCES[i] for i in order])[1]
+    np.testing.assert_allclose(shuffled, cider_d(CANDIDATES, REFERENCES)[1][order])
+
+
+def test_cider_d_clips_repetition():
+    once, many = (cider_d([text, *CANDIDATES[1:]], REFERENCES)[1][0] for text in ("dog sand", "dog dog dog dog sand"))
+    assert many < once
+
+
+def test_bleu_by_hand():
+    # "the the the the" against "the cat the mat": 2 of 4 unigrams count.
+    assert bleu(["the the the the"], [["the cat the mat"]])[0] == pytest.approx(0.5)
+    # Equal to a reference: 1 at every order.
+    assert bleu(["a dog runs on the beach"], [REFERENCES[0]]) == pytest.approx([1, 1, 1, 1])
+    # Three of five words and one of four bigrams, no trigram; the closest reference is as long.
+    scores = bleu(["a cat sat the mat"], [["a dog sat on the", "x"]])
+    assert scores[0] == pytest.approx(3 / 5) and scores[1:] == pytest.approx([0, 0, 0])
+    # Half as long as its reference: brevity penalty exp(1 - 2).
+    assert bleu(["a dog runs"], [["a dog runs on the beach"]])[0] == pytest.approx(math.exp(-1))
+    assert bleu([""], [["a dog"]]) == [0, 0, 0, 0]
+
+
+def test_bleu_pools_counts_over_the_corpus():
+    candidates, references = ["a dog runs", "the cat"], [["a dog runs fast"], ["the black cat", "a cat"]]
+    bigrams = Counter(pairwise(["a", "dog", "runs"])), Counter(pairwise(["the", "cat"]))
+    hits = 2 + 0
+    assert sum(map(Counter.total, bigrams)) == 3
+    expected = math.exp(1 - 6 / 5) * math.sqrt(5 / 5 * hits / 3)
+    assert bleu(candidates, references, max_n=2)[1] == pytest.approx(expected)
+
+
+def test_tokenize():
+    assert tokenize("A man, in a T-shirt, doesn't run .") == ["a", "man", "in", "a", "t-shirt", "doesn't", "run"]
+    assert tokenize("一只狗在海滩 Café") == ["一", "只", "狗", "在", "海", "滩", "café"]
+
+
+def test_errors_name_the_offender():
+    with pytest.raises(ValueError, match="1 candidates and references for 2"):
+        cider_d(["a"], [["a"], ["b"]])
+    with pytest.raises(ValueError, match=r"references\[1\] is empty"):
+        bleu(["a", "b"], [["a"], []])
+    with pytest.raises(ValueError, match="0 candidates"):
+        cider_d([], [])

@@ -1,0 +1,204 @@
+"""What the processor makes of good input, and what it says to bad."""
+
+import logging
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoProcessor, PreTrainedTokenizerFast
+from transformers.models.clip import CLIPImageProcessorPil
+
+from mmgem import MMGEMProcessor
+from mmgem.processing import to_mmgem_tokenizer
+from mmgem.processing.regions_mmgem import geometry_of, to_rgb
+from tests.conftest import make_picture
+
+
+def tokens(processor, ids):
+    return processor.tokenizer.convert_ids_to_tokens(ids)
+
+
+def test_texts_end_in_emb_and_prompts_do_not(processor):
+    text = processor(text=["a dog"])["input_ids"][0]
+    assert tokens(processor, text)[0] == "<s>" and tokens(processor, text)[-1] == "[EMB]"
+    prompt = processor(images=[make_picture(0)], task="caption")["input_ids"][0]
+    assert tokens(processor, prompt) == ["<s>", "<image>", "[CAP]"]
+    # The pipelines call the tokenizer alone.
+    assert processor.tokenizer("a dog")["input_ids"] == text
+    cut = processor.tokenizer("a dog on a beach", truncation=True, max_length=4)["input_ids"]
+    assert len(cut) == 4 and tokens(processor, cut)[-1] == "[EMB]"
+
+
+def test_tokenizer_without_bos_gets_none(base_tokenizer):
+    from tokenizers.processors import ByteLevel
+
+    plain = PreTrainedTokenizerFast(
+        tokenizer_object=base_tokenizer.backend_tokenizer, eos_token="</s>", bos_token="<s>"
+    )
+    plain.backend_tokenizer.post_processor = ByteLevel()
+    processor = MMGEMProcessor(CLIPImageProcessorPil(), to_mmgem_tokenizer(plain))
+    assert processor.bos == "" and processor.tokenizer.pad_token == "<pad>"
+    assert tokens(processor, processor(text=["dog"])["input_ids"][0])[0] != "<s>"
+    assert tokens(processor, processor(images=[make_picture(0)], task="caption")["input_ids"][0]) == [
+        "<image>",
+        "[CAP]",
+    ]
+
+
+def test_saved_and_loaded_processor_is_the_same(processor, tmp_path):
+    processor.max_length = 17
+    try:
+        processor.save_pretrained(tmp_path)
+    finally:
+        processor.max_length = 50
+    loaded = AutoProcessor.from_pretrained(tmp_path)
+    assert type(loaded) is MMGEMProcessor and loaded.max_length == 17
+    picture = make_picture(0)
+    for inputs in ({"text": ["a dog on a beach"]}, {"images": [picture]}, {"images": [picture], "task": "caption"}):
+        a, b = processor(**inputs, return_tensors="pt"), loaded(**inputs, return_tensors="pt")
+        assert a.keys() == b.keys()
+        assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_tokenizer_that_lost_emb_is_refused(processor, base_tokenizer, tmp_path):
+    with pytest.raises(ValueError, match=r"does not end a text with \[EMB\].*to_mmgem_tokenizer"):
+        MMGEMProcessor(processor.image_processor, base_tokenizer)
+
+
+def test_long_text_is_cut_before_emb_with_one_warning_and_a_count(processor, caplog):
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.get_logger("transformers").propagate = True
+    caplog.set_level(logging.WARNING)
+    module_logger = logging.getLogger("mmgem.processing.processing_mmgem")
+    module_logger.propagate = True
+    texts = ["a dog", "a dog on a beach " * 5, "the cat sat on the mat " * 6]
+    inputs = processor(text=texts, max_length=10, return_tensors="pt")
+    assert inputs["input_ids"].shape == (3, 10)
+    assert (inputs["input_ids"][1:, -1] == processor.tokenizer.convert_tokens_to_ids("[EMB]")).all()
+    warnings = [record for record in caplog.records if "max_length" in record.message]
+    assert len(warnings) == 1 and "2 of 3" in warnings[0].message and "text[1]" in warnings[0].message
+
+
+def test_special_tokens_spelled_out_in_a_sentence_are_letters(processor):
+    ids = processor(text=["a [EMB] b </s>"])["input_ids"][0]
+    assert ids.count(processor.tokenizer.convert_tokens_to_ids("[EMB]")) == 1
+    assert processor.tokenizer.eos_token_id not in ids
+
+
+def test_prompts_take_text_before_the_picture_and_behind_cap(processor):
+    pictures = [make_picture(0), make_picture(1)]
+    behind = processor(images=pictures, text="a photo of", task="caption")["input_ids"]
+    assert tokens(processor, behind[0])[:3] == ["<s>", "<image>", "[CAP]"]
+    assert processor.decode(behind[1], skip_special_tokens=True) == "a photo of"
+    before = processor(images=pictures[:1], text="look: <image>")["input_ids"][0]
+    assert tokens(processor, before)[-2:] == ["<image>", "[CAP]"] and tokens(processor, before)[0] == "<s>"
+    ragged = processor(images=pictures, text=["a", "a photo of a dog"], task="caption", return_tensors="pt")
+    assert ragged["input_ids"][0, 0] == processor.tokenizer.pad_token_id and ragged["attention_mask"][0, 0] == 0
+
+
+def test_region_prompts(processor):
+    boxes = [[[0, 0, 20, 20]], [[0, 0, 48, 40], [10, 10, 30, 30]]]
+    inputs = processor(
+        images=[make_picture(0), make_picture(1)], boxes=boxes, task="region-caption", return_tensors="pt"
+    )
+    assert inputs["input_ids"].shape == (3, 1 + 1 + 64)
+    assert inputs["boxes"].shape == (2, 2, 4) and inputs["region_mask"].tolist() == [[True, False], [True, True]]
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK", "I;16", "LA", "1", "F"])
+def test_every_mode_becomes_rgb(mode):
+    grey = Image.linear_gradient("L").resize((32, 32))
+    if mode == "I;16":
+        picture = Image.fromarray(np.asarray(grey).astype(np.uint16) * 257)
+    elif mode == "RGBA":
+        picture = Image.merge("RGBA", (grey, grey, grey, Image.new("L", grey.size, 255)))
+    else:
+        picture = grey.convert(mode)
+    rgb = to_rgb(picture)
+    assert rgb.mode == "RGB"
+    if mode not in ("1", "CMYK"):
+        assert np.abs(np.asarray(rgb, dtype=int)[..., 0] - np.asarray(grey, dtype=int)).max() <= 2
+
+
+def test_transparent_pixels_are_white_and_exif_is_honoured(tmp_path):
+    assert to_rgb(Image.new("RGBA", (4, 4), (255, 0, 0, 0))).getpixel((0, 0)) == (255, 255, 255)
+    picture = make_picture(0, (30, 20))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # rotate by 90 degrees to see it upright
+    picture.save(tmp_path / "turned.png", exif=exif)
+    turned = to_rgb(Image.open(tmp_path / "turned.png"))
+    assert turned.size == (20, 30)
+    assert np.array_equal(np.asarray(turned), np.asarray(picture.rotate(-90, expand=True)))
+
+
+@pytest.mark.parametrize("size", [(48, 40), (40, 64), (32, 32), (101, 57)])
+def test_boxes_survive_resize_and_crop(processor, size):
+    """A picture that is white inside the box: so is `pixel_values`, and black outside, up to the blur of resizing."""
+    width, height = size
+    box = [width * 0.3, height * 0.25, width * 0.7, height * 0.8]
+    array = np.zeros((height, width, 3), dtype=np.uint8)
+    x0, y0, x1, y1 = (round(v) for v in box)
+    array[y0:y1, x0:x1] = 255
+    inputs = processor(images=[Image.fromarray(array)], boxes=[[[x0, y0, x1, y1]]], return_tensors="pt")
+    left, top, right, bottom = inputs["boxes"][0, 0].round().int().tolist()
+    bright = inputs["pixel_values"][0, 0]
+    bright = (bright - bright.min()) / (bright.max() - bright.min())
+    assert bright[top + 1 : bottom - 1, left + 1 : right - 1].min() > 0.6
+    outside = bright.clone()
+    outside[max(top - 1, 0) : bottom + 1, max(left - 1, 0) : right + 1] = 0
+    assert outside.max() < 0.4
+    masks = processor(images=[Image.fromarray(array)], masks=[[array[..., 0] > 0]], return_tensors="pt")["masks"]
+    assert masks.shape == (1, 1, 32, 32)
+    agreement = (masks[0, 0] == (bright > 0.5)).float().mean()
+    assert agreement > 0.93
+
+
+def test_geometry_equals_the_image_processor(processor):
+    geometry = geometry_of(processor.image_processor, 48, 40)
+    assert geometry.resized == (38, 32) and geometry.offset == (3, 0) and geometry.window == (32, 32)
+
+
+def test_partly_outside_is_clipped(processor):
+    square = make_picture(0, (32, 32))
+    boxes = processor(images=[square], boxes=[[[-5, -5, 10, 12]]], return_tensors="pt")["boxes"]
+    assert boxes[0, 0].tolist() == [0, 0, 10, 12]
+
+
+PICTURE = make_picture(0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({}, "pass text, images, or both"),
+        ({"text": []}, "empty list"),
+        ({"text": [""]}, r"text\[0\] is empty"),
+        ({"text": ["a", " "]}, r"text\[1\] is empty"),
+        ({"text": ["a", 3]}, r"text\[1\] must be a str"),
+        ({"images": []}, "empty list"),
+        ({"images": [PICTURE], "task": "describe"}, "'describe'.*'caption'"),
+        ({"text": ["a"], "task": "caption"}, "no images"),
+        ({"text": ["<image> a"]}, "1 prompts for 0 pictures"),
+        ({"images": [PICTURE], "text": ["a", "b"], "task": "caption"}, "2 prompts for 1"),
+        ({"images": [PICTURE], "text": "<image><image>"}, "more than one"),
+        ({"images": [PICTURE], "task": "region-caption"}, "needs boxes or masks"),
+        ({"images": [PICTURE], "boxes": [[[0, 0, float("nan"), 5]]]}, r"boxes\[0\]\[0\].*finite"),
+        ({"images": [PICTURE], "boxes": [[[0, 0, 5, 5], [9, 0, 5, 5]]]}, r"boxes\[0\]\[1\].*no area"),
+        ({"images": [PICTURE], "boxes": [[[3, 3, 3, 9]]]}, r"boxes\[0\]\[0\].*no area"),
+        ({"images": [PICTURE], "boxes": [[[60, 60, 70, 70]]]}, r"boxes\[0\]\[0\].*outside"),
+        ({"images": [PICTURE], "boxes": [[[0, 0, 1, 1]]]}, r"boxes\[0\]\[0\].*crop"),
+        ({"images": [PICTURE], "boxes": [[[0, 0, 5]]]}, r"boxes\[0\]\[0\].*four"),
+        ({"images": [PICTURE], "boxes": []}, "0 pictures, but there are 1"),
+        ({"images": [PICTURE], "boxes": [[]]}, "no region"),
+        ({"boxes": [[[0, 0, 5, 5]]], "text": ["a"]}, "pass images"),
+        ({"images": [PICTURE], "masks": [[np.ones((3, 3))]]}, r"masks\[0\]\[0\].*\(40, 48\)"),
+        ({"images": [PICTURE], "masks": [[np.zeros((40, 48))]]}, r"masks\[0\]\[0\] is empty"),
+        ({"images": [PICTURE], "boxes": [[]], "masks": [[]]}, "not both"),
+        ({"images": ["/nowhere/picture.png"]}, r"images\[0\] could not be read"),
+    ],
+)
+def test_bad_input_is_named(processor, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        processor(**arguments)

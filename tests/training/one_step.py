@@ -1,0 +1,96 @@
+"""One optimizer step on 16 pairs, however many processes there are; run by test_distributed.py under torchrun."""
+
+import os
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from transformers import TrainerCallback
+from transformers.models.clip import CLIPImageProcessorPil
+
+from mmgem import MMGEMProcessor
+from mmgem.data.collator import PairCollator
+from mmgem.data.pairs import PairDataset
+from mmgem.data.scenes import ScenesDataset
+from mmgem.data.tokenizer import train_tokenizer
+from mmgem.processing import to_mmgem_tokenizer
+from mmgem.training.arguments import MMGEMTrainingArguments
+from mmgem.training.trainer import MMGEMTrainer
+from tests.conftest import CORPUS, make_model
+
+
+PAIRS = 16
+
+
+class Sequential(MMGEMTrainer):
+    """Takes the pairs in their order, so that every number of processes has the same micro-batches."""
+
+    def _get_train_sampler(self, train_dataset=None):
+        return torch.utils.data.SequentialSampler(self.train_dataset)
+
+
+def main(accumulation_steps: int, folder: Path) -> None:
+    torch.set_num_threads(1)
+    world_size = int(os.environ["WORLD_SIZE"])
+    image_processor = CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    processor = MMGEMProcessor(image_processor, to_mmgem_tokenizer(train_tokenizer(CORPUS, 320)), max_length=200)
+    model = make_model(processor)
+    dataset = PairDataset(ScenesDataset("train", PAIRS, 32))  # 1 to 4 objects: captions of very different lengths
+    micro_batch = PAIRS // accumulation_steps
+    expected_loss = reference_loss(model, processor, dataset, micro_batch)
+    args = MMGEMTrainingArguments(
+        output_dir=str(folder),
+        per_device_train_batch_size=micro_batch // world_size,
+        gradient_accumulation_steps=accumulation_steps,
+        max_steps=1,
+        max_grad_norm=0.0,
+        learning_rate=1e-6,
+        lr_scheduler_type="constant",
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        use_cpu=True,
+        disable_tqdm=True,
+    )
+    gradients = {}
+
+    trainer = Sequential(model, args, processor, dataset, pack_length=256)
+
+    class Keep(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, **kwargs):
+            gradients.update({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+
+    trainer.add_callback(Keep())
+    trainer.train()
+    if int(os.environ["RANK"]) == 0:
+        loss = next(entry["loss"] for entry in trainer.state.log_history if "loss" in entry)
+        torch.save(
+            {
+                "gradients": gradients,
+                "world_size": dist.get_world_size() if dist.is_initialized() else 1,
+                "loss": torch.tensor(loss),
+                "expected_loss": expected_loss,
+            },
+            folder / "gradients.pt",
+        )
+
+
+@torch.no_grad()
+def reference_loss(model, processor, dataset, micro_batch: int) -> torch.Tensor:
+    """Mean contrastive loss of the micro-batches, and caption loss over all tokens of the step."""
+    collate = PairCollator(processor)
+    contrastive, nll, tokens = [], 0.0, 0
+    for start in range(0, len(dataset), micro_batch):
+        batch = collate([dataset[i] for i in range(start, start + micro_batch)])
+        labels = batch["labels"]
+        inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "pixel_values", "labels")}
+        output = model(**inputs, return_loss=True)
+        contrastive.append(output.contrastive_loss)
+        nll += output.caption_loss * (labels != -100).sum()
+        tokens += (labels != -100).sum()
+    return torch.stack(contrastive).mean() + nll / tokens
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), Path(sys.argv[2]))
