@@ -14,7 +14,7 @@ import transformers
 import mmgem
 from mmgem.data.loading import load_pairs
 from mmgem.evaluation.evaluator import evaluate_model
-from mmgem.evaluation.report import write_report
+from mmgem.evaluation.report import current_commit, write_report
 from mmgem.training.arguments import parse_arguments
 from mmgem.training.building import build_model_and_processor, initial_image_size
 from mmgem.training.trainer import MMGEMTrainer
@@ -42,6 +42,7 @@ def main() -> None:
 
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     trainer.save_model()
+    trainer.accelerator.end_training()
     if eval_dataset is None or not trainer.is_world_process_zero():
         return
     metrics, outputs = evaluate_model(
@@ -49,7 +50,7 @@ def main() -> None:
     )
     setting = {
         "dataset": data_args.dataset_name or data_args.validation_file,
-        "split": "test" if data_args.dataset_name == "scenes" else "validation",
+        "split": str(eval_dataset.table.split),
         "size": len(eval_dataset),
         "prompt": "<image>[CAP]",
         "max_length": data_args.max_length,
@@ -59,6 +60,7 @@ def main() -> None:
         "steps": trainer.state.global_step,
         "objective": args.objective,
         "model": args.output_dir,
+        "commit": current_commit(),
         "versions": {"mmgem": mmgem.__version__, "transformers": transformers.__version__, "torch": torch.__version__},
     }
     report = write_report(args.output_dir, metrics, setting, outputs, eval_dataset)

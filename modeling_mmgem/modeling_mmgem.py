@@ -415,14 +415,13 @@ class MMGEMModel(PreTrainedModel, GenerationMixin):
         if input_ids is None and inputs_embeds is None and pixel_values is None:
             raise ValueError("Pass input_ids (or inputs_embeds), pixel_values, or both.")
         logit_scale = self.logit_scale.float().clamp(max=self.config.logit_scale_max_value).exp()
-        output = MMGEMOutput(logit_scale=logit_scale)
-        image_embeds = text_embeds = None
+        image_embeds = text_embeds = logits = logits_per_text = contrastive = caption = outputs = None
         if pixel_values is not None:
             features, grid = self._patch_features(pixel_values)
-            embeds = self._image_features(features, grid, boxes, masks)
+            image_embeds = self._image_features(features, grid, boxes, masks)
             if region_mask is not None:
-                embeds = embeds * region_mask[..., None].to(embeds.dtype)
-            image_embeds = output.image_embeds = nn.functional.normalize(embeds, dim=-1)
+                image_embeds = image_embeds * region_mask[..., None].to(image_embeds.dtype)
+            image_embeds = nn.functional.normalize(image_embeds, dim=-1)
 
         if inputs_embeds is None and input_ids is not None:
             inputs_embeds = self._embed_tokens(input_ids)
@@ -443,37 +442,44 @@ class MMGEMModel(PreTrainedModel, GenerationMixin):
                 use_cache=past_key_values is not None if use_cache is None else use_cache,
                 **kwargs,
             )
-            output.past_key_values = outputs.past_key_values
             hidden_states = outputs.last_hidden_state
             if input_ids is not None and past_key_values is None:
                 at_emb = hidden_states[input_ids.eq(self.config.emb_token_id)]
                 if len(at_emb) > 0:
                     text_embeds = nn.functional.normalize(self.text_projection(at_emb), dim=-1)
-                    output.text_embeds = text_embeds
             if labels is not None:
                 predicts = labels[:, 1:] != -100
-                output.caption_loss = caption_loss(
+                caption = caption_loss(
                     self._logits(hidden_states[:, :-1][predicts]), labels[:, 1:][predicts], num_items_in_batch
                 )
             if labels is None or not self.training:
-                output.logits = self._logits(slice_logits_to_keep(hidden_states, logits_to_keep))
+                logits = self._logits(slice_logits_to_keep(hidden_states, logits_to_keep))
 
         if text_embeds is not None and image_embeds is not None:
-            if image_embeds.ndim == 3:
-                image_embeds = image_embeds.flatten(0, 1) if region_mask is None else image_embeds[region_mask]
-            output.logits_per_text = logit_scale * text_embeds @ image_embeds.T
-            output.logits_per_image = output.logits_per_text.T
+            pictures = image_embeds
+            if pictures.ndim == 3:
+                pictures = pictures.flatten(0, 1) if region_mask is None else pictures[region_mask]
+            logits_per_text = logit_scale * text_embeds @ pictures.T
             if return_loss:
-                if len(image_embeds) != len(text_embeds):
+                if len(pictures) != len(text_embeds):
                     raise ValueError(
                         f"return_loss pairs text i with picture i, but there are {len(text_embeds)} texts and "
-                        f"{len(image_embeds)} pictures."
+                        f"{len(pictures)} pictures."
                     )
-                output.contrastive_loss = contrastive_loss(text_embeds, image_embeds, logit_scale)
-        losses = [loss for loss in (output.contrastive_loss, output.caption_loss) if loss is not None]
-        if losses:
-            output.loss = torch.stack(losses).sum()
-        return output
+                contrastive = contrastive_loss(text_embeds, pictures, logit_scale)
+        losses = [loss for loss in (contrastive, caption) if loss is not None]
+        return MMGEMOutput(
+            loss=torch.stack(losses).sum() if losses else None,
+            contrastive_loss=contrastive,
+            caption_loss=caption,
+            logits_per_image=None if logits_per_text is None else logits_per_text.T,
+            logits_per_text=logits_per_text,
+            image_embeds=image_embeds,
+            text_embeds=text_embeds,
+            logits=logits,
+            logit_scale=logit_scale,
+            past_key_values=None if outputs is None else outputs.past_key_values,
+        )
 
 
 __all__ = ["MMGEMModel", "MMGEMOutput"]

@@ -35,7 +35,7 @@ def load_pairs(arguments: DataArguments, image_size: int, seed: int) -> tuple[Pa
         roots = ["", ""]
     else:
         files = [arguments.train_file, arguments.validation_file]
-        tables = [_read_file(file) if file else None for file in files]
+        tables = [_read_file(file, split) if file else None for file, split in zip(files, ("train", "validation"))]
         roots = [os.path.dirname(file) if file else "" for file in files]
     limits = [arguments.max_train_samples, arguments.max_eval_samples]
     pairs: list[PairDataset | None] = []
@@ -60,10 +60,10 @@ def load_pairs(arguments: DataArguments, image_size: int, seed: int) -> tuple[Pa
     return train_pairs, eval_pairs
 
 
-def _read_file(path: str) -> datasets.Dataset:
+def _read_file(path: str, split: str) -> datasets.Dataset:
     extension = os.path.splitext(path)[1]
     if extension not in FORMATS:
         raise ValueError(f"{path}: unknown format {extension!r}; use one of {', '.join(FORMATS)}.")
     if not os.path.isfile(path):
         raise FileNotFoundError(f"There is no file {path}.")
-    return datasets.load_dataset(FORMATS[extension], data_files=path, split="train")
+    return datasets.load_dataset(FORMATS[extension], data_files={split: path}, split=split)

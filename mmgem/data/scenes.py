@@ -101,6 +101,7 @@ class ScenesDataset(torch.utils.data.Dataset):
         if split not in SPLITS:
             raise ValueError(f"Unknown split {split!r}; choose one of {', '.join(SPLITS)}.")
         self.image_size = image_size
+        self.split = split
         number = SPLITS.index(split)
         self.scenes: list[Scene] = []
         taken: set[str] = set()

@@ -2,6 +2,7 @@
 
 import json
 import os
+import subprocess
 import textwrap
 from typing import Any
 
@@ -43,6 +44,15 @@ def write_report(
     with open(path, "w", encoding="utf-8") as file:
         file.write("\n".join(lines))
     return path
+
+
+def current_commit() -> str | None:
+    """The commit of the checkout that this code runs from; None for an installed wheel, or without git."""
+    command = ["git", "-C", os.path.dirname(os.path.abspath(__file__)), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 def caption_sheet(dataset: PairDataset, captions: list[str], count: int = 16, columns: int = 4) -> Image.Image:

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.nn.functional import all_gather
 from transformers import Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import logging
@@ -18,6 +17,7 @@ from ..evaluation.evaluator import evaluate_model
 from ..modeling_mmgem import MMGEMModel, contrastive_loss
 from ..processing import MMGEMProcessor
 from .arguments import MMGEMTrainingArguments
+from .gathering import GatherWithGradient
 from .stages import freeze_parameters, parameter_groups
 
 
@@ -145,7 +145,7 @@ class MMGEMTrainer(Trainer):
         texts, images = outputs.text_embeds, outputs.image_embeds
         if self.args.world_size == 1:
             return contrastive_loss(texts, images, outputs.logit_scale)
-        all_texts, all_images = torch.cat(all_gather(texts)), torch.cat(all_gather(images))
+        all_texts, all_images = GatherWithGradient.apply(texts), GatherWithGradient.apply(images)
         offset = dist.get_rank() * len(texts)
         return contrastive_loss(texts, images, outputs.logit_scale, all_texts, all_images, offset)
 

@@ -74,6 +74,7 @@ def main(accumulation_steps: int, folder: Path) -> None:
             },
             folder / "gradients.pt",
         )
+    trainer.accelerator.end_training()
 
 
 @torch.no_grad()

@@ -1,0 +1,27 @@
+"""Tensors of all processes, differentiably."""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+class GatherWithGradient(torch.autograd.Function):
+    """
+    `(n, …)` on each of W processes to `(W * n, …)` on all of them, in the order of the ranks.
+
+    Every process computes its own loss from the gathered rows; backward sums what all of them say about this
+    process's rows (as `torch.distributed.nn.functional.all_gather` did, which torch has deprecated).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, tensor: torch.Tensor) -> torch.Tensor:
+        gathered = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
+        dist.all_gather(gathered, tensor.contiguous())
+        return torch.cat(gathered)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        total = gradient.contiguous()
+        dist.all_reduce(total)
+        return total.chunk(dist.get_world_size())[dist.get_rank()]

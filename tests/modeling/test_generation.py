@@ -1,0 +1,157 @@
+"""Captions from `generate`, against a loop over the plain forward pass."""
+
+import pytest
+import torch
+from transformers import pipeline
+
+from mmgem import MMGEMProcessor
+from tests.conftest import make_model, make_picture
+
+
+NEW = 8
+
+
+def prompts(processor, count=2, **kwargs):
+    return processor(images=[make_picture(i) for i in range(count)], task="caption", return_tensors="pt", **kwargs)
+
+
+def next_token(model, inputs, ids, pixels):
+    """The likeliest next token of one row, from a full forward pass without cache or mask."""
+    with torch.no_grad():
+        scores = model(input_ids=ids[None], pixel_values=pixels[None]).logits[0, -1]
+    scores[model.generation_config.suppress_tokens] = -torch.inf
+    return scores.log_softmax(-1)
+
+
+def greedy_reference(model, inputs):
+    """Row by row, the picture given to every pass anew."""
+    rows = []
+    for ids, mask, pixels in zip(inputs["input_ids"], inputs["attention_mask"], inputs["pixel_values"]):
+        row = ids[mask.bool()]
+        for _ in range(NEW):
+            token = next_token(model, inputs, row, pixels).argmax()
+            row = torch.cat([row, token[None]])
+            if token == model.generation_config.eos_token_id:
+                break
+        rows.append(row[mask.sum() :].tolist())
+    return rows
+
+
+def new_tokens(model, inputs, ids):
+    """What was written behind the prompt, up to EOS."""
+    rows = []
+    for row in ids[:, inputs["input_ids"].shape[1] :].tolist():
+        eos = model.generation_config.eos_token_id
+        rows.append(row[: row.index(eos) + 1] if eos in row else row)
+    return rows
+
+
+@pytest.mark.parametrize("options", [{}, {"use_cache": False}, {"cache_implementation": "static"}])
+def test_greedy_equals_the_plain_loop(model, processor, options):
+    inputs = prompts(processor, 3)
+    ids = model.generate(**inputs, max_new_tokens=NEW, do_sample=False, **options)
+    assert new_tokens(model, inputs, ids) == greedy_reference(model, inputs)
+    assert len({tuple(row) for row in new_tokens(model, inputs, ids)}) == 3, "the pictures make no difference"
+
+
+def test_left_padded_batch_of_prefixes_equals_single_rows(model, processor):
+    texts = ["a dog on", "the", "two people ride red"]
+    inputs = prompts(processor, 3, text=texts)
+    assert not inputs["attention_mask"].all()
+    ids = model.generate(**inputs, max_new_tokens=NEW, do_sample=False)
+    assert new_tokens(model, inputs, ids) == greedy_reference(model, inputs)
+    for i, caption in enumerate(processor.batch_decode(ids, skip_special_tokens=True)):
+        assert caption.startswith(texts[i])
+
+
+def test_beams_find_a_caption_at_least_as_likely_and_keep_their_picture(model, processor):
+    inputs = prompts(processor)
+
+    def log_likelihood(row, i):
+        prompt = inputs["input_ids"][i]
+        tokens = torch.tensor(row)
+        with torch.no_grad():
+            full = torch.cat([prompt, tokens])
+            logits = model(input_ids=full[None], pixel_values=inputs["pixel_values"][i][None]).logits[0]
+        return logits.log_softmax(-1)[len(prompt) - 1 : -1].gather(1, tokens[:, None]).sum().item()
+
+    options = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
+    greedy = new_tokens(model, inputs, model.generate(**inputs, **options))
+    found = model.generate(
+        **inputs, **options, num_beams=4, num_return_sequences=2, return_dict_in_generate=True, output_scores=True
+    )
+    beams = new_tokens(model, inputs, found.sequences)
+    assert len(beams) == 4
+    for i in range(2):
+        best, second = (log_likelihood(beams[2 * i + j], i) for j in range(2))
+        assert best >= second and best >= log_likelihood(greedy[i], i) - 1e-4
+        # The score that beam search computed, with its cache and reordering, is that of the row and its own picture.
+        assert found.sequences_scores[2 * i].item() * 4 == pytest.approx(best, abs=1e-3)
+
+
+def test_sampling_and_num_return_sequences(model, processor):
+    inputs = prompts(processor)
+    greedy = new_tokens(model, inputs, model.generate(**inputs, max_new_tokens=NEW, do_sample=False))
+    options = {"max_new_tokens": NEW, "do_sample": True, "num_return_sequences": 3}
+    only_best = new_tokens(model, inputs, model.generate(**inputs, **options, top_k=1))
+    assert only_best == [greedy[0]] * 3 + [greedy[1]] * 3
+    torch.manual_seed(0)
+    drawn = new_tokens(model, inputs, model.generate(**inputs, **options, temperature=2.0))
+    assert len({tuple(row) for row in drawn}) > 3
+    torch.manual_seed(0)
+    assert drawn == new_tokens(model, inputs, model.generate(**inputs, **options, temperature=2.0))
+
+
+def test_tokens_that_are_no_words_are_never_written(model, processor):
+    inputs = prompts(processor, 4)
+    torch.manual_seed(0)
+    ids = model.generate(**inputs, max_new_tokens=50, do_sample=True, temperature=50.0, num_return_sequences=4)
+    special = {model.config.image_token_id, model.config.cap_token_id, model.config.emb_token_id}
+    written = {token for row in new_tokens(model, inputs, ids) for token in row}
+    assert len(written) > 100 and not special & written
+
+
+def test_every_region_gets_its_own_caption(processor):
+    # Four [CAP] instead of 64: among those, one visual token of a random model would count for little.
+    processor = MMGEMProcessor(processor.image_processor, processor.tokenizer, num_soft_prompts=4)
+    model = make_model(processor, config={"num_soft_prompts": 4})
+    pictures = [make_picture(0), make_picture(1)]
+    boxes = [[[0, 0, 20, 20], [20, 10, 48, 40]], [[5, 5, 45, 38]]]
+    inputs = processor(images=pictures, boxes=boxes, task="region-caption", return_tensors="pt")
+    batch = model.generate(**inputs, max_new_tokens=NEW, do_sample=False, num_beams=2)
+    assert len(batch) == 3
+    single = []
+    for picture, of_image in zip(pictures, boxes):
+        for box in of_image:
+            alone = processor(images=[picture], boxes=[[box]], task="region-caption", return_tensors="pt")
+            single += new_tokens(model, alone, model.generate(**alone, max_new_tokens=NEW, num_beams=2))
+    assert new_tokens(model, inputs, batch) == single
+    assert len({tuple(row) for row in single}) > 1
+
+
+def test_pipelines_of_the_library(model, processor):
+    pictures = [make_picture(0, (64, 64)), make_picture(1, (64, 64))]
+    parts = {"model": model, "tokenizer": processor.tokenizer, "image_processor": processor.image_processor}
+    classify = pipeline("zero-shot-image-classification", **parts)
+    labels = ["a dog", "the cat", "snow"]
+    result = classify(pictures[0], candidate_labels=labels, hypothesis_template="{}")
+    with torch.no_grad():
+        scores = model(**processor(text=labels, images=pictures[:1], return_tensors="pt")).logits_per_image.softmax(-1)
+    assert {r["label"]: pytest.approx(r["score"], abs=1e-5) for r in result} == dict(zip(labels, scores[0].tolist()))
+
+    caption = pipeline("image-text-to-text", model=model, processor=processor)
+    result = caption(
+        images=pictures,
+        text=["<image>", "<image>"],
+        return_full_text=False,
+        generate_kwargs={"max_new_tokens": NEW, "do_sample": False},
+    )
+    inputs = processor(images=pictures, task="caption", return_tensors="pt")
+    ids = model.generate(**inputs, max_new_tokens=NEW, do_sample=False)
+    captions = [r[0]["generated_text"] if isinstance(r, list) else r["generated_text"] for r in result]
+    assert captions == processor.batch_decode(ids, skip_special_tokens=True)
+
+    extract = pipeline("image-feature-extraction", model=model, image_processor=processor.image_processor)
+    with torch.no_grad():
+        embedding = model.get_embedding(**processor(images=pictures[:1], return_tensors="pt"))
+    torch.testing.assert_close(torch.tensor(extract(pictures[0])), embedding)
