@@ -42,7 +42,7 @@ def main() -> None:
 
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     trainer.save_model()
-    trainer.accelerator.end_training()
+    trainer.leave_process_group()
     if eval_dataset is None or not trainer.is_world_process_zero():
         return
     metrics, outputs = evaluate_model(

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from ..configuration.configuration_mmgem import MMGEMConfig
 from ..processing.tokenization_mmgem import special_token_ids, to_mmgem_tokenizer
@@ -96,11 +96,18 @@ def _load_vision_tower(vision: str, image_size: int | None) -> PreTrainedModel:
         raise ValueError(f"{vision} lacks weights of its vision tower: {', '.join(sorted(missing)[:5])}.")
     if image_size is None or image_size == config.image_size:
         return model
-    return _interpolate_positions(model, config, image_size)
+    return interpolate_positions(model, image_size)
 
 
-def _interpolate_positions(model: PreTrainedModel, config: PreTrainedConfig, image_size: int) -> PreTrainedModel:
-    """The same tower for pictures of another size, position embeddings resampled as transformers does (bicubic)."""
+def interpolate_positions(model: PreTrainedModel, image_size: int) -> PreTrainedModel:
+    """
+    The same vision tower for pictures of another size, its position embeddings resampled as transformers does
+    (bicubic).
+
+    Raises:
+        ValueError: where `image_size` is not a multiple of the patch size.
+    """
+    config = model.config
     if image_size % config.patch_size:
         raise ValueError(f"image_size {image_size} is not a multiple of the tower's patch_size {config.patch_size}.")
     new_config = copy.deepcopy(config)
@@ -144,4 +151,4 @@ def _add_rows(causal_lm: PreTrainedModel, vocab_size: int, known: torch.Tensor, 
             parameter.data[new_ids] = parameter.data[known].mean(0)
 
 
-__all__ = ["configure_generation", "from_vision_text_pretrained"]
+__all__ = ["configure_generation", "interpolate_positions", "from_vision_text_pretrained"]

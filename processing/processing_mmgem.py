@@ -73,10 +73,7 @@ class MMGEMProcessor(ProcessorMixin):
         """
         image_processor = AutoImageProcessor.from_pretrained(vision, backend="pil")
         if image_size is not None:
-            for name in ("size", "crop_size"):
-                edges = getattr(image_processor, name, None)
-                if edges:
-                    setattr(image_processor, name, {edge: image_size for edge, value in dict(edges).items() if value})
+            set_image_size(image_processor, image_size)
         return cls(image_processor, to_mmgem_tokenizer(AutoTokenizer.from_pretrained(text)), **kwargs)
 
     @property
@@ -228,6 +225,14 @@ class MMGEMProcessor(ProcessorMixin):
         return self.tokenizer.batch_decode(generated_outputs, skip_special_tokens=skip_special_tokens, **kwargs)
 
 
+def set_image_size(image_processor: Any, image_size: int) -> None:
+    """Makes it resize (and crop) to `image_size` pixels per side."""
+    for name in ("size", "crop_size"):
+        edges = getattr(image_processor, name, None)
+        if edges:
+            setattr(image_processor, name, {edge: image_size for edge, value in dict(edges).items() if value})
+
+
 def _open_image(image: Any, index: int) -> Image.Image:
     """A path, URL or array as a PIL image; whatever goes wrong names the picture."""
     try:
@@ -240,4 +245,4 @@ def _open_image(image: Any, index: int) -> Image.Image:
         raise ValueError(f"images[{index}] could not be read: {error}") from error
 
 
-__all__ = ["MMGEMProcessor"]
+__all__ = ["MMGEMProcessor", "set_image_size"]

@@ -1,6 +1,7 @@
 """The options of train.py, one dataclass per concern, from YAML and the command line."""
 
 import difflib
+import json
 import sys
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
@@ -21,11 +22,11 @@ class ModelArguments:
         default=None, metadata={"help": "CLIP, SigLIP, DINOv2 or ViT checkpoint for the vision tower."}
     )
     text_model_name_or_path: str | None = field(default=None, metadata={"help": "Causal language model checkpoint."})
-    vision_config: dict | str = field(
-        default_factory=dict, metadata={"help": "From scratch: settings of the vision tower (JSON)."}
+    vision_config: dict | str | None = field(
+        default=None, metadata={"help": "From scratch: settings of the vision tower (JSON)."}
     )
-    text_config: dict | str = field(
-        default_factory=dict, metadata={"help": "From scratch: settings of the language model (JSON)."}
+    text_config: dict | str | None = field(
+        default=None, metadata={"help": "From scratch: settings of the language model (JSON)."}
     )
     vocab_size: int = field(default=4096, metadata={"help": "From scratch: size of the BPE trained on the captions."})
     image_size: int | None = field(
@@ -34,12 +35,25 @@ class ModelArguments:
     projection_dim: int = field(default=512, metadata={"help": "D, the size of the embedding space."})
 
     def __post_init__(self) -> None:
+        self.vision_config = _as_mapping(self.vision_config, "vision_config")
+        self.text_config = _as_mapping(self.text_config, "text_config")
         if bool(self.vision_model_name_or_path) != bool(self.text_model_name_or_path):
             raise ValueError(
                 "vision_model_name_or_path and text_model_name_or_path go together; give both or neither."
             )
         if self.init_from and (self.vision_model_name_or_path or self.vision_config or self.text_config):
             raise ValueError("init_from brings its own architecture; drop the settings of the towers.")
+
+
+def _as_mapping(value: dict | str | None, name: str) -> dict:
+    """A mapping from YAML as it is, JSON from the command line parsed."""
+    try:
+        mapping = json.loads(value) if isinstance(value, str) else value or {}
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{name} is no JSON: {error}.") from error
+    if not isinstance(mapping, dict):
+        raise ValueError(f"{name} must be a mapping, got {value!r}.")
+    return mapping
 
 
 @dataclass
@@ -81,10 +95,13 @@ class DataArguments:
 @dataclass
 class MMGEMTrainingArguments(TrainingArguments):
     """
-    transformers' TrainingArguments, plus what stage 1 needs. `learning_rate` is the backbones' rate; `optim` also
-    takes "lamb" (from pytorch-optimizer).
+    transformers' TrainingArguments, plus what stage 1 needs. `learning_rate` is the backbones' rate.
     """
 
+    optim: str = field(
+        default="adamw_torch",
+        metadata={"help": "'lamb' (from pytorch-optimizer), or any of transformers' OptimizerNames."},
+    )
     objective: Literal["joint", "contrastive", "caption"] = field(
         default="joint", metadata={"help": "L_Emb + L_Gen, or one alone (the paper's ablation)."}
     )
@@ -124,6 +141,7 @@ def parse_arguments(
     settings, rest = _read_config(arguments)
     _refuse_unknown([name for name in settings if name not in known], known, "in the configuration file")
     parser.set_defaults(**settings)
+    parser.usage = "train.py [--config FILE] [--option VALUE …]   (--help lists the options)"
     *parsed, remaining = parser.parse_args_into_dataclasses(rest, return_remaining_strings=True)
     unknown = [word.removeprefix("--").split("=")[0] for word in remaining if word.startswith("--")]
     _refuse_unknown(unknown, known | {"config"}, "on the command line")

@@ -9,8 +9,8 @@ from ..configuration import MMGEMConfig
 from ..data.pairs import PairDataset
 from ..data.tokenizer import train_tokenizer
 from ..modeling_mmgem import MMGEMModel
-from ..modeling_mmgem.conversion_mmgem import configure_generation
-from ..processing import MMGEMProcessor, to_mmgem_tokenizer
+from ..modeling_mmgem.conversion_mmgem import configure_generation, interpolate_positions
+from ..processing import MMGEMProcessor, set_image_size, to_mmgem_tokenizer
 from ..processing.tokenization_mmgem import special_token_ids
 from .arguments import ModelArguments
 
@@ -23,8 +23,8 @@ def initial_image_size(arguments: ModelArguments) -> int:
     if arguments.image_size is not None:
         return arguments.image_size
     if arguments.init_from is not None:
-        return AutoConfig.from_pretrained(arguments.init_from).vision_config.image_size
-    return (arguments.vision_config or {}).get("image_size", DEFAULT_IMAGE_SIZE)  # type: ignore[union-attr]
+        return _own_config(arguments.init_from).vision_config.image_size
+    return arguments.vision_config.get("image_size", DEFAULT_IMAGE_SIZE)  # type: ignore[union-attr]
 
 
 def build_model_and_processor(
@@ -38,15 +38,15 @@ def build_model_and_processor(
         ValueError: where `init_from` is a checkpoint of another model type.
     """
     if arguments.init_from is not None:
-        model_type = AutoConfig.from_pretrained(arguments.init_from).model_type
-        if model_type != "mmgem":
-            raise ValueError(
-                f"{arguments.init_from} is a '{model_type}' checkpoint, not 'mmgem'; a vision tower or language model "
-                "goes into --vision_model_name_or_path or --text_model_name_or_path."
-            )
+        _own_config(arguments.init_from)
+        model = MMGEMModel.from_pretrained(arguments.init_from)
         processor = MMGEMProcessor.from_pretrained(arguments.init_from)
         processor.max_length = max_length
-        return MMGEMModel.from_pretrained(arguments.init_from), processor
+        if arguments.image_size not in (None, model.config.vision_config.image_size):
+            model.vision_model = interpolate_positions(model.vision_model, arguments.image_size)
+            model.config.vision_config = model.vision_model.config
+            set_image_size(processor.image_processor, arguments.image_size)
+        return model, processor
     if arguments.vision_model_name_or_path and arguments.text_model_name_or_path:
         towers = (arguments.vision_model_name_or_path, arguments.text_model_name_or_path)
         model = MMGEMModel.from_vision_text_pretrained(
@@ -57,6 +57,16 @@ def build_model_and_processor(
         )
         return model, processor
     return _from_scratch(arguments, train_dataset, max_length)
+
+
+def _own_config(name: str) -> MMGEMConfig:
+    config = AutoConfig.from_pretrained(name)
+    if config.model_type != "mmgem":
+        raise ValueError(
+            f"{name} is a '{config.model_type}' checkpoint, not 'mmgem'; a vision tower or language model goes into "
+            "--vision_model_name_or_path or --text_model_name_or_path."
+        )
+    return config
 
 
 def _from_scratch(

@@ -199,6 +199,15 @@ class MMGEMTrainer(Trainer):
         self._interval = {"start": time.perf_counter(), "data": 0.0, "samples": 0}
         return logs
 
+    def leave_process_group(self) -> None:
+        """To be called when all is trained and saved: the processes part here."""
+        self.accelerator.wait_for_everyone()
+        # DistributedDataParallel must go first. Where it holds the last reference to the process group, it waits for
+        # gloo's threads while these wait for the interpreter's lock.
+        self.model_wrapped = self.callback_handler.model = self.model
+        self.accelerator.free_memory()
+        self.accelerator.end_training()
+
 
 class _Stage1Callback(TrainerCallback):
     """Tells the data which epoch it is, and holds tau at its lower bound of 0.01."""

@@ -74,7 +74,7 @@ def main(accumulation_steps: int, folder: Path) -> None:
             },
             folder / "gradients.pt",
         )
-    trainer.accelerator.end_training()
+    trainer.leave_process_group()
 
 
 @torch.no_grad()

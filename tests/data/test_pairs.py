@@ -1,0 +1,158 @@
+"""Pictures and captions from files, as users bring them."""
+
+import io
+import json
+
+import numpy as np
+import pytest
+from datasets import Dataset, DatasetDict, Features, Image, Sequence, Value
+from PIL import Image as PILImage
+
+from mmgem.data.loading import load_pairs
+from mmgem.data.pairs import PairDataset, as_captions, random_crop
+from mmgem.training.arguments import DataArguments
+from tests.conftest import make_picture
+
+
+CAPTIONS = [["a dog", "a brown dog"], ["a cat", "  "], ["snow"]]
+
+
+def encoded(picture, format="PNG", **options):
+    buffer = io.BytesIO()
+    picture.save(buffer, format, **options)
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """The same three pictures with captions as parquet, jsonl, csv, and a folder of `datasets`."""
+    pictures = [make_picture(i) for i in range(3)]
+    (tmp_path / "pictures").mkdir()
+    for i, picture in enumerate(pictures):
+        picture.save(tmp_path / "pictures" / f"{i}.png")
+    features = Features({"image": Image(), "captions": Sequence(Value("string"))})
+    table = Dataset.from_dict({"image": pictures, "captions": CAPTIONS}, features=features)
+    table.to_parquet(tmp_path / "pairs.parquet")
+    DatasetDict({"train": table, "validation": table.select([2, 0])}).save_to_disk(tmp_path / "saved")
+    with open(tmp_path / "pairs.jsonl", "w") as file:
+        for i, captions in enumerate(CAPTIONS):
+            file.write(json.dumps({"image": f"pictures/{i}.png", "captions": captions}) + "\n")
+    lines = [f"pictures/{i}.png,{captions[0]}" for i, captions in enumerate(CAPTIONS)]
+    (tmp_path / "pairs.csv").write_text("\n".join(["file,captions", *lines]) + "\n")
+    return tmp_path
+
+
+def same_pictures(dataset):
+    return all(
+        np.array_equal(np.asarray(dataset[i]["image"]), np.asarray(make_picture(i))) for i in range(len(dataset))
+    )
+
+
+@pytest.mark.parametrize("name", ["pairs.parquet", "pairs.jsonl", "pairs.csv"])
+def test_every_file_format_gives_the_same_pairs(folder, name):
+    column = "file" if name.endswith("csv") else "image"
+    arguments = DataArguments(
+        train_file=str(folder / name),
+        validation_file=str(folder / "pairs.parquet"),
+        image_column=column,
+        caption_column="captions",
+    )
+    if column == "file":
+        arguments.validation_file = None
+    train, held_out = load_pairs(arguments, 32, seed=0)
+    assert len(train) == 3 and same_pictures(train)
+    assert train.captions() == (
+        [["a dog"], ["a cat"], ["snow"]] if column == "file" else [["a dog", "a brown dog"], ["a cat"], ["snow"]]
+    )
+    if held_out is not None:
+        assert held_out.captions()[0] == ["a dog", "a brown dog"] and str(held_out.table.split) == "validation"
+
+
+def test_saved_folder_of_datasets_brings_its_own_splits(folder):
+    arguments = DataArguments(dataset_name=str(folder / "saved"), caption_column="captions")
+    train, held_out = load_pairs(arguments, 32, seed=0)
+    assert len(train) == 3 and held_out.captions() == [["snow"], ["a dog", "a brown dog"]]
+
+
+def test_missing_column_names_those_that_are_there(folder):
+    arguments = DataArguments(train_file=str(folder / "pairs.parquet"), caption_column="text")
+    with pytest.raises(ValueError, match=r"no column 'text'.*image, captions"):
+        load_pairs(arguments, 32, seed=0)
+
+
+def test_missing_and_unknown_files_are_named(folder):
+    with pytest.raises(FileNotFoundError, match=r"nothing\.jsonl"):
+        load_pairs(DataArguments(train_file=str(folder / "nothing.jsonl")), 32, seed=0)
+    with pytest.raises(ValueError, match=r"'\.txt'.*\.parquet"):
+        load_pairs(DataArguments(train_file=str(folder / "pairs.txt")), 32, seed=0)
+
+
+def test_limits_and_augmentation_touch_training_alone(folder):
+    arguments = DataArguments(
+        train_file=str(folder / "pairs.parquet"),
+        validation_file=str(folder / "pairs.parquet"),
+        caption_column="captions",
+        max_train_samples=2,
+        augmentation_scale=0.3,
+    )
+    train, held_out = load_pairs(arguments, 32, seed=0)
+    assert len(train) == 2 and len(held_out) == 3
+    assert not same_pictures(train) and same_pictures(held_out)
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [b"no picture at all", b"", encoded(make_picture(0), "JPEG")[:200], {"bytes": None, "path": None}, "gone.png"],
+    ids=["text", "empty", "truncated", "nothing", "missing-file"],
+)
+def test_unreadable_picture_is_replaced_and_named(broken):
+    rows = [{"image": encoded(make_picture(0)), "caption": "a"}, {"image": broken, "caption": "b"}]
+    rows.append({"image": encoded(make_picture(2)), "caption": "c"})
+    dataset = PairDataset(rows)
+    example = dataset[1]
+    assert example["caption"] == "c" and example["bad"] == [1]
+    assert dataset[0]["bad"] == []
+
+
+def test_example_without_a_caption_is_bad_too():
+    dataset = PairDataset([{"image": make_picture(0), "caption": "  "}, {"image": make_picture(1), "caption": "b"}])
+    assert dataset[0]["caption"] == "b" and dataset[0]["bad"] == [0]
+    with pytest.raises(ValueError, match="None of the 1 examples"):
+        PairDataset([{"image": make_picture(0), "caption": None}])[0]
+
+
+def test_exif_orientation_is_honoured():
+    picture = make_picture(0, (48, 24))
+    exif = PILImage.Exif()
+    exif[0x0112] = 6  # to be turned a quarter clockwise
+    data = encoded(picture, "PNG", exif=exif)
+    shown = PairDataset([{"image": data, "caption": "a"}])[0]["image"]
+    assert shown.size == (24, 48)
+    assert np.array_equal(np.asarray(shown), np.rot90(np.asarray(picture), -1))
+
+
+def test_captions_are_drawn_anew_each_epoch_and_the_same_again():
+    rows = [{"image": make_picture(0), "caption": ["a", "b", "c", "d"]}]
+    drawn = []
+    for _ in range(2):
+        dataset = PairDataset(rows, augmentation_scale=0.5)
+        for epoch in range(8):
+            dataset.set_epoch(epoch)
+            example = dataset[0]
+            drawn.append((example["caption"], example["image"].tobytes()))
+    assert drawn[:8] == drawn[8:]
+    assert len({caption for caption, _ in drawn}) > 2 and len({pixels for _, pixels in drawn}) == 8
+
+
+def test_as_captions():
+    assert as_captions(" a dog ") == ["a dog"]
+    assert as_captions(["a", "", None, " b"]) == ["a", "b"]
+    assert as_captions(None) == as_captions("") == []
+
+
+def test_random_crop_keeps_the_area_asked_for():
+    rng = np.random.default_rng(0)
+    picture = make_picture(0, (400, 300))
+    sizes = np.array([random_crop(picture, 0.5, rng).size for _ in range(200)])
+    area = sizes.prod(1) / (400 * 300)
+    assert area.min() > 0.43 and area.max() <= 1 and len({tuple(size) for size in sizes}) > 100

@@ -1,0 +1,66 @@
+"""results.json, report.md and the figures of a whole evaluation."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from mmgem.data.pairs import PairDataset
+from mmgem.data.scenes import ScenesDataset
+from mmgem.evaluation.evaluator import caption_metrics, evaluate_model, object_f1
+from mmgem.evaluation.report import GREEN, write_report
+from tests.conftest import make_model
+
+
+@pytest.fixture
+def dataset():
+    return PairDataset(ScenesDataset("test", 12, 32))
+
+
+def test_evaluation_does_not_depend_on_the_batch_size(processor, dataset):
+    model = make_model(processor).train()
+    processor.max_length = 120
+    few, one = (evaluate_model(model, processor, dataset, batch_size=b, caption_samples=4) for b in (5, 1))
+    processor.max_length = 50
+    assert model.training, "the mode it came in"
+    assert few[0] == pytest.approx(one[0], abs=1e-5)
+    assert few[1]["captions"] == one[1]["captions"] and len(few[1]["captions"]) == 4
+    assert few[1]["text_embeds"].shape == few[1]["image_embeds"].shape == (12, 16)
+
+
+def test_report_holds_metrics_setting_and_pictures(processor, dataset, tmp_path):
+    texts = torch.nn.functional.normalize(torch.randn(12, 16, generator=torch.Generator().manual_seed(0)), dim=-1)
+    outputs = {
+        "text_embeds": texts,
+        "image_embeds": texts.clone(),
+        "text_to_image": torch.arange(12),
+        "captions": [c[0] for c in dataset.captions()],
+    }
+    path = write_report(str(tmp_path / "new"), {"text_to_image_R@1": 1.0}, {"seed": 3}, outputs, dataset)
+    results = json.loads((tmp_path / "new" / "results.json").read_text())
+    assert results == {"metrics": {"text_to_image_R@1": 1.0}, "setting": {"seed": 3}}
+    report = Path(path).read_text()
+    assert "| text_to_image_R@1 | 1 |" in report and "| seed | 3 |" in report
+    for name in ("captions.png", "retrieval.png"):
+        assert f"![]({name})" in report
+        assert Image.open(tmp_path / "new" / name).size[0] > 600
+    frame = [pixel for _, pixel in Image.open(tmp_path / "new" / "retrieval.png").getcolors(10**6)]
+    assert GREEN in frame, "the right picture is marked"
+
+
+def test_object_f1_counts_pairs_over_the_whole_set():
+    references = ["a small red star above a large blue circle", "a large white cross left of a small red star"]
+    assert object_f1(references, references) == 1
+    # 2 of 4 named are right: red star once, nothing in the second.
+    captions = ["a large red star above a large red circle", "a small cyan star left of a small white star"]
+    assert object_f1(captions, references) == pytest.approx(2 * 1 / (4 + 4))
+    assert object_f1(["", ""], references) == 0
+
+
+def test_perfect_captions_are_perfect(dataset):
+    captions = [c[0] for c in dataset.captions()]
+    metrics = caption_metrics(captions, dataset)
+    assert metrics["caption_cider"] == pytest.approx(10)
+    assert [metrics[f"caption_{name}"] for name in ("bleu4", "distinct", "object_f1", "exact")] == [1, 1, 1, 1]

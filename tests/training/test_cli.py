@@ -1,0 +1,119 @@
+"""train.py as a user types it."""
+
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+from safetensors.torch import load_file
+from transformers import BertConfig
+from transformers.utils import logging
+
+from tests.conftest import make_picture
+
+
+ROOT = Path(__file__).parents[2]
+TOWERS = [
+    "--vision_config",
+    '{"model_type": "siglip_vision_model", "vision_use_head": false, "hidden_size": 16, "intermediate_size": 32, '
+    '"num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 16, "patch_size": 8}',
+    "--text_config",
+    '{"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}',
+]
+
+
+@pytest.fixture
+def train(monkeypatch, tmp_path):
+    """Runs train.py in a folder of its own, in this process: it is the script's work that is tested."""
+
+    def run(*arguments):
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", ["train.py", *map(str, arguments)])
+        runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
+
+    return run
+
+
+@pytest.fixture
+def pairs(tmp_path):
+    """A jsonl of sixteen pictures with two captions each, and relative paths."""
+    rows = []
+    for i in range(16):
+        make_picture(i).save(tmp_path / f"{i}.png")
+        rows.append({"image": f"{i}.png", "captions": [f"picture number {i}", f"the {i}th of them"]})
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return tmp_path / "pairs.jsonl"
+
+
+def test_own_files_from_scratch_then_on_from_that_checkpoint(train, pairs, tmp_path, capsys):
+    data = ["--train_file", pairs, "--validation_file", pairs, "--caption_column", "captions", "--report_to", "none"]
+    options = ["--max_steps", 3, "--per_device_train_batch_size", 4, "--logging_steps", 1]
+    train(*data, *options, *TOWERS, "--output_dir", "first", "--optim", "lamb")
+    results = json.loads((tmp_path / "first" / "results.json").read_text())
+    metrics = {"text_to_image_R@1", "image_to_text_R@10", "caption_loss", "caption_cider", "caption_bleu4"}
+    assert metrics <= results["metrics"].keys()
+    setting = results["setting"]
+    assert setting["size"] == 16 and setting["steps"] == 3 and setting["split"] == "validation"
+    assert {"transformers", "torch", "mmgem"} <= set(setting["versions"])
+    for name in ("report.md", "captions.png", "retrieval.png", "model.safetensors", "tokenizer.json"):
+        assert (tmp_path / "first" / name).is_file(), name
+    assert all(f"'{name}'" in capsys.readouterr().out for name in ["contrastive_loss"])
+
+    again = ["--init_from", "first", "--output_dir", "second", "--image_size", 32, "--freeze", "vision_model"]
+    train(*data, *options, *again, "--objective", "contrastive")
+    printed = capsys.readouterr().out
+    assert "'contrastive_loss'" in printed and "'caption_loss'" not in printed
+    config = json.loads((tmp_path / "second" / "config.json").read_text())
+    assert config["vision_config"]["image_size"] == 32
+    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("first", "second"))
+    changed = {name for name in before if before[name].shape != after[name].shape}
+    assert changed == {"vision_model.embeddings.position_embedding.weight"}
+    frozen = [name for name in before if name.startswith("vision_model") and name not in changed]
+    assert all(torch.equal(before[name], after[name]) for name in frozen)
+    assert not torch.equal(before["text_projection.weight"], after["text_projection.weight"])
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--learning_rat", "1"], "did you mean 'learning_rate'"),
+        (["--optim", "lion"], "lion"),
+        (["--vision_config", "{"], "vision_config is no JSON"),
+        (["--caption_column", "text"], "no column 'text'; its columns are image, captions"),
+        (["--freeze", "vision_modle"], "nearest is 'vision_model'"),
+        (["--resume_from_checkpoint", "nowhere"], "nowhere holds no whole checkpoint"),
+        (["--init_from", "bert", "--vision_config", "{}", "--text_config", "{}"], "'bert' checkpoint, not 'mmgem'"),
+        (["--image_column", "captions"], "None of the 16 examples could be read"),
+        (["--pack_length", "20"], "max_length 50 needs 52"),
+        (["--dataset_name", "scenes"], "one of the two"),
+        (["--train_file", "pairs.txt"], "pairs.txt"),
+        (["--config", "nowhere.yaml"], "nowhere.yaml"),
+    ],
+)
+def test_mistakes_are_named_before_any_work(train, pairs, tmp_path, arguments, message):
+    BertConfig().save_pretrained(tmp_path / "bert")
+    options = ["--max_steps", 1, "--per_device_train_batch_size", 4, "--report_to", "none", "--output_dir", "out"]
+    with pytest.raises(SystemExit) as error:
+        train("--train_file", pairs, "--caption_column", "captions", *options, *TOWERS, *arguments)
+    assert message in str(error.value)
+    assert not (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_corrupt_pictures_are_skipped_counted_and_too_many_stop_the_run(train, tmp_path, caplog):
+    make_picture(0).save(tmp_path / "0.png")
+    good = (tmp_path / "0.png").read_bytes()
+    rows = [
+        {"image": {"bytes": b"broken" if i in (2, 5) else good, "path": None}, "caption": f"n {i}"} for i in range(16)
+    ]
+    Dataset.from_list(rows).to_parquet(tmp_path / "pairs.parquet")
+    options = ["--train_file", "pairs.parquet", "--max_steps", 4, "--per_device_train_batch_size", 4, *TOWERS]
+    options += ["--output_dir", "out", "--report_to", "none"]
+    logging.enable_propagation()
+    train(*options, "--max_bad_fraction", 0.2)
+    logging.disable_propagation()
+    assert "2 training examples could not be read" in caplog.text and "[2, 5]" in caplog.text
+    with pytest.raises(SystemExit, match=r"max_bad_fraction=0\.01"):
+        train(*options)
