@@ -1,8 +1,9 @@
 """
 Scenes: drawn pictures of coloured shapes with captions and regions. No download, deterministic by seed.
 
-Captions name the objects in order: "a small blue star above a large white cross". What is held out never occurs in
-training: a caption, read in either direction, belongs to one split by its hash.
+Captions name the objects in order, the large ones first, then from left to right: "a large white cross below a small
+blue star". So a picture has one true caption. What is held out never occurs in training: a caption, read in either
+direction, belongs to one split by its hash.
 """
 
 import re
@@ -155,7 +156,7 @@ def relation(first: SceneObject, second: SceneObject) -> str:
 
 
 def sample_scene(rng: np.random.Generator, at_least: int = 1) -> Scene:
-    """1 to 4 objects (weights 1:3:2:1) that fit without touching, neighbours in a plain relation."""
+    """1 to 4 objects (weights 1:3:2:1) that fit without touching, those that the caption relates plainly placed."""
     weights = np.array([1, 3, 2, 1])[at_least - 1 :]
     count = int(rng.choice(np.arange(at_least, 5), p=weights / weights.sum()))
     colours, sizes = list(COLOURS), list(SIZES)
@@ -167,9 +168,12 @@ def sample_scene(rng: np.random.Generator, at_least: int = 1) -> Scene:
             x, y = rng.uniform(low, high, 2)
             colour, shape = colours[rng.integers(len(colours))], SHAPES[rng.integers(len(SHAPES))]
             new = SceneObject(size, colour, shape, float(x), float(y))
-            if all(_apart(new, other) for other in objects) and (not objects or _plain(objects[-1], new)):
+            if all(_apart(new, other) for other in objects):
                 objects.append(new)
             if len(objects) == count:
+                objects.sort(key=lambda item: (item.size == "small", item.x))
+                if not all(_plain(a, b) for a, b in zip(objects, objects[1:])):
+                    break
                 tone = list(TONES)[rng.integers(len(TONES))]
                 texture = TEXTURES[rng.integers(len(TEXTURES))]
                 return Scene(tuple(objects), tone, texture, int(rng.integers(2**31)))

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import numpy as np
 from transformers import AutoConfig
 from transformers.models.clip import CLIPImageProcessorPil
 
@@ -94,10 +95,15 @@ def _from_scratch(
     model = MMGEMModel(config)
     configure_generation(model, tokenizer)
     side = config.vision_config.image_size
+    mean, std = _pixel_statistics(train_dataset)
     image_processor = CLIPImageProcessorPil(
-        size={"shortest_edge": side},
-        crop_size={"height": side, "width": side},
-        image_mean=[0.5, 0.5, 0.5],
-        image_std=[0.5, 0.5, 0.5],
+        size={"shortest_edge": side}, crop_size={"height": side, "width": side}, image_mean=mean, image_std=std
     )
     return model, MMGEMProcessor(image_processor, tokenizer, max_length=max_length)
+
+
+def _pixel_statistics(dataset: PairDataset, samples: int = 256) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation of each colour, in [0, 1], over pictures spread evenly over the dataset."""
+    indices = np.linspace(0, len(dataset) - 1, min(samples, len(dataset))).astype(int)
+    pixels = np.concatenate([np.asarray(dataset[index]["image"]).reshape(-1, 3) for index in indices]) / 255
+    return pixels.mean(0).round(4).tolist(), pixels.std(0).clip(1e-2).round(4).tolist()
