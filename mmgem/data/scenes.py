@@ -6,6 +6,7 @@ blue star". So a picture has one true caption. What is held out never occurs in 
 direction, belongs to one split by its hash.
 """
 
+import itertools
 import re
 import zlib
 from collections import Counter
@@ -172,7 +173,7 @@ def sample_scene(rng: np.random.Generator, at_least: int = 1) -> Scene:
                 objects.append(new)
             if len(objects) == count:
                 objects.sort(key=lambda item: (item.size == "small", item.x))
-                if not all(_plain(a, b) for a, b in zip(objects, objects[1:])):
+                if not all(_plain(a, b) for a, b in itertools.pairwise(objects)):
                     break
                 tone = list(TONES)[rng.integers(len(TONES))]
                 texture = TEXTURES[rng.integers(len(TEXTURES))]

@@ -3,7 +3,7 @@
 import math
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -14,6 +14,8 @@ TOKENIZER = "mmgem-words-1"
 _TOKEN = re.compile(r"[぀-ヿ㐀-䶿一-鿿豈-﫿]|[^\W_぀-ヿ㐀-䶿一-鿿豈-﫿]+(?:['’-][^\W_]+)*")
 
 Ngrams = Counter[tuple[str, ...]]
+# The tf-idf weight of each n-gram, the norm per n `(4,)`, and the length, which coco-caption counts in bigrams.
+Vector = tuple[dict[tuple[str, ...], float], np.ndarray, int]
 
 
 def tokenize(text: str) -> list[str]:
@@ -39,25 +41,48 @@ def cider_d(candidates: Sequence[str], references: Sequence[Sequence[str]]) -> t
         ValueError: for lists of different length, empty ones, or a picture without a reference.
     """
     _check(candidates, references)
-    reference_ngrams = [[_ngrams(tokenize(reference)) for reference in of_image] for of_image in references]
-    frequency: Counter[tuple[str, ...]] = Counter()
-    for of_image in reference_ngrams:
-        frequency.update({ngram for counts in of_image for ngram in counts})
-    log_size = math.log(len(references))
-    scores = np.zeros(len(candidates))
-    for i, candidate in enumerate(candidates):
-        vector, norms, length = _tf_idf(_ngrams(tokenize(candidate)), frequency, log_size)
-        for counts in reference_ngrams[i]:
-            other, other_norms, other_length = _tf_idf(counts, frequency, log_size)
-            dot = np.zeros(4)
-            for ngram, weight in vector.items():
-                if ngram in other:
-                    dot[len(ngram) - 1] += min(weight, other[ngram]) * other[ngram]
-            product = norms * other_norms
-            similarity = np.divide(dot, product, out=np.zeros(4), where=product > 0)
-            scores[i] += similarity.mean() * math.exp(-((length - other_length) ** 2) / (2 * 6.0**2))
-        scores[i] *= 10 / len(reference_ngrams[i])
+    weigh, reference_vectors = _weighting(references)
+    scores = np.array([_similarity(weigh(text), others) for text, others in zip(candidates, reference_vectors)])
     return float(scores.mean()), scores
+
+
+def best_constant_caption(references: Sequence[Sequence[str]]) -> tuple[str, float]:
+    """
+    The one reference that, given to every picture, has the highest mean CIDEr-D: what a model must beat that looks at
+    its picture.
+
+    Args:
+        references: per picture its reference captions.
+
+    Returns:
+        the caption and its mean CIDEr-D.
+
+    Raises:
+        ValueError: as [`cider_d`].
+    """
+    _check(references, references)
+    weigh, reference_vectors = _weighting(references)
+    # Without clipping and length penalty, both of which only lower it, the mean similarity is linear in the candidate.
+    # So it is a bound, and the exact score is needed of few candidates only.
+    mean: dict[tuple[str, ...], float] = Counter()  # type: ignore[assignment]
+    for others in reference_vectors:
+        for vector, norms, _ in others:
+            for ngram, weight in vector.items():
+                if weight > 0:
+                    mean[ngram] += weight / norms[len(ngram) - 1] / len(others) / len(references)
+    bounds = {}
+    for caption in {caption for of_image in references for caption in of_image}:
+        vector, norms, _ = weigh(caption)
+        bounds[caption] = sum(2.5 * w / norms[len(n) - 1] * mean[n] for n, w in vector.items() if w > 0)
+    best, highest = references[0][0], 0.0
+    for caption, bound in sorted(bounds.items(), key=lambda item: (-item[1], item[0])):
+        if bound <= highest:
+            break
+        candidate = weigh(caption)
+        score = float(np.mean([_similarity(candidate, others) for others in reference_vectors]))
+        if score > highest:
+            best, highest = caption, score
+    return best, highest
 
 
 def bleu(candidates: Sequence[str], references: Sequence[Sequence[str]], max_n: int = 4) -> list[float]:
@@ -93,17 +118,39 @@ def _ngrams(words: list[str], max_n: int = 4) -> Ngrams:
     return Counter(tuple(words[i : i + n]) for n in range(1, max_n + 1) for i in range(len(words) - n + 1))
 
 
-def _tf_idf(
-    counts: Ngrams, frequency: Counter[tuple[str, ...]], log_size: float
-) -> tuple[dict[tuple[str, ...], float], np.ndarray, int]:
-    """Weight of each n-gram, norm per n `(4,)`, and the length, which coco-caption counts in bigrams."""
-    vector = {ngram: count * (log_size - math.log(max(1, frequency[ngram]))) for ngram, count in counts.items()}
-    norms = np.zeros(4)
-    length = 0
-    for ngram, weight in vector.items():
-        norms[len(ngram) - 1] += weight**2
-        length += counts[ngram] if len(ngram) == 2 else 0
-    return vector, np.sqrt(norms), length
+def _weighting(references: Sequence[Sequence[str]]) -> tuple[Callable[[str], Vector], list[list[Vector]]]:
+    """A function from a text to its vector by these references' document frequencies, and the references' vectors."""
+    reference_ngrams = [[_ngrams(tokenize(reference)) for reference in of_image] for of_image in references]
+    frequency: Ngrams = Counter()
+    for of_image in reference_ngrams:
+        frequency.update({ngram for counts in of_image for ngram in counts})
+    log_size = math.log(len(references))
+
+    def vector(counts: Ngrams) -> Vector:
+        weights = {ngram: count * (log_size - math.log(max(1, frequency[ngram]))) for ngram, count in counts.items()}
+        norms = np.zeros(4)
+        for ngram, weight in weights.items():
+            norms[len(ngram) - 1] += weight**2
+        return weights, np.sqrt(norms), sum(count for ngram, count in counts.items() if len(ngram) == 2)
+
+    return lambda text: vector(_ngrams(tokenize(text))), [
+        [vector(c) for c in of_image] for of_image in reference_ngrams
+    ]
+
+
+def _similarity(candidate: Vector, references: Sequence[Vector]) -> float:
+    """CIDEr-D of one candidate with one picture's references, 0 to 10."""
+    weights, norms, length = candidate
+    total = 0.0
+    for other_weights, other_norms, other_length in references:
+        dot = np.zeros(4)
+        for ngram, weight in weights.items():
+            if ngram in other_weights:
+                dot[len(ngram) - 1] += min(weight, other_weights[ngram]) * other_weights[ngram]
+        product = norms * other_norms
+        cosine = np.divide(dot, product, out=np.zeros(4), where=product > 0)
+        total += cosine.mean() * math.exp(-((length - other_length) ** 2) / (2 * 6.0**2))
+    return 10 * total / len(references)
 
 
 def _check(candidates: Sequence[str], references: Sequence[Sequence[str]]) -> None:

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import torch
 
 from ..data.collator import PairCollator
@@ -10,7 +11,7 @@ from ..data.pairs import PairDataset
 from ..data.scenes import ScenesDataset, parse_objects
 from ..modeling_mmgem import MMGEMModel
 from ..processing import MMGEMProcessor
-from .captioning import bleu, cider_d
+from .captioning import best_constant_caption, bleu, cider_d
 from .retrieval import retrieval_metrics
 
 
@@ -104,10 +105,16 @@ def generate_captions(
 
 
 def caption_metrics(captions: list[str], dataset: PairDataset) -> dict[str, float]:
-    """CIDEr-D, BLEU-4 and how many captions are distinct; object F1 on scenes."""
+    """
+    CIDEr-D, BLEU-4, how many captions are distinct, and object F1 on scenes. `caption_cider_shuffled`, these captions
+    given to other pictures, and `caption_cider_constant`, the best caption for all, say what CIDEr is worth here.
+    """
     references = dataset.captions()[: len(captions)]
+    order = np.random.default_rng(0).permutation(len(captions))
     metrics = {
         "caption_cider": cider_d(captions, references)[0],
+        "caption_cider_shuffled": cider_d([captions[i] for i in order], references)[0],
+        "caption_cider_constant": best_constant_caption(references)[1],
         "caption_bleu4": bleu(captions, references)[3],
         "caption_distinct": len(set(captions)) / len(captions),
     }

@@ -7,7 +7,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from mmgem.evaluation.captioning import bleu, cider_d, tokenize
+from mmgem.evaluation.captioning import best_constant_caption, bleu, cider_d, tokenize
 
 
 REFERENCES = [
@@ -54,6 +54,15 @@ def test_cider_d_equals_its_definition():
     mean, scores = cider_d(CANDIDATES, REFERENCES)
     np.testing.assert_allclose(scores, cider_d_by_definition(CANDIDATES, REFERENCES), atol=1e-12)
     assert mean == pytest.approx(scores.mean()) and scores[3] == 0
+
+
+def test_best_constant_caption_is_the_best_of_all_references():
+    rng = np.random.default_rng(0)
+    words = ["a", "dog", "cat", "runs", "sleeps", "on", "the", "red", "blue", "sofa", "beach"]
+    references = [[" ".join(rng.choice(words, rng.integers(3, 9))) for _ in range(3)] for _ in range(30)]
+    means = {c: cider_d([c] * len(references), references)[0] for of_image in references for c in of_image}
+    caption, score = best_constant_caption(references)
+    assert score == pytest.approx(max(means.values())) and means[caption] == pytest.approx(score)
 
 
 def test_cider_d_prefers_the_right_picture_and_is_10_at_best():
