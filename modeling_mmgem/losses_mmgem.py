@@ -40,7 +40,8 @@ def caption_loss(
     logits: torch.Tensor, targets: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None
 ) -> torch.Tensor:
     """
-    L_Gen (paper, equation 3): next-token cross-entropy of the caption, per caption token.
+    L_Gen (paper, equation 3): next-token cross-entropy of the caption; the mean over caption tokens is our
+    reading.
 
     Args:
         logits (`torch.FloatTensor` of shape `(N, vocab_size)`): predictions of the tokens in `targets`.

@@ -6,7 +6,10 @@ PyTorch MM-GEM model: one vision encoder and one language model that embeds sent
     tokens  -> language_model -> hidden state at [EMB] -> text_projection (h2) -> W_Emb
                               -> hidden states of the caption -> lm_head
 
-Symbols are those of "Multi-Modal Generative Embedding Model" (arXiv 2405.19333).
+Symbols are those of "Multi-Modal Generative Embedding Model" (arXiv 2405.19333). Its authors published no code. Where
+the summaries at hand leave something open, this is our reading: V_in comes from V_Emb before it is normalised; V is
+taken after the ViT's final norm, without CLS and registers; a prompt is "<bos> <image> [CAP]", with BOS where the
+tokenizer has one; a region gives k x k visual tokens; tau is learned as the logarithm of 1 / tau.
 """
 
 from dataclasses import dataclass
