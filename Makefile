@@ -8,6 +8,7 @@ READY := $(VENV)/.ready
 
 demo: $(READY)
 	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
+		--num_cpu_threads_per_process 2 \
 		train.py --config configs/scenes.yaml
 	@echo "Look at outputs/scenes/report.md, captions.png and retrieval.png."
 

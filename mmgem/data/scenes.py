@@ -197,8 +197,8 @@ def draw(scene: Scene, image_size: int) -> tuple[np.ndarray, list[np.ndarray]]:
     for item in scene.objects:
         colour = np.array(COLOURS[item.colour]) * rng.uniform(0.75, 1.0) + rng.uniform(-10, 10, 3)
         reach = item.radius + 1
-        left, right = (int(np.clip(v * scale, 0, image_size)) for v in (item.x - reach, item.x + reach + 1))
-        top, bottom = (int(np.clip(v * scale, 0, image_size)) for v in (item.y - reach, item.y + reach + 1))
+        left, right = max(int((item.x - reach) * scale), 0), min(int((item.x + reach + 1) * scale), image_size)
+        top, bottom = max(int((item.y - reach) * scale), 0), min(int((item.y + reach + 1) * scale), image_size)
         u = (np.arange(left, right) + 0.5) / scale - item.x
         v = (np.arange(top, bottom) + 0.5) / scale - item.y
         depth = inside(item.shape, u[None], v[:, None], item.radius) * scale

@@ -1,6 +1,7 @@
 """The options of train.py, one dataclass per concern, from YAML and the command line."""
 
 import difflib
+import importlib.util
 import json
 import sys
 from dataclasses import dataclass, field, fields
@@ -100,7 +101,7 @@ class MMGEMTrainingArguments(TrainingArguments):
 
     optim: str = field(
         default="adamw_torch",
-        metadata={"help": "'lamb' (from pytorch-optimizer), or any of transformers' OptimizerNames."},
+        metadata={"help": "'lamb' or 'soap' (from pytorch-optimizer), or any of transformers' OptimizerNames."},
     )
     objective: Literal["joint", "contrastive", "caption"] = field(
         default="joint", metadata={"help": "L_Emb + L_Gen, or one alone (the paper's ablation)."}
@@ -117,8 +118,11 @@ class MMGEMTrainingArguments(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
-        self.lamb = self.optim == "lamb"
-        if self.lamb:  # not one of Trainer's own; the optimizer is handed to it
+        # Not Trainer's own; these are handed to it.
+        self.kept_optimizer = {"lamb": "Lamb", "soap": "SOAP"}.get(self.optim)
+        if self.kept_optimizer:
+            if importlib.util.find_spec("pytorch_optimizer") is None:
+                raise ValueError(f"--optim {self.optim} needs pytorch-optimizer: pip install 'mmgem[optimizers]'.")
             self.optim = "adamw_torch"
         super().__post_init__()
         self.remove_unused_columns = False

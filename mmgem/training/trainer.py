@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import yaml
 from transformers import Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import logging
@@ -86,11 +87,15 @@ class MMGEMTrainer(Trainer):
                 args.projection_lr_multiplier,
                 args.weight_decay,
             )
-            if args.lamb:
-                from pytorch_optimizer import Lamb
+            if args.kept_optimizer:
+                import pytorch_optimizer
 
-                betas = (args.adam_beta1, args.adam_beta2)
-                self.optimizer = Lamb(groups, lr=args.learning_rate, betas=betas, eps=args.adam_epsilon)
+                options: dict[str, Any] = {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
+                for option in filter(None, (args.optim_args or "").split(",")):
+                    name, value = option.split("=")
+                    options[name.strip()] = yaml.safe_load(value)
+                optimizer_class = getattr(pytorch_optimizer, args.kept_optimizer)
+                self.optimizer = optimizer_class(groups, lr=args.learning_rate, **options)
             else:
                 optimizer_class, options = self.get_optimizer_cls_and_kwargs(args, self.model)
                 self.optimizer = optimizer_class(groups, **options)

@@ -223,12 +223,22 @@ def test_projections_learn_ten_times_faster_and_vectors_do_not_decay(processor):
     assert sum(len(group["params"]) for group in groups) == len(trained)
 
 
-def test_lamb_trains(processor, tmp_path):
+@pytest.mark.parametrize(
+    "optim, optim_args, options",
+    [("lamb", None, {}), ("soap", "precondition_frequency=2, max_precondition_dim=64", {"precondition_frequency": 2})],
+)
+def test_optimizers_of_the_kept_library_train(processor, tmp_path, optim, optim_args, options):
     pytest.importorskip("pytorch_optimizer")
-    args = training_arguments(tmp_path, max_steps=2, optim="lamb")
-    trainer = MMGEMTrainer(make_model(processor), args, processor, eight_pictures())
+    args = training_arguments(tmp_path, max_steps=3, optim=optim, optim_args=optim_args, adam_beta2=0.9)
+    model = make_model(processor)
+    before = model.text_projection.weight.detach().clone()
+    trainer = MMGEMTrainer(model, args, processor, eight_pictures())
     trainer.train()
-    assert "lamb" in type(getattr(trainer.optimizer, "optimizer", trainer.optimizer)).__name__.lower()
+    optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
+    assert type(optimizer).__name__.lower() == optim
+    for group in optimizer.param_groups:
+        assert group["betas"][1] == 0.9 and group.items() >= options.items()
+    assert not torch.equal(model.text_projection.weight, before)
 
 
 def test_unreadable_pictures_are_skipped_counted_and_limited(processor, tmp_path):
