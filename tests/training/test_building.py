@@ -1,0 +1,55 @@
+"""How a model from scratch starts."""
+
+import numpy as np
+import pytest
+import torch
+
+from mmgem.data.pairs import PairDataset
+from mmgem.data.scenes import ScenesDataset
+from mmgem.training.arguments import ModelArguments
+from mmgem.training.building import build_model_and_processor
+
+
+TOWERS = {
+    "clip_vision_model": ("embeddings.position_embedding.weight", 1),
+    "siglip_vision_model": ("embeddings.position_embedding.weight", 0),
+    "vit": ("embeddings.position_embeddings", 1),
+    "dinov2": ("embeddings.position_embeddings", 1),
+}
+TINY = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+
+
+def build(model_type, **vision):
+    dataset = PairDataset(ScenesDataset("train", 300))
+    settings = {"model_type": model_type, "image_size": 64, "patch_size": 16, **TINY, **vision}
+    arguments = ModelArguments(vision_config=settings, text_config=TINY, vocab_size=300, projection_dim=16)
+    return (*build_model_and_processor(arguments, dataset, max_length=30), dataset)
+
+
+@pytest.mark.parametrize("model_type", TOWERS)
+def test_positions_start_as_waves_as_strong_as_the_patches(model_type):
+    model, _, _ = build(model_type)
+    name, others = TOWERS[model_type]
+    positions = model.vision_model.get_parameter(name).detach().view(-1, 32)
+    assert len(positions) == others + 16
+    grid = positions[others:].view(4, 4, 32)
+    patches = next(m for m in model.vision_model.modules() if isinstance(m, torch.nn.Conv2d))
+    assert grid.square().mean().sqrt() == pytest.approx(patches.weight.flatten(1).norm(dim=1).mean().item(), rel=1e-4)
+    # The first half tells rows apart, the second columns; neighbours are more alike than what lies far apart.
+    assert torch.equal(grid[2, 0, :16], grid[2, 3, :16]) and torch.equal(grid[0, 1, 16:], grid[3, 1, 16:])
+    distances = [(grid[0, 0] - grid[k, k]).norm().item() for k in range(4)]
+    assert distances == sorted(distances) and distances[1] > 0.1 * distances[3]
+
+
+def test_pixels_start_with_mean_0_and_deviation_1():
+    _, processor, dataset = build("siglip_vision_model")
+    pictures = [dataset[i]["image"] for i in range(0, 300, 3)]
+    pixels = processor(images=pictures, return_tensors="np")["pixel_values"]
+    np.testing.assert_allclose(pixels.mean((0, 2, 3)), 0, atol=0.1)
+    np.testing.assert_allclose(pixels.std((0, 2, 3)), 1, atol=0.1)
+
+
+def test_projections_and_head_keep_the_variance():
+    model, _, _ = build("siglip_vision_model")
+    for module in (model.visual_projection, model.text_projection, model.lm_head):
+        assert module.weight.std().item() == pytest.approx(32**-0.5, rel=0.1)
