@@ -60,7 +60,7 @@ def best_constant_caption(references: Sequence[Sequence[str]]) -> tuple[str, flo
     Raises:
         ValueError: as [`cider_d`].
     """
-    _check(references, references)
+    _check([""] * len(references), references)
     weigh, reference_vectors = _weighting(references)
     # Without clipping and length penalty, both of which only lower it, the mean similarity is linear in the candidate.
     # So it is a bound, and the exact score is needed of few candidates only.
