@@ -30,7 +30,7 @@ COLOURS = {
     "cyan": (60, 215, 225),
     "white": (240, 240, 240),
 }
-SIZES = {"small": 7.0, "large": 12.0}
+SIZES = {"small": 8.5, "large": 13.5}
 OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 TEXTURES = ("plain", "horizontally striped", "vertically striped", "dotted", "shaded")
 TONES = {"very dark": 18, "dark": 38, "dim": 58}

@@ -33,7 +33,8 @@ def test_another_size_is_the_same_scene(test):
     for small, big in zip((test[i] for i in range(5)), (large[i] for i in range(5))):
         assert big["image"].size == (224, 224)
         for a, b in zip(small["regions"], big["regions"]):
-            assert np.abs(np.array(a["box"]) * 3.5 - b["box"]).max() <= 3.5
+            # A star's tips are narrower than a pixel: at 64 px its box may end two pixels early.
+            assert np.abs(np.array(a["box"]) * 3.5 - b["box"]).max() <= 2 * 3.5
 
 
 def test_held_out_captions_never_occur_in_training_read_from_either_end(train, test):
@@ -62,7 +63,7 @@ def test_captions_and_regions_are_true(train):
             assert region["box"] == [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
             assert region["phrase"] in example["caption"] and region["label"] == item.shape
             side = max(region["box"][2] - region["box"][0], region["box"][3] - region["box"][1])
-            assert (side > 16) == (item.size == "large")
+            assert (side > 20) == (item.size == "large")
         assert parse_objects(example["caption"]) == Counter((i.colour, i.shape) for i in scene.objects)
         centres = (boxes[:, :2] + boxes[:, 2:]) / 2
         for k, (a, b) in enumerate(zip(scene.objects, scene.objects[1:])):
