@@ -11,6 +11,7 @@ def contrastive_loss(
     all_text_embeds: torch.Tensor | None = None,
     all_image_embeds: torch.Tensor | None = None,
     offset: int = 0,
+    duplicates: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """
     L_Emb = L_v2t + L_t2v (paper, equation 2): InfoNCE both ways, the plain sum. Each half is a mean over the rows.
@@ -24,6 +25,8 @@ def contrastive_loss(
         logit_scale (`torch.FloatTensor`, scalar): 1 / tau.
         all_text_embeds, all_image_embeds (`torch.FloatTensor` of shape `(M, D)`, *optional*): the columns.
         offset (`int`): column of the first local row.
+        duplicates (`torch.BoolTensor` of shape `(N, M)`, *optional*): columns with the row's own caption or picture
+            once more; they are left out, being no negatives.
 
     Returns:
         `torch.FloatTensor`, scalar, in nats.
@@ -33,6 +36,9 @@ def contrastive_loss(
     targets = torch.arange(len(text_embeds), device=text_embeds.device) + offset
     logits_per_text = logit_scale * text_embeds @ all_image_embeds.T
     logits_per_image = logit_scale * image_embeds @ all_text_embeds.T
+    if duplicates is not None:
+        logits_per_text = logits_per_text.masked_fill(duplicates, -torch.inf)
+        logits_per_image = logits_per_image.masked_fill(duplicates, -torch.inf)
     return F.cross_entropy(logits_per_text.float(), targets) + F.cross_entropy(logits_per_image.float(), targets)
 
 

@@ -1,5 +1,6 @@
 """Examples to the tensors of one stage-1 step."""
 
+import hashlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,8 +25,9 @@ class PairCollator:
             restarting with each; 0 gives every sequence a padded row of its own. The sequences keep their order, and
             with it text i its picture i.
 
-    A batch also counts what the Trainer reports: `truncated` (captions over `max_length`, a scalar tensor) and `bad`
-    (indices of unreadable examples).
+    For the contrastive loss there are `pair_ids` `(B, 2)`, hashes of each pair's caption and picture, by which equal
+    ones are known. A batch also counts what the Trainer reports: `truncated` (captions over `max_length`, a scalar
+    tensor) and `bad` (indices of unreadable examples).
 
     Raises:
         ValueError: for a `pack_length` that the longest sequence does not fit into.
@@ -47,8 +49,12 @@ class PairCollator:
         sequences = self._sequences(sentences)
         rows = pack(sequences, self.pack_length) if self.pack_length else [[sequence] for sequence in sequences]
         images = self.processor.image_processor([e["image"] for e in examples], return_tensors="pt")
+        tensors = self._tensors(rows)
+        if self.objective != "caption":
+            pair_ids = [[digest(e["caption"].encode()), digest(e["image"].tobytes())] for e in examples]
+            tensors["pair_ids"] = torch.tensor(pair_ids)
         return {
-            **self._tensors(rows),
+            **tensors,
             "pixel_values": images["pixel_values"],
             "truncated": torch.tensor(sum(len(row) > self.processor.max_length for row in sentences)),
             "bad": torch.tensor([i for example in examples for i in example["bad"]], dtype=torch.int64),
@@ -94,6 +100,11 @@ class PairCollator:
         if self.objective != "contrastive":
             tensors["labels"] = labels
         return tensors
+
+
+def digest(content: bytes) -> int:
+    """A signed 64-bit hash, the same in every process."""
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "big", signed=True)
 
 
 def pack(sequences: Sequence[TokenSequence], length: int) -> list[list[TokenSequence]]:

@@ -208,7 +208,7 @@ def draw(scene: Scene, image_size: int) -> tuple[np.ndarray, list[np.ndarray]]:
         mask = np.zeros((image_size, image_size), dtype=bool)
         mask[top:bottom, left:right] = depth >= 0
         masks.append(mask)
-    pixels += 5 * rng.standard_normal(pixels.shape, dtype=np.float32)
+    pixels += rng.integers(-8, 9, pixels.shape, dtype=np.int8)
     return pixels.clip(0, 255).astype(np.uint8), masks
 
 

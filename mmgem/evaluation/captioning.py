@@ -60,7 +60,7 @@ def best_constant_caption(references: Sequence[Sequence[str]]) -> tuple[str, flo
     Raises:
         ValueError: as [`cider_d`].
     """
-    _check([""] * len(references), references)
+    _check(references, references)
     weigh, reference_vectors = _weighting(references)
     # Without clipping and length penalty, both of which only lower it, the mean similarity is linear in the candidate.
     # So it is a bound, and the exact score is needed of few candidates only.
@@ -153,7 +153,7 @@ def _similarity(candidate: Vector, references: Sequence[Vector]) -> float:
     return 10 * total / len(references)
 
 
-def _check(candidates: Sequence[str], references: Sequence[Sequence[str]]) -> None:
+def _check(candidates: Sequence[object], references: Sequence[Sequence[str]]) -> None:
     if not candidates or len(candidates) != len(references):
         raise ValueError(
             f"There are {len(candidates)} candidates and references for {len(references)} pictures; one caption per "

@@ -106,6 +106,13 @@ class MMGEMTrainingArguments(TrainingArguments):
     objective: Literal["joint", "contrastive", "caption"] = field(
         default="joint", metadata={"help": "L_Emb + L_Gen, or one alone (the paper's ablation)."}
     )
+    caption_loss_weight: float = field(
+        default=1.0,
+        metadata={
+            "help": "L = L_Emb + this x L_Gen. The paper adds them; its L_Gen is a mean per token, so raise it where "
+            "captions matter and the language model starts from scratch."
+        },
+    )
     projection_lr_multiplier: float = field(
         default=10.0, metadata={"help": "Learning rate of projections and logit_scale over the backbones'."}
     )
@@ -124,6 +131,11 @@ class MMGEMTrainingArguments(TrainingArguments):
             if importlib.util.find_spec("pytorch_optimizer") is None:
                 raise ValueError(f"--optim {self.optim} needs pytorch-optimizer: pip install 'mmgem[optimizers]'.")
             self.optim = "adamw_torch"
+        if not self.caption_loss_weight > 0:
+            raise ValueError(
+                f"caption_loss_weight must be above 0, got {self.caption_loss_weight}; for no captions at all there is "
+                "--objective contrastive."
+            )
         super().__post_init__()
         self.remove_unused_columns = False
         self.dataloader_drop_last = True  # a ragged last batch would change the number of negatives

@@ -110,9 +110,15 @@ def _from_scratch(
 
 def _pixel_statistics(dataset: PairDataset, samples: int = 256) -> tuple[list[float], list[float]]:
     """Mean and standard deviation of each colour, in [0, 1], over pictures spread evenly over the dataset."""
-    indices = np.linspace(0, len(dataset) - 1, min(samples, len(dataset))).astype(int)
-    pixels = np.concatenate([np.asarray(dataset[index]["image"]).reshape(-1, 3) for index in indices]) / 255
-    return pixels.mean(0).round(4).tolist(), pixels.std(0).clip(1e-2).round(4).tolist()
+    count, total, squares = 0, np.zeros(3), np.zeros(3)
+    for index in np.linspace(0, len(dataset) - 1, min(samples, len(dataset))).astype(int):
+        pixels = np.asarray(dataset[index]["image"]).reshape(-1, 3) / 255
+        count += len(pixels)
+        total += pixels.sum(0)
+        squares += (pixels**2).sum(0)
+    mean = total / count
+    std = np.sqrt(np.maximum(squares / count - mean**2, 1e-4))
+    return mean.round(4).tolist(), std.round(4).tolist()
 
 
 @torch.no_grad()

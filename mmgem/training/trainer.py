@@ -92,7 +92,9 @@ class MMGEMTrainer(Trainer):
 
                 options: dict[str, Any] = {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
                 for option in filter(None, (args.optim_args or "").split(",")):
-                    name, value = option.split("=")
+                    name, equals, value = option.partition("=")
+                    if not equals:
+                        raise ValueError(f"optim_args are name=value, separated by commas; {option!r} is not.")
                     options[name.strip()] = yaml.safe_load(value)
                 optimizer_class = getattr(pytorch_optimizer, args.kept_optimizer)
                 self.optimizer = optimizer_class(groups, lr=args.learning_rate, **options)
@@ -131,28 +133,33 @@ class MMGEMTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
-        """L_Emb + L_Gen, scaled such that sums over micro-batches and means over processes are the batch's loss."""
+        """L_Emb + weight L_Gen, such that sums over micro-batches and means over processes are the batch's loss."""
+        pair_ids = inputs.pop("pair_ids", None)
         outputs = model(**inputs, num_items_in_batch=num_items_in_batch)
         losses = {}
         if self.args.objective != "caption":
             losses["contrastive_loss"] = (
-                self._global_contrastive_loss(outputs) / self.current_gradient_accumulation_steps
+                self._global_contrastive_loss(outputs, pair_ids) / self.current_gradient_accumulation_steps
             )
         if self.args.objective != "contrastive":
             # num_items_in_batch counts the tokens of all processes, whose gradients will be averaged.
             losses["caption_loss"] = outputs.caption_loss * self.args.world_size
         for name, value in losses.items():
             self._sums[name] = self._sums.get(name, 0) + value.detach()
-        loss = torch.stack(list(losses.values())).sum()
+        weights = {"contrastive_loss": 1.0, "caption_loss": self.args.caption_loss_weight}
+        loss = torch.stack([weights[name] * value for name, value in losses.items()]).sum()
         return (loss, outputs) if return_outputs else loss
 
-    def _global_contrastive_loss(self, outputs: Any) -> torch.Tensor:
+    def _global_contrastive_loss(self, outputs: Any, pair_ids: torch.Tensor) -> torch.Tensor:
+        """Against the pairs of all processes, without those that share the row's caption or picture."""
         texts, images = outputs.text_embeds, outputs.image_embeds
-        if self.args.world_size == 1:
-            return contrastive_loss(texts, images, outputs.logit_scale)
-        all_texts, all_images = GatherWithGradient.apply(texts), GatherWithGradient.apply(images)
-        offset = dist.get_rank() * len(texts)
-        return contrastive_loss(texts, images, outputs.logit_scale, all_texts, all_images, offset)
+        all_texts, all_images, all_ids, offset = texts, images, pair_ids, 0
+        if self.args.world_size > 1:
+            all_texts, all_images, all_ids = map(GatherWithGradient.apply, (texts, images, pair_ids))
+            offset = dist.get_rank() * len(texts)
+        duplicates = (pair_ids[:, None] == all_ids[None]).any(-1)
+        duplicates[:, offset : offset + len(texts)].fill_diagonal_(False)
+        return contrastive_loss(texts, images, outputs.logit_scale, all_texts, all_images, offset, duplicates)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds both losses, tau, samples/s and the share of time that went into waiting for data."""

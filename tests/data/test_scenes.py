@@ -28,13 +28,15 @@ def test_same_seed_same_scenes_whatever_the_order_or_size(train):
 
 
 def test_another_size_is_the_same_scene(test):
-    large = ScenesDataset("test", 5, image_size=224)
-    assert large.captions == test.captions[:5]
-    for small, big in zip((test[i] for i in range(5)), (large[i] for i in range(5))):
+    large = ScenesDataset("test", 60, image_size=224)
+    assert large.captions == test.captions[:60]
+    for small, big in zip((test[i] for i in range(60)), large):
         assert big["image"].size == (224, 224)
         for a, b in zip(small["regions"], big["regions"]):
-            # A star's tips are narrower than a pixel: at 64 px its box may end two pixels early.
-            assert np.abs(np.array(a["box"]) * 3.5 - b["box"]).max() <= 2 * 3.5
+            # Half a pixel of rounding on each side. A tip of 36 degrees (star) or 53 (triangle) is narrower than a
+            # pixel for its last 1.5 pixels, so its box may end another one earlier.
+            pixels = 2 if a["label"] in ("star", "triangle") else 1
+            assert np.abs(np.array(a["box"]) * 3.5 - b["box"]).max() <= pixels * 3.5
 
 
 def test_held_out_captions_never_occur_in_training_read_from_either_end(train, test):

@@ -25,6 +25,19 @@ def test_local_rows_against_gathered_columns_average_to_the_whole():
     torch.testing.assert_close(torch.stack(parts).mean(), contrastive_loss(texts, images, scale))
 
 
+def test_duplicates_are_no_negatives():
+    texts, images, scale = unit(3, 0), unit(3, 1), torch.tensor(5.0)
+    duplicates = torch.tensor([[False, True, False], [True, False, False], [False, False, False]])
+    expected = 0.0
+    for i, columns in enumerate(([0, 2], [1, 2], [0, 1, 2])):
+        for own, others in ((texts[i], images), (images[i], texts)):
+            logits = scale * others @ own
+            expected += (logits[columns].logsumexp(0) - logits[i]) / 3
+    loss = contrastive_loss(texts, images, scale, duplicates=duplicates)
+    torch.testing.assert_close(loss, expected)
+    assert loss < contrastive_loss(texts, images, scale)
+
+
 def test_caption_loss_is_a_mean_over_tokens_or_a_given_count():
     logits = torch.randn(7, 11, generator=torch.Generator().manual_seed(0), requires_grad=True)
     targets = torch.arange(7)

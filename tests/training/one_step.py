@@ -21,6 +21,7 @@ from tests.conftest import CORPUS, make_model
 
 
 PAIRS = 16
+CAPTION_LOSS_WEIGHT = 3.0
 
 
 class Sequential(MMGEMTrainer):
@@ -46,6 +47,7 @@ def main(accumulation_steps: int, folder: Path) -> None:
         max_steps=1,
         max_grad_norm=0.0,
         learning_rate=1e-6,
+        caption_loss_weight=CAPTION_LOSS_WEIGHT,
         lr_scheduler_type="constant",
         logging_steps=1,
         save_strategy="no",
@@ -79,7 +81,7 @@ def main(accumulation_steps: int, folder: Path) -> None:
 
 @torch.no_grad()
 def reference_loss(model, processor, dataset, micro_batch: int) -> torch.Tensor:
-    """Mean contrastive loss of the micro-batches, and caption loss over all tokens of the step."""
+    """Mean contrastive loss of the micro-batches, and weighted caption loss over all tokens of the step."""
     collate = PairCollator(processor)
     contrastive, nll, tokens = [], 0.0, 0
     for start in range(0, len(dataset), micro_batch):
@@ -90,7 +92,7 @@ def reference_loss(model, processor, dataset, micro_batch: int) -> torch.Tensor:
         contrastive.append(output.contrastive_loss)
         nll += output.caption_loss * (labels != -100).sum()
         tokens += (labels != -100).sum()
-    return torch.stack(contrastive).mean() + nll / tokens
+    return torch.stack(contrastive).mean() + CAPTION_LOSS_WEIGHT * nll / tokens
 
 
 if __name__ == "__main__":

@@ -77,6 +77,25 @@ def test_overfits_eight_pictures_and_writes_their_captions(processor, tmp_path, 
     assert ids[0, -1] == processor.tokenizer.eos_token_id and ids.shape[1] < 40
 
 
+def test_equal_captions_and_equal_pictures_in_a_batch_are_no_negatives(processor, tmp_path):
+    pairs = [(0, CAPTIONS[0]), (1, CAPTIONS[0]), (2, CAPTIONS[1]), (2, CAPTIONS[2])]
+    dataset = PairDataset(Table({"image": make_picture(i), "caption": c} for i, c in pairs))
+    model = make_model(processor)
+    with torch.no_grad():
+        texts = model.get_embedding(**processor(text=[c for _, c in pairs], return_tensors="pt"))
+        images = model.get_embedding(**processor(images=[make_picture(i) for i, _ in pairs], return_tensors="pt"))
+        scale = model.logit_scale.exp()
+    expected = 0.0
+    for i, columns in enumerate(([0, 2, 3], [1, 2, 3], [0, 1, 2], [0, 1, 3])):
+        for own, others in ((texts[i], images), (images[i], texts)):
+            logits = scale * others @ own
+            expected += (logits[columns].logsumexp(0) - logits[i]).item() / 4
+    args = training_arguments(tmp_path, max_steps=1, per_device_train_batch_size=4, logging_steps=1)
+    trainer = MMGEMTrainer(model, args, processor, dataset)
+    trainer.train()
+    assert trainer.state.log_history[0]["contrastive_loss"] == pytest.approx(expected, abs=1e-4)
+
+
 def test_resume_equals_the_uninterrupted_run(processor, tmp_path):
     table = Table({"image": make_picture(i), "caption": [c, c + " today"]} for i, c in enumerate(CAPTIONS * 2))
 
