@@ -133,8 +133,8 @@ class MMGEMTrainingArguments(TrainingArguments):
             self.optim = "adamw_torch"
         if not self.caption_loss_weight > 0:
             raise ValueError(
-                f"caption_loss_weight must be above 0, got {self.caption_loss_weight}; for no captions at all there is "
-                "--objective contrastive."
+                f"caption_loss_weight must be above 0, got {self.caption_loss_weight}; for no captions at all there "
+                "is --objective contrastive."
             )
         super().__post_init__()
         self.remove_unused_columns = False
