@@ -1,6 +1,5 @@
 """Examples to the tensors of one stage-1 step."""
 
-import hashlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,6 +7,7 @@ import torch
 
 from ..processing import MMGEMProcessor
 from ..processing.tokenization_mmgem import CAP_TOKEN, IMAGE_TOKEN
+from .pairs import digest
 
 
 TokenSequence = tuple[list[int], list[int]]  # token ids and labels
@@ -51,7 +51,7 @@ class PairCollator:
         images = self.processor.image_processor([e["image"] for e in examples], return_tensors="pt")
         tensors = self._tensors(rows)
         if self.objective != "caption":
-            pair_ids = [[digest(e["caption"].encode()), digest(e["image"].tobytes())] for e in examples]
+            pair_ids = [[digest(e["caption"].encode()), e["image_id"]] for e in examples]
             tensors["pair_ids"] = torch.tensor(pair_ids)
         return {
             **tensors,
@@ -100,11 +100,6 @@ class PairCollator:
         if self.objective != "contrastive":
             tensors["labels"] = labels
         return tensors
-
-
-def digest(content: bytes) -> int:
-    """A signed 64-bit hash, the same in every process."""
-    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "big", signed=True)
 
 
 def pack(sequences: Sequence[TokenSequence], length: int) -> list[list[TokenSequence]]:

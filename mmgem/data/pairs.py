@@ -1,5 +1,6 @@
 """Pictures with captions, from any table that `datasets` reads, as examples for training and evaluation."""
 
+import hashlib
 import io
 import os
 from typing import Any
@@ -14,7 +15,8 @@ from .scenes import ScenesDataset
 
 class PairDataset(torch.utils.data.Dataset):
     """
-    Map-style pairs. Example i is `{"image": RGB picture, "caption": str, "captions": [str, …], "bad": [int, …]}`.
+    Map-style pairs. Example i is `{"image": RGB picture, "image_id": hash of its pixels before
+    augmentation, "caption": str, "captions": [str, …], "bad": [int, …]}`.
 
     Where a picture has several captions, `caption` is one of them, drawn anew each epoch. Whatever is random (the
     caption, augmentation) is a function of (seed, epoch, index) alone, so a resumed run sees what the uninterrupted
@@ -77,9 +79,16 @@ class PairDataset(torch.utils.data.Dataset):
             raise ValueError(f"Example {index} has no caption.")
         rng = np.random.default_rng([self.seed, int(self._epoch), index])
         image = to_rgb(open_image(row[self.image_column], self.root))
+        image_id = digest(image.tobytes())
         if self.augmentation_scale < 1:
             image = random_crop(image, self.augmentation_scale, rng)
-        return {"image": image, "caption": captions[rng.integers(len(captions))], "captions": captions}
+        caption = captions[rng.integers(len(captions))]
+        return {"image": image, "image_id": image_id, "caption": caption, "captions": captions}
+
+
+def digest(content: bytes) -> int:
+    """A signed 64-bit hash, the same in every process."""
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "big", signed=True)
 
 
 def as_captions(value: Any) -> list[str]:

@@ -136,6 +136,10 @@ class MMGEMTrainingArguments(TrainingArguments):
                 f"caption_loss_weight must be above 0, got {self.caption_loss_weight}; for no captions at all there "
                 "is --objective contrastive."
             )
+        # On the command line this option is a string, also where a truth value is meant.
+        switch = str(self.resume_from_checkpoint).lower()
+        if switch in ("true", "false"):
+            self.resume_from_checkpoint = True if switch == "true" else None  # type: ignore[assignment]
         super().__post_init__()
         self.remove_unused_columns = False
         self.dataloader_drop_last = True  # a ragged last batch would change the number of negatives

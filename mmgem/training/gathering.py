@@ -22,6 +22,6 @@ class GatherWithGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
-        total = gradient.contiguous()
+        total = gradient.clone(memory_format=torch.contiguous_format)  # autograd's own buffer must stay
         dist.all_reduce(total)
         return total.chunk(dist.get_world_size())[dist.get_rank()]

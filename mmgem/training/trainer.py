@@ -58,6 +58,12 @@ class MMGEMTrainer(Trainer):
         pack_length: int = 0,
         **kwargs: Any,
     ):
+        batch_size = args.train_batch_size * args.world_size
+        if len(train_dataset) < batch_size:
+            raise ValueError(
+                f"{len(train_dataset)} training pairs do not fill one batch of {batch_size}; lower "
+                "--per_device_train_batch_size."
+            )
         freeze_parameters(model, args.objective, args.freeze)
         super().__init__(
             model=model,

@@ -11,7 +11,10 @@ from tests.conftest import CORPUS, make_model, make_picture
 
 
 def examples(captions):
-    return [{"image": make_picture(i), "caption": c, "bad": [i] if i == 1 else []} for i, c in enumerate(captions)]
+    return [
+        {"image": make_picture(i), "image_id": i, "caption": c, "bad": [i] if i == 1 else []}
+        for i, c in enumerate(captions)
+    ]
 
 
 def rows_of(batch, processor):

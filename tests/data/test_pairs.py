@@ -150,6 +150,15 @@ def test_as_captions():
     assert as_captions(None) == as_captions("") == []
 
 
+def test_crops_of_one_picture_keep_its_id():
+    table = [{"image": make_picture(0), "caption": "a"}, {"image": make_picture(0), "caption": "b"}]
+    first, second = PairDataset(table, augmentation_scale=0.5)[0], PairDataset(table, augmentation_scale=0.5)[1]
+    assert first["image"].tobytes() != second["image"].tobytes()
+    assert (
+        first["image_id"] == second["image_id"] != PairDataset([{**table[0], "image": make_picture(1)}])[0]["image_id"]
+    )
+
+
 def test_random_crop_keeps_the_area_asked_for():
     rng = np.random.default_rng(0)
     picture = make_picture(0, (400, 300))

@@ -302,6 +302,18 @@ def test_options_come_from_yaml_and_the_command_line_wins(tmp_path):
         parse_arguments([])
 
 
+@pytest.mark.parametrize("word, meaning", [("true", True), ("false", None), ("outputs/a", "outputs/a")])
+def test_resume_is_a_switch_or_a_folder(tmp_path, word, meaning):
+    command = ["--dataset_name", "scenes", "--output_dir", str(tmp_path), "--resume_from_checkpoint", word]
+    assert parse_arguments(command)[2].resume_from_checkpoint == meaning
+
+
+def test_fewer_pairs_than_a_batch_are_refused(processor, tmp_path):
+    args = training_arguments(tmp_path, max_steps=1, per_device_train_batch_size=9)
+    with pytest.raises(ValueError, match="8 training pairs do not fill one batch of 9"):
+        MMGEMTrainer(make_model(processor), args, processor, eight_pictures())
+
+
 def test_resume_from_a_folder_without_checkpoint_says_so(tmp_path):
     with pytest.raises(ValueError, match="no whole checkpoint"):
         find_checkpoint(str(tmp_path))
