@@ -59,6 +59,7 @@ def main() -> None:
         "seed": args.seed,
         "steps": trainer.state.global_step,
         "objective": args.objective,
+        "caption_loss_weight": args.caption_loss_weight,
         "model": args.output_dir,
         "commit": current_commit(),
         "versions": {"mmgem": mmgem.__version__, "transformers": transformers.__version__, "torch": torch.__version__},
