@@ -13,15 +13,16 @@ import transformers
 
 import mmgem
 from mmgem.data.loading import load_pairs
+from mmgem.data.pairs import BadDataError
 from mmgem.evaluation.evaluator import evaluate_model
 from mmgem.evaluation.report import current_commit, write_report
-from mmgem.training.arguments import parse_arguments
+from mmgem.training.arguments import DataArguments, parse_arguments
 from mmgem.training.building import build_model_and_processor, initial_image_size
 from mmgem.training.trainer import MMGEMTrainer
 
 
-def main() -> None:
-    """Parse, build, train, save, evaluate."""
+def prepare() -> tuple[DataArguments, MMGEMTrainer]:
+    """From the command line to a Trainer."""
     model_args, data_args, args = parse_arguments()
     transformers.set_seed(args.seed)
     train_dataset, eval_dataset = load_pairs(data_args, initial_image_size(model_args), args.seed)
@@ -39,23 +40,34 @@ def main() -> None:
     print(
         f"{model.num_parameters() / 1e6:.2f} M parameters, {trained / 1e6:.2f} M trained; {len(train_dataset)} pairs"
     )
+    return data_args, trainer
 
-    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+
+def main() -> None:
+    """Train, save, evaluate. What the user can put right ends with a line; a traceback is a fault of ours."""
+    try:
+        data_args, trainer = prepare()
+    except (ValueError, FileNotFoundError) as error:
+        sys.exit(f"error: {error}")
+    args, eval_dataset = trainer.args, trainer.eval_dataset
+    try:
+        trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    except (BadDataError, FileNotFoundError) as error:
+        sys.exit(f"error: {error}")
     trainer.save_model()
     trainer.leave_process_group()
     if eval_dataset is None or not trainer.is_world_process_zero():
         return
     metrics, outputs = evaluate_model(
-        model, processor, eval_dataset, args.per_device_eval_batch_size, args.caption_samples
+        trainer.model, trainer.processor, eval_dataset, args.per_device_eval_batch_size, args.caption_samples
     )
     setting = {
         "dataset": data_args.dataset_name or data_args.validation_file,
         "split": str(eval_dataset.table.split),
-        "size": len(eval_dataset),
         "prompt": "<image>[CAP]",
         "max_length": data_args.max_length,
-        "dtype": str(model.dtype),
-        "device": str(model.device),
+        "dtype": str(trainer.model.dtype),
+        "device": str(trainer.model.device),
         "seed": args.seed,
         "steps": trainer.state.global_step,
         "objective": args.objective,
@@ -71,7 +83,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, FileNotFoundError) as error:
-        sys.exit(f"error: {error}")
+    main()

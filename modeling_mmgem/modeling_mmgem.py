@@ -26,7 +26,7 @@ from transformers.utils import torch_compilable_check
 from transformers.utils.generic import can_return_tuple
 
 from ..configuration.configuration_mmgem import MMGEMConfig
-from .losses_mmgem import caption_loss, contrastive_loss
+from .losses_mmgem import caption_loss, contrastive_loss, similarity_logits
 from .pooling_mmgem import PoolAggregator
 
 
@@ -462,7 +462,7 @@ class MMGEMModel(PreTrainedModel, GenerationMixin):
             pictures = image_embeds
             if pictures.ndim == 3:
                 pictures = pictures.flatten(0, 1) if region_mask is None else pictures[region_mask]
-            logits_per_text = logit_scale * text_embeds @ pictures.T
+            logits_per_text = similarity_logits(text_embeds, pictures, logit_scale)
             if return_loss:
                 if len(pictures) != len(text_embeds):
                     raise ValueError(
@@ -481,7 +481,7 @@ class MMGEMModel(PreTrainedModel, GenerationMixin):
             text_embeds=text_embeds,
             logits=logits,
             logit_scale=logit_scale,
-            past_key_values=None if outputs is None else outputs.past_key_values,
+            past_key_values=getattr(outputs, "past_key_values", None),
         )
 
 

@@ -1,5 +1,7 @@
 """Processor of MM-GEM: texts, prompts, pictures and regions to what the model takes."""
 
+import difflib
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,6 +17,8 @@ from .tokenization_mmgem import CAP_TOKEN, EMB_TOKEN, IMAGE_TOKEN, ends_with_emb
 logger = logging.get_logger(__name__)
 
 TASKS = ("caption", "region-caption")
+TEXT_KWARGS = ("max_length", "truncation", "padding", "padding_side")
+GEOMETRY_KWARGS = ("do_resize", "size", "do_center_crop", "crop_size", "do_pad", "pad_size")
 
 
 class MMGEMProcessor(ProcessorMixin):
@@ -112,16 +116,15 @@ class MMGEMProcessor(ProcessorMixin):
             as there is something to put in.
 
         Raises:
-            ValueError: nothing to process, an empty text, an unknown task, pictures and `<image>` placeholders that
-                do not match, or a region that is none (with its index).
+            ValueError: nothing to process, an empty text, an unknown task or option, a picture that cannot be read,
+                pictures and `<image>` placeholders that do not match, or a region that is none (with its index).
         """
+        if not isinstance(text, str | list | tuple | None):
+            raise ValueError(f"text must be a str or a list of them, got {type(text).__name__}.")
         texts = [text] if isinstance(text, str) else None if text is None else list(text)
         self._check_texts(texts, images, task)
-        text_kwargs: dict[str, Any] = {
-            name: kwargs.pop(name)
-            for name in ("max_length", "truncation", "padding", "padding_side")
-            if name in kwargs
-        }
+        text_kwargs: dict[str, Any] = {name: kwargs.pop(name) for name in TEXT_KWARGS if name in kwargs}
+        self._check_image_kwargs(kwargs, boxes is not None or masks is not None)
         data: dict[str, Any] = {}
         pictures = self._load_images(images)
         if pictures:
@@ -151,6 +154,19 @@ class MMGEMProcessor(ProcessorMixin):
             if task is None and not sample.strip():
                 raise ValueError(f"text[{i}] is empty: there is nothing to embed; drop it.")
 
+    def _check_image_kwargs(self, kwargs: dict[str, Any], has_regions: bool) -> None:
+        known = self.image_processor.valid_kwargs.__annotations__
+        for name in kwargs:
+            if name not in known:
+                nearest = difflib.get_close_matches(name, [*known, *TEXT_KWARGS], n=1)
+                hint = f"; did you mean {nearest[0]!r}?" if nearest else "."
+                raise ValueError(f"Unknown option {name!r} of the processor{hint}")
+            if has_regions and name in GEOMETRY_KWARGS:
+                raise ValueError(
+                    f"Regions follow the image processor's own settings, so {name!r} cannot change in a call with "
+                    "boxes or masks; set it on processor.image_processor."
+                )
+
     @staticmethod
     def _load_images(images: Any) -> list[Image.Image]:
         if images is None:
@@ -158,9 +174,7 @@ class MMGEMProcessor(ProcessorMixin):
         batch = list(images) if isinstance(images, list | tuple) else [images]
         if not batch:
             raise ValueError("images is an empty list.")
-        return [
-            to_rgb(image if isinstance(image, Image.Image) else _open_image(image, i)) for i, image in enumerate(batch)
-        ]
+        return [_read_image(image, i) for i, image in enumerate(batch)]
 
     def _regions(self, pictures: list[Image.Image], boxes: Any, masks: Any) -> dict[str, Any]:
         if not pictures:
@@ -233,14 +247,16 @@ def set_image_size(image_processor: Any, image_size: int) -> None:
             setattr(image_processor, name, {edge: image_size for edge, value in dict(edges).items() if value})
 
 
-def _open_image(image: Any, index: int) -> Image.Image:
-    """A path, URL or array as a PIL image; whatever goes wrong names the picture."""
+def _read_image(image: Any, index: int) -> Image.Image:
+    """A PIL image, path, URL or array in RGB; whatever goes wrong names the picture."""
     try:
-        if isinstance(image, str):
-            return load_image(image)
-        if hasattr(image, "__fspath__"):
-            return Image.open(image)
-        return Image.fromarray(image.numpy() if hasattr(image, "numpy") else image)
+        if isinstance(image, str | os.PathLike) and os.path.isfile(image):
+            image = Image.open(image)
+        elif isinstance(image, str):
+            image = load_image(image)
+        elif not isinstance(image, Image.Image):
+            image = Image.fromarray(image.numpy() if hasattr(image, "numpy") else image)
+        return to_rgb(image)
     except Exception as error:
         raise ValueError(f"images[{index}] could not be read: {error}") from error
 

@@ -66,7 +66,10 @@ def map_box(box: Sequence[float], width: int, height: int, geometry: Geometry, n
         ValueError: naming the box (`name`), where it has not four finite numbers, no area, its corners in the wrong
             order, or nothing inside the picture or its crop.
     """
-    corners = np.asarray(box, dtype=np.float64)
+    try:
+        corners = np.asarray(box, dtype=np.float64)
+    except (TypeError, ValueError):
+        corners = np.empty(0)
     if corners.shape != (4,) or not np.isfinite(corners).all():
         raise ValueError(f"{name} must be four finite numbers [x0, y0, x1, y1], got {box}.")
     x0, y0, x1, y1 = corners

@@ -38,12 +38,17 @@ def to_mmgem_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenize
     would lose [EMB].
 
     Raises:
-        ValueError: for a tokenizer without a `tokenizers` backend.
+        ValueError: for a tokenizer without a `tokenizers` backend, or without an EOS token.
     """
     if getattr(tokenizer, "backend_tokenizer", None) is None:
         raise ValueError(
             f"{type(tokenizer).__name__} has no fast backend (tokenizer.json), so it cannot append {EMB_TOKEN} "
             "itself; convert the tokenizer to a fast one first."
+        )
+    if tokenizer.eos_token is None:
+        raise ValueError(
+            f"{type(tokenizer).__name__} has no EOS token, so captions would have no end; set tokenizer.eos_token to "
+            "the token that ends a text."
         )
     bos = tokenizer.bos_token if starts_with_bos(tokenizer) else None
     names = ("bos_token", "eos_token", "unk_token", "pad_token")

@@ -36,6 +36,13 @@ TEXT = {
 }
 
 
+class Table(list):
+    """Rows with the one thing more that PairDataset asks of a table."""
+
+    def __getitem__(self, key):
+        return [row[key] for row in self] if isinstance(key, str) else super().__getitem__(key)
+
+
 def make_picture(seed: int, size: tuple[int, int] = (48, 40)) -> Image.Image:
     """A smooth picture of random colours, (width, height)."""
     coarse = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)

@@ -27,7 +27,7 @@ class PairCollator:
 
     For the contrastive loss there are `pair_ids` `(B, 2)`, hashes of each pair's caption and picture, by which equal
     ones are known. A batch also counts what the Trainer reports: `truncated` (captions over `max_length`, a scalar
-    tensor) and `bad` (indices of unreadable examples).
+    tensor) and `bad` (index and reason of unreadable examples).
 
     Raises:
         ValueError: for a `pack_length` that the longest sequence does not fit into.
@@ -57,7 +57,7 @@ class PairCollator:
             **tensors,
             "pixel_values": images["pixel_values"],
             "truncated": torch.tensor(sum(len(row) > self.processor.max_length for row in sentences)),
-            "bad": torch.tensor([i for example in examples for i in example["bad"]], dtype=torch.int64),
+            "bad": {index: reason for example in examples for index, reason in example["bad"].items()},
         }
 
     def _sequences(self, sentences: list[list[int]]) -> list[TokenSequence]:

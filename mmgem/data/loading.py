@@ -49,6 +49,12 @@ def load_pairs(arguments: DataArguments, image_size: int, seed: int) -> tuple[Pa
                     f"The dataset has no column {column!r}; its columns are {', '.join(table.column_names)}. Set "
                     "--image_column and --caption_column."
                 )
+        caption_type = table.features[arguments.caption_column]
+        if getattr(getattr(caption_type, "feature", caption_type), "dtype", None) not in ("string", "large_string"):
+            raise ValueError(
+                f"Column {arguments.caption_column!r} must hold texts, or lists of texts, but is {caption_type}; set "
+                "--caption_column."
+            )
         table = table.select(range(min(limit, len(table)))) if limit else table
         if isinstance(table.features[arguments.image_column], datasets.Image):
             # Decoded by us, so that one corrupt picture does not end the run.

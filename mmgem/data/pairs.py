@@ -1,8 +1,10 @@
 """Pictures with captions, from any table that `datasets` reads, as examples for training and evaluation."""
 
+import copy
 import hashlib
 import io
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -13,15 +15,19 @@ from ..processing.regions_mmgem import to_rgb
 from .scenes import ScenesDataset
 
 
+class BadDataError(ValueError):
+    """More of the data is unreadable than a run should bear."""
+
+
 class PairDataset(torch.utils.data.Dataset):
     """
     Map-style pairs. Example i is `{"image": RGB picture, "image_id": hash of its pixels before
-    augmentation, "caption": str, "captions": [str, …], "bad": [int, …]}`.
+    augmentation, "caption": str, "captions": [str, …], "bad": {index: reason}}`.
 
     Where a picture has several captions, `caption` is one of them, drawn anew each epoch. Whatever is random (the
     caption, augmentation) is a function of (seed, epoch, index) alone, so a resumed run sees what the uninterrupted
-    one saw. An example that cannot be read is replaced by the next that can; `bad` lists the indices that were
-    passed over, for the Trainer to count.
+    one saw. An example that cannot be read is replaced by the next that can; `bad` holds those that were passed over,
+    for the Trainer to count.
 
     Args:
         table: rows with the two columns; anything with `len` and integer indexing, such as `datasets.Dataset`.
@@ -42,6 +48,7 @@ class PairDataset(torch.utils.data.Dataset):
         root: str = "",
     ):
         self.table = table
+        self.rows: Sequence[int] = range(len(table))
         self.image_column = image_column
         self.caption_column = caption_column
         self.augmentation_scale = augmentation_scale
@@ -51,7 +58,13 @@ class PairDataset(torch.utils.data.Dataset):
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 
     def __len__(self) -> int:
-        return len(self.table)
+        return len(self.rows)
+
+    def select(self, indices: Sequence[int]) -> "PairDataset":
+        """The same pairs without the others, example i being `indices[i]` of this dataset."""
+        chosen = copy.copy(self)
+        chosen.rows = [self.rows[i] for i in indices]
+        return chosen
 
     def set_epoch(self, epoch: int) -> None:
         """Sets what the next examples are drawn by."""
@@ -59,26 +72,27 @@ class PairDataset(torch.utils.data.Dataset):
 
     def captions(self) -> list[list[str]]:
         """Every example's captions, without decoding a picture."""
-        values = self.table.captions if isinstance(self.table, ScenesDataset) else self.table[self.caption_column]
-        return [as_captions(value) for value in values]
+        scenes = isinstance(self.table, ScenesDataset)
+        values = self.table.captions if scenes else list(self.table[self.caption_column])
+        return [as_captions(values[row]) for row in self.rows]
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        bad: list[int] = []
+        bad: dict[int, str] = {}
         for candidate in range(index, index + len(self)):
             candidate %= len(self)
             try:
-                return {**self._read(candidate), "bad": bad}
-            except (OSError, ValueError, SyntaxError, Image.DecompressionBombError, TypeError):
-                bad.append(candidate)
-        raise ValueError(f"None of the {len(self)} examples could be read.")
+                return {**self._read(self.rows[candidate]), "bad": bad}
+            except Exception as error:  # Pillow's readers raise whatever they stumble over
+                bad[candidate] = f"{type(error).__name__}: {error}"
+        raise BadDataError(f"None of the {len(self)} examples could be read; example {index}: {bad[index]}")
 
-    def _read(self, index: int) -> dict[str, Any]:
-        row = self.table[index]
-        captions = as_captions(row[self.caption_column])
+    def _read(self, row: int) -> dict[str, Any]:
+        columns = self.table[row]
+        captions = as_captions(columns[self.caption_column])
         if not captions:
-            raise ValueError(f"Example {index} has no caption.")
-        rng = np.random.default_rng([self.seed, int(self._epoch), index])
-        image = to_rgb(open_image(row[self.image_column], self.root))
+            raise ValueError("it has no caption")
+        rng = np.random.default_rng([self.seed, int(self._epoch), row])
+        image = to_rgb(open_image(columns[self.image_column], self.root))
         image_id = digest(image.tobytes())
         if self.augmentation_scale < 1:
             image = random_crop(image, self.augmentation_scale, rng)
@@ -92,8 +106,15 @@ def digest(content: bytes) -> int:
 
 
 def as_captions(value: Any) -> list[str]:
-    """One caption or a list of them, without the empty ones."""
-    values = [value] if isinstance(value, str) else list(value or [])
+    """
+    One caption or a list of them, without the empty ones.
+
+    Raises:
+        ValueError: for anything that is no text.
+    """
+    values = value if isinstance(value, list | tuple) else [value]
+    if wrong := [item for item in values if not isinstance(item, str | None)]:
+        raise ValueError(f"captions must be text, got {wrong[0]!r}")
     return [caption.strip() for caption in values if caption and caption.strip()]
 
 

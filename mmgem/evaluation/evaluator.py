@@ -23,19 +23,25 @@ def evaluate_model(
     caption_samples: int = 0,
 ) -> tuple[dict[str, float], dict[str, Any]]:
     """
-    Retrieval over the whole dataset, held-out L_Gen over all captions, and metrics of generated captions.
+    Retrieval over the whole dataset, held-out L_Gen over all captions, and metrics of generated captions. Pictures
+    that cannot be read, or have no caption, are left out.
 
     Args:
         caption_samples: how many pictures to caption (greedily), from the first on; 0 for none.
 
     Returns:
         the metrics, fractions except CIDEr and losses, and the outputs they were computed from: `image_embeds`
-        `(N, D)`, `text_embeds` `(T, D)`, `text_to_image` `(T,)` and `captions` (list of str).
+        `(N, D)`, `text_embeds` `(T, D)`, `text_to_image` `(T,)`, `indices` (the N examples that count) and `captions`
+        (list of str).
+
+    Raises:
+        ValueError: where no example can be read.
     """
     was_training = model.training
     model.eval()
     try:
-        outputs: dict[str, Any] = dict(embed_pairs(model, processor, dataset, batch_size))
+        outputs: dict[str, Any] = embed_pairs(model, processor, dataset, batch_size)
+        dataset = dataset.select(outputs["indices"])
         metrics = retrieval_metrics(outputs["text_embeds"], outputs["image_embeds"], outputs["text_to_image"])
         metrics["caption_loss"] = held_out_caption_loss(model, processor, dataset, batch_size)
         if caption_samples:
@@ -48,21 +54,30 @@ def evaluate_model(
 
 
 @torch.inference_mode()
-def embed_pairs(
-    model: MMGEMModel, processor: MMGEMProcessor, dataset: PairDataset, batch_size: int
-) -> dict[str, torch.Tensor]:
-    """Unit-norm embeddings of every picture and caption, on the CPU; `text_to_image` says which belong together."""
-    captions = [(i, caption) for i, of_image in enumerate(dataset.captions()) for caption in of_image]
+def embed_pairs(model: MMGEMModel, processor: MMGEMProcessor, dataset: PairDataset, batch_size: int) -> dict[str, Any]:
+    """
+    Unit-norm embeddings of every picture that can be read (`indices`) and of its captions, on the CPU; `text_to_image`
+    says which belong together.
+    """
+    indices: list[int] = []
+    images = []
+    for start in range(0, len(dataset), batch_size):
+        examples = {i: dataset[i] for i in range(start, min(start + batch_size, len(dataset)))}
+        # A bad example comes as the next one that is not; here it must not stand in for it.
+        good = {i: example["image"] for i, example in examples.items() if not example["bad"]}
+        if good:
+            indices += good
+            inputs = processor(images=list(good.values()), return_tensors="pt").to(model.device)
+            images.append(model.get_embedding(**inputs).float().cpu())
+    readable = dataset.select(indices).captions()
+    captions = [(i, caption) for i, of_image in enumerate(readable) for caption in of_image]
     texts = []
     for start in range(0, len(captions), batch_size):
         batch = [caption for _, caption in captions[start : start + batch_size]]
         inputs = processor(text=batch, return_tensors="pt").to(model.device)
         texts.append(model.get_embedding(**inputs).float().cpu())
-    images = []
-    for examples in _batches(dataset, len(dataset), batch_size):
-        inputs = processor(images=[example["image"] for example in examples], return_tensors="pt").to(model.device)
-        images.append(model.get_embedding(**inputs).float().cpu())
     return {
+        "indices": indices,
         "text_embeds": torch.cat(texts),
         "image_embeds": torch.cat(images),
         "text_to_image": torch.tensor([i for i, _ in captions]),

@@ -25,9 +25,12 @@ def write_report(
 
     Args:
         metrics, outputs: what [`evaluate_model`] returns.
+        dataset: what it was given.
         setting: whatever it takes to reproduce the figures: dataset, split, size, model, seed, versions, …
     """
     os.makedirs(output_dir, exist_ok=True)
+    setting = {**setting, "size": len(outputs["indices"]), "unreadable": len(dataset) - len(outputs["indices"])}
+    dataset = dataset.select(outputs["indices"])
     with open(os.path.join(output_dir, "results.json"), "w", encoding="utf-8") as file:
         json.dump({"metrics": metrics, "setting": setting}, file, indent=2, ensure_ascii=False)
         file.write("\n")
@@ -47,8 +50,12 @@ def write_report(
 
 
 def current_commit() -> str | None:
-    """The commit of the checkout that this code runs from; None for an installed wheel, or without git."""
-    command = ["git", "-C", os.path.dirname(os.path.abspath(__file__)), "rev-parse", "HEAD"]
+    """The commit of the checkout that this code runs from, "-dirty" behind it where files were changed since; None for
+    an installed wheel, or without git."""
+    root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+    if not os.path.exists(os.path.join(root, ".git")):  # git would look further up, and find somebody else's
+        return None
+    command = ["git", "-C", root, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):

@@ -89,6 +89,8 @@ class DataArguments:
     def __post_init__(self) -> None:
         if (self.dataset_name is None) == (self.train_file is None):
             raise ValueError("Give dataset_name or train_file, one of the two.")
+        if self.dataset_name is not None and self.validation_file is not None:
+            raise ValueError("validation_file goes with train_file; a dataset_name brings its own splits.")
         if not 0 < self.augmentation_scale <= 1:
             raise ValueError(f"augmentation_scale must lie in (0, 1], got {self.augmentation_scale}.")
 
@@ -131,6 +133,7 @@ class MMGEMTrainingArguments(TrainingArguments):
             if importlib.util.find_spec("pytorch_optimizer") is None:
                 raise ValueError(f"--optim {self.optim} needs pytorch-optimizer: pip install 'mmgem[optimizers]'.")
             self.optim = "adamw_torch"
+            self.optimizer_options = _parse_options(self.optim_args)
         if not self.caption_loss_weight > 0:
             raise ValueError(
                 f"caption_loss_weight must be above 0, got {self.caption_loss_weight}; for no captions at all there "
@@ -143,6 +146,17 @@ class MMGEMTrainingArguments(TrainingArguments):
         super().__post_init__()
         self.remove_unused_columns = False
         self.dataloader_drop_last = True  # a ragged last batch would change the number of negatives
+
+
+def _parse_options(options: str | None) -> dict[str, Any]:
+    """The mapping that `a=1,b=true` means."""
+    parsed = {}
+    for option in filter(None, (options or "").split(",")):
+        name, equals, value = option.partition("=")
+        if not equals:
+            raise ValueError(f"optim_args are name=value, separated by commas; {option!r} is not.")
+        parsed[name.strip()] = yaml.safe_load(value)
+    return parsed
 
 
 def parse_arguments(
@@ -160,14 +174,25 @@ def parse_arguments(
     known = {f.name for data_class in types for f in fields(data_class) if f.init}  # type: ignore[arg-type]
     settings, rest = _read_config(arguments)
     _refuse_unknown([name for name in settings if name not in known], known, "in the configuration file")
-    parser.set_defaults(**settings)
     parser.usage = "train.py [--config FILE] [--option VALUE …]   (--help lists the options)"
-    *parsed, remaining = parser.parse_args_into_dataclasses(rest, return_remaining_strings=True)
+    words = [word for name, value in settings.items() for word in _as_words(name, value)]
+    *parsed, remaining = parser.parse_args_into_dataclasses(words + rest, return_remaining_strings=True)
     unknown = [word.removeprefix("--").split("=")[0] for word in remaining if word.startswith("--")]
     _refuse_unknown(unknown, known | {"config"}, "on the command line")
     if remaining:
         raise ValueError(f"Could not make sense of {' '.join(remaining)!r}: options are written --name value.")
     return tuple(parsed)  # type: ignore[return-value]
+
+
+def _as_words(name: str, value: Any) -> list[str]:
+    """A setting from YAML as it would stand on the command line, so that it is checked like one from there."""
+    if value is None or value == []:
+        return []
+    if isinstance(value, list):
+        return [f"--{name}", *map(str, value)]
+    if isinstance(value, bool):
+        return [f"--{name}={str(value).lower()}"]
+    return [f"--{name}={json.dumps(value) if isinstance(value, dict) else value}"]
 
 
 def _read_config(arguments: list[str]) -> tuple[dict[str, Any], list[str]]:

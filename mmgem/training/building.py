@@ -1,10 +1,12 @@
 """The model and processor that a run starts from."""
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 from transformers.models.clip import CLIPImageProcessorPil
@@ -98,21 +100,28 @@ def _from_scratch(
     # Keeps the variance. At 0.02 five small matrices in a row stand between a picture and the word for it.
     config.initializer_range = config.text_config.hidden_size**-0.5
     model = MMGEMModel(config)
-    _set_sinusoidal_positions(model.vision_model, config.vision_config.image_size // config.vision_config.patch_size)
     configure_generation(model, tokenizer)
     side = config.vision_config.image_size
     mean, std = _pixel_statistics(train_dataset)
     image_processor = CLIPImageProcessorPil(
         size={"shortest_edge": side}, crop_size={"height": side, "width": side}, image_mean=mean, image_std=std
     )
+    _whiten_patches(model.vision_model, image_processor, train_dataset)
+    _set_sinusoidal_positions(model.vision_model, side // config.vision_config.patch_size)
     return model, MMGEMProcessor(image_processor, tokenizer, max_length=max_length)
 
 
-def _pixel_statistics(dataset: PairDataset, samples: int = 256) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation of each colour, in [0, 1], over pictures spread evenly over the dataset."""
+def _some_pictures(dataset: PairDataset, number: int = 256) -> Iterator[Image.Image]:
+    """Pictures spread evenly over the dataset, one at a time."""
+    for index in np.linspace(0, len(dataset) - 1, min(number, len(dataset))).astype(int):
+        yield dataset[index]["image"]
+
+
+def _pixel_statistics(dataset: PairDataset) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation of each colour, in [0, 1]."""
     count, total, squares = 0, np.zeros(3), np.zeros(3)
-    for index in np.linspace(0, len(dataset) - 1, min(samples, len(dataset))).astype(int):
-        pixels = np.asarray(dataset[index]["image"]).reshape(-1, 3) / 255
+    for picture in _some_pictures(dataset):
+        pixels = np.asarray(picture).reshape(-1, 3) / 255
         count += len(pixels)
         total += pixels.sum(0)
         squares += (pixels**2).sum(0)
@@ -122,17 +131,43 @@ def _pixel_statistics(dataset: PairDataset, samples: int = 256) -> tuple[list[fl
 
 
 @torch.no_grad()
+def _whiten_patches(vision_model: PreTrainedModel, image_processor: Any, dataset: PairDataset) -> None:
+    """
+    Starts the patch embedding of a new tower as a whitening of this data's patches (as Page, "How to train your
+    ResNet", 2018, does with a first convolution), turned at random, with unit variance. A random embedding passes on
+    what makes up most of a patch, its colour; edges, by which shapes are told apart, take long to come through.
+    """
+    patches = _patch_embedding(vision_model)
+    size = patches.kernel_size[0]
+    moments, count = torch.zeros(3 * size**2, 3 * size**2), 0
+    for picture in _some_pictures(dataset):
+        pixel_values = image_processor(picture, return_tensors="pt")["pixel_values"]
+        vectors = nn.functional.unfold(pixel_values, size, stride=size)[0]
+        moments += vectors @ vectors.T
+        count += vectors.shape[1]
+    variances, directions = torch.linalg.eigh((moments / count).double())
+    kept = min(patches.out_channels, len(variances))
+    floor = 1e-3 * variances.mean()  # so that what hardly varies is not blown up
+    whitening = (directions / (variances + floor).sqrt())[:, -kept:].T.float()
+    rotation = torch.linalg.qr(torch.randn(patches.out_channels, kept)).Q * math.sqrt(patches.out_channels / kept)
+    patches.weight.copy_((rotation @ whitening).view_as(patches.weight))
+
+
+def _patch_embedding(vision_model: PreTrainedModel) -> nn.Conv2d:
+    return next(module for module in vision_model.modules() if isinstance(module, nn.Conv2d))
+
+
+@torch.no_grad()
 def _set_sinusoidal_positions(vision_model: PreTrainedModel, side: int) -> None:
     """
     Starts the position embeddings of a new tower as sines and cosines of row and column (Beyer et al., "Better plain
-    ViT baselines for ImageNet-1k", 2022), as strong as the embeddings of the patches. Where they start as faint noise,
-    as transformers has it, the pooled features say little about what lies where for many hundred steps.
+    ViT baselines for ImageNet-1k", 2022), of unit variance as the embeddings of the patches. Where they start as faint
+    noise, as transformers has it, the pooled features say little about what lies where for many hundred steps.
     """
-    patches = next(module for module in vision_model.modules() if isinstance(module, nn.Conv2d))
+    hidden_size = _patch_embedding(vision_model).out_channels
     positions = next(value for name, value in vision_model.named_parameters() if "position_embedding" in name)
-    quarter = patches.out_channels // 4
+    quarter = hidden_size // 4
     angles = torch.arange(side)[:, None] * (2.0 * side) ** -torch.linspace(0, 1, quarter)  # radians
     waves = torch.cat([angles.sin(), angles.cos()], -1)
     grid = torch.cat([waves[:, None].expand(side, side, -1), waves.expand(side, side, -1)], -1).flatten(0, 1)
-    strength = math.sqrt(2) * patches.weight.flatten(1).norm(dim=1).mean()
-    positions.view(-1, patches.out_channels)[-(side**2) :, : 4 * quarter] = strength * grid
+    positions.view(-1, hidden_size)[-(side**2) :, : 4 * quarter] = math.sqrt(2) * grid

@@ -1,5 +1,6 @@
 """The Trainer of stage 1: transformers' own, with the joint loss over all processes."""
 
+import json
 import os
 import re
 import time
@@ -7,13 +8,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import yaml
 from transformers import Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import logging
 
 from ..data.collator import PairCollator
-from ..data.pairs import PairDataset
+from ..data.pairs import BadDataError, PairDataset
 from ..evaluation.evaluator import evaluate_model
 from ..modeling_mmgem import MMGEMModel, contrastive_loss
 from ..processing import MMGEMProcessor
@@ -23,10 +23,6 @@ from .stages import freeze_parameters, parameter_groups
 
 
 logger = logging.get_logger(__name__)
-
-
-class BadDataError(ValueError):
-    """More of the training set is unreadable than `max_bad_fraction` allows."""
 
 
 class MMGEMTrainer(Trainer):
@@ -58,6 +54,7 @@ class MMGEMTrainer(Trainer):
         pack_length: int = 0,
         **kwargs: Any,
     ):
+        check_parallelism(args)
         batch_size = args.train_batch_size * args.world_size
         if len(train_dataset) < batch_size:
             raise ValueError(
@@ -77,12 +74,44 @@ class MMGEMTrainer(Trainer):
         self.processor = processor
         self.max_bad_fraction = max_bad_fraction
         self.loss_is_scaled_for_ga = True
-        self.bad_examples: set[int] = set()
+        self.bad_examples: dict[int, str] = {}
         self.truncated = self.seen = 0
         self._sums: dict[str, torch.Tensor] = {}
         self._steps_since_log = 0
         self._interval = {"start": time.perf_counter(), "data": 0.0, "samples": 0}
         self.add_callback(_Stage1Callback(model, train_dataset))
+        if pack_length:
+            self._check_packing()
+
+    @torch.no_grad()
+    def _check_packing(self) -> None:
+        """
+        Two sequences in one row must not see each other. Some language models, and flash attention where there are
+        several rows, pay no heed to positions that restart.
+
+        Raises:
+            ValueError: where they do, with the remedy.
+        """
+        model = self.model
+        was_training = model.training
+        model.eval()
+        ids = torch.arange(16, device=model.device).view(2, 8) % model.config.text_config.vocab_size
+        ids[:, -1] = model.config.emb_token_id
+        rows = torch.stack([ids.flatten(), ids.flip(0).flatten()])
+        positions = torch.arange(8, device=model.device).repeat(2, 2)
+        with self.accelerator.autocast():
+            alone: Any = model.get_text_features(ids)
+            packed: Any = model.get_text_features(rows, position_ids=positions)
+        model.train(was_training)
+        expected = alone.last_hidden_state.float()
+        error = (packed.last_hidden_state[0].view_as(expected) - expected).abs().max() / expected.abs().max()
+        exact = model.dtype == torch.float32 and not (self.args.bf16 or self.args.fp16)
+        if not error < (1e-3 if exact else 0.1):
+            raise ValueError(
+                f"Language model '{model.config.text_config.model_type}' with {model.config._attn_implementation} "
+                "attention does not keep the sequences of a packed row apart; pass --packing false, or choose "
+                "another attention."
+            )
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
@@ -97,13 +126,8 @@ class MMGEMTrainer(Trainer):
                 import pytorch_optimizer
 
                 options: dict[str, Any] = {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
-                for option in filter(None, (args.optim_args or "").split(",")):
-                    name, equals, value = option.partition("=")
-                    if not equals:
-                        raise ValueError(f"optim_args are name=value, separated by commas; {option!r} is not.")
-                    options[name.strip()] = yaml.safe_load(value)
                 optimizer_class = getattr(pytorch_optimizer, args.kept_optimizer)
-                self.optimizer = optimizer_class(groups, lr=args.learning_rate, **options)
+                self.optimizer = optimizer_class(groups, lr=args.learning_rate, **options, **args.optimizer_options)
             else:
                 optimizer_class, options = self.get_optimizer_cls_and_kwargs(args, self.model)
                 self.optimizer = optimizer_class(groups, **options)
@@ -118,7 +142,7 @@ class MMGEMTrainer(Trainer):
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         self._interval["data"] += time.perf_counter() - start
         for batch in batches:
-            self.bad_examples.update(batch.pop("bad").tolist())
+            self.bad_examples.update(batch.pop("bad"))
             self.truncated += int(batch.pop("truncated"))
             samples = len(batch["pixel_values"])
             self.seen += samples
@@ -126,8 +150,7 @@ class MMGEMTrainer(Trainer):
         limit = self.max_bad_fraction * len(self.train_dataset) / self.args.world_size
         if len(self.bad_examples) > limit:
             raise BadDataError(
-                f"{len(self.bad_examples)} training examples could not be read (the first: "
-                f"{sorted(self.bad_examples)[:5]}), more than max_bad_fraction={self.max_bad_fraction} allows; repair "
+                f"{self._describe_bad_examples()}, more than max_bad_fraction={self.max_bad_fraction} allows; repair "
                 "the data or raise --max_bad_fraction."
             )
         return batches, num_items
@@ -193,16 +216,20 @@ class MMGEMTrainer(Trainer):
             resume_from_checkpoint = find_checkpoint(str(folder))
         result = super().train(resume_from_checkpoint, *args, **kwargs)
         if self.bad_examples:
-            logger.warning(
-                f"{len(self.bad_examples)} training examples could not be read and were replaced by the next: "
-                f"{sorted(self.bad_examples)[:10]}"
-            )
+            logger.warning(f"{self._describe_bad_examples()}; each was replaced by the next.")
         if self.truncated:
             logger.warning(
                 f"{self.truncated} of {self.seen} captions were longer than max_length={self.processor.max_length} "
                 "tokens and were cut; [EMB] stayed."
             )
         return result
+
+    def _describe_bad_examples(self) -> str:
+        index = min(self.bad_examples)
+        return (
+            f"{len(self.bad_examples)} training examples could not be read (such as number {index}: "
+            f"{self.bad_examples[index]})"
+        )
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
@@ -227,6 +254,24 @@ class MMGEMTrainer(Trainer):
         self.accelerator.end_training()
 
 
+def check_parallelism(args: MMGEMTrainingArguments) -> None:
+    """
+    Refuses what would not train on the gradients of the whole batch.
+
+    Raises:
+        ValueError: naming it, with the remedy.
+    """
+    if args.n_gpu > 1:
+        raise ValueError(
+            f"This one process sees {args.n_gpu} GPUs, and would split each batch without its negatives; start one "
+            "process per GPU (accelerate launch), or set CUDA_VISIBLE_DEVICES."
+        )
+    if args.fsdp or args.deepspeed:
+        raise ValueError("Stage 1 is made for DistributedDataParallel; FSDP and DeepSpeed are not supported yet.")
+    if args.world_size > 1 and not args.average_tokens_across_devices:
+        raise ValueError("Captions are averaged over the tokens of all processes: keep average_tokens_across_devices.")
+
+
 class _Stage1Callback(TrainerCallback):
     """Tells the data which epoch it is, and holds tau at its lower bound of 0.01."""
 
@@ -246,20 +291,28 @@ class _Stage1Callback(TrainerCallback):
 def find_checkpoint(folder: str) -> str:
     """
     The checkpoint at `folder`, or the last whole one in it. Trainer writes `trainer_state.json` last, so a checkpoint
-    without it was cut off.
+    without it, or with half of it, was cut off.
 
     Raises:
-        ValueError: where there is none.
+        FileNotFoundError: where there is none.
     """
-    if os.path.isfile(os.path.join(folder, TRAINER_STATE_NAME)):
+    if _is_whole(folder):
         return folder
     names = os.listdir(folder) if os.path.isdir(folder) else []
     steps = [int(match[1]) for name in names if (match := re.fullmatch(r"checkpoint-(\d+)", name))]
     for step in sorted(steps, reverse=True):
         checkpoint = os.path.join(folder, f"checkpoint-{step}")
-        if os.path.isfile(os.path.join(checkpoint, TRAINER_STATE_NAME)):
+        if _is_whole(checkpoint):
             return checkpoint
-    raise ValueError(
+    raise FileNotFoundError(
         f"{folder} holds no whole checkpoint (a checkpoint-N folder with {TRAINER_STATE_NAME}) to resume from; leave "
         "out --resume_from_checkpoint to start anew, or name another folder."
     )
+
+
+def _is_whole(checkpoint: str) -> bool:
+    try:
+        with open(os.path.join(checkpoint, TRAINER_STATE_NAME), encoding="utf-8") as file:
+            return isinstance(json.load(file), dict)
+    except (OSError, ValueError):
+        return False

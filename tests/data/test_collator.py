@@ -12,7 +12,7 @@ from tests.conftest import CORPUS, make_model, make_picture
 
 def examples(captions):
     return [
-        {"image": make_picture(i), "image_id": i, "caption": c, "bad": [i] if i == 1 else []}
+        {"image": make_picture(i), "image_id": i, "caption": c, "bad": {i: "OSError: broken"} if i == 1 else {}}
         for i, c in enumerate(captions)
     ]
 
@@ -37,7 +37,7 @@ def test_a_pair_is_a_sentence_and_a_caption(processor):
     assert [labels for _, labels in rows] == ["", "", "a dog on a beach</s>", "cat</s>"]
     pad = processor.tokenizer.pad_token_id
     assert torch.equal(batch["attention_mask"] == 0, batch["input_ids"] == pad)
-    assert batch["bad"].tolist() == [1] and batch["truncated"] == 0 and batch["pixel_values"].shape[0] == 2
+    assert batch["bad"] == {1: "OSError: broken"} and batch["truncated"] == 0 and batch["pixel_values"].shape[0] == 2
 
 
 def test_objectives_leave_out_what_they_do_not_need(processor):

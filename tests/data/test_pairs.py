@@ -80,6 +80,12 @@ def test_missing_column_names_those_that_are_there(folder):
         load_pairs(arguments, 32, seed=0)
 
 
+def test_captions_that_are_no_text_are_refused_by_column(tmp_path):
+    Dataset.from_dict({"image": ["a.png"], "caption": [3]}).to_parquet(tmp_path / "pairs.parquet")
+    with pytest.raises(ValueError, match=r"'caption' must hold texts.*int64"):
+        load_pairs(DataArguments(train_file=str(tmp_path / "pairs.parquet")), 32, seed=0)
+
+
 def test_missing_and_unknown_files_are_named(folder):
     with pytest.raises(FileNotFoundError, match=r"nothing\.jsonl"):
         load_pairs(DataArguments(train_file=str(folder / "nothing.jsonl")), 32, seed=0)
@@ -110,13 +116,13 @@ def test_unreadable_picture_is_replaced_and_named(broken):
     rows.append({"image": encoded(make_picture(2)), "caption": "c"})
     dataset = PairDataset(rows)
     example = dataset[1]
-    assert example["caption"] == "c" and example["bad"] == [1]
-    assert dataset[0]["bad"] == []
+    assert example["caption"] == "c" and example["bad"].keys() == {1} and example["bad"][1]
+    assert dataset[0]["bad"] == {}
 
 
 def test_example_without_a_caption_is_bad_too():
     dataset = PairDataset([{"image": make_picture(0), "caption": "  "}, {"image": make_picture(1), "caption": "b"}])
-    assert dataset[0]["caption"] == "b" and dataset[0]["bad"] == [0]
+    assert dataset[0]["caption"] == "b" and dataset[0]["bad"] == {0: "ValueError: it has no caption"}
     with pytest.raises(ValueError, match="None of the 1 examples"):
         PairDataset([{"image": make_picture(0), "caption": None}])[0]
 
@@ -148,6 +154,17 @@ def test_as_captions():
     assert as_captions(" a dog ") == ["a dog"]
     assert as_captions(["a", "", None, " b"]) == ["a", "b"]
     assert as_captions(None) == as_captions("") == []
+    for wrong in (5, ["a", 5], {"text": "a"}):
+        with pytest.raises(ValueError, match="captions must be text, got"):
+            as_captions(wrong)
+
+
+def test_selected_pairs_are_those_of_the_whole(folder):
+    arguments = DataArguments(train_file=str(folder / "pairs.parquet"), caption_column="captions")
+    whole = load_pairs(arguments, 32, seed=0)[0]
+    part = whole.select([2, 0]).select([1])
+    assert len(part) == 1 and part.captions() == [["a dog", "a brown dog"]] and len(whole) == 3
+    assert part[0]["caption"] == whole[0]["caption"] and part[0]["image_id"] == whole[0]["image_id"]
 
 
 def test_crops_of_one_picture_keep_its_id():

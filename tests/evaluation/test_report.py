@@ -11,7 +11,7 @@ from mmgem.data.pairs import PairDataset
 from mmgem.data.scenes import ScenesDataset
 from mmgem.evaluation.evaluator import caption_metrics, evaluate_model, object_f1
 from mmgem.evaluation.report import GREEN, write_report
-from tests.conftest import make_model
+from tests.conftest import Table, make_model, make_picture
 
 
 @pytest.fixture
@@ -30,17 +30,28 @@ def test_evaluation_does_not_depend_on_the_batch_size(processor, dataset):
     assert few[1]["text_embeds"].shape == few[1]["image_embeds"].shape == (12, 16)
 
 
+def test_unreadable_pictures_are_left_out_with_their_captions(processor):
+    rows = [{"image": make_picture(i), "caption": [f"number {i}", f"the {i}th of them"]} for i in range(6)]
+    model = make_model(processor)
+    expected, _ = evaluate_model(model, processor, PairDataset(Table(rows[:1] + rows[2:5])), 2, caption_samples=9)
+    rows[1]["image"], rows[5]["caption"] = b"no picture", [" "]
+    metrics, outputs = evaluate_model(model, processor, PairDataset(Table(rows)), 2, caption_samples=9)
+    assert outputs["indices"] == [0, 2, 3, 4] and len(outputs["captions"]) == 4
+    assert metrics == pytest.approx(expected, abs=1e-6)
+
+
 def test_report_holds_metrics_setting_and_pictures(processor, dataset, tmp_path):
     texts = torch.nn.functional.normalize(torch.randn(12, 16, generator=torch.Generator().manual_seed(0)), dim=-1)
     outputs = {
         "text_embeds": texts,
         "image_embeds": texts.clone(),
         "text_to_image": torch.arange(12),
+        "indices": list(range(12)),
         "captions": [c[0] for c in dataset.captions()],
     }
     path = write_report(str(tmp_path / "new"), {"text_to_image_R@1": 1.0}, {"seed": 3}, outputs, dataset)
     results = json.loads((tmp_path / "new" / "results.json").read_text())
-    assert results == {"metrics": {"text_to_image_R@1": 1.0}, "setting": {"seed": 3}}
+    assert results == {"metrics": {"text_to_image_R@1": 1.0}, "setting": {"seed": 3, "size": 12, "unreadable": 0}}
     report = Path(path).read_text()
     assert "| text_to_image_R@1 | 1 |" in report and "| seed | 3 |" in report
     for name in ("captions.png", "retrieval.png"):

@@ -38,6 +38,13 @@ def test_duplicates_are_no_negatives():
     assert loss < contrastive_loss(texts, images, scale)
 
 
+def test_similarities_stay_float32_under_autocast():
+    texts, images, scale = unit(64, 0).bfloat16(), unit(64, 1).bfloat16(), torch.tensor(100.0)
+    expected = contrastive_loss(texts.float(), images.float(), scale)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert contrastive_loss(texts, images, scale).item() == expected.item()
+
+
 def test_caption_loss_is_a_mean_over_tokens_or_a_given_count():
     logits = torch.randn(7, 11, generator=torch.Generator().manual_seed(0), requires_grad=True)
     targets = torch.arange(7)

@@ -46,6 +46,45 @@ def test_tokenizer_without_bos_gets_none(base_tokenizer):
     ]
 
 
+def test_tokenizer_without_eos_is_refused(base_tokenizer):
+    endless = PreTrainedTokenizerFast(tokenizer_object=base_tokenizer.backend_tokenizer, bos_token="<s>")
+    with pytest.raises(ValueError, match="no EOS token"):
+        to_mmgem_tokenizer(endless)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "I;16", "P", "CMYK"])
+def test_a_path_gives_the_pixels_that_its_picture_gives(processor, tmp_path, mode):
+    if mode == "I;16":
+        picture = Image.fromarray(np.linspace(0, 65535, 48 * 40).astype(np.uint16).reshape(40, 48))
+    else:
+        picture = make_picture(0).convert(mode)
+    if mode == "RGBA":
+        picture.putalpha(100)
+    path = tmp_path / ("picture.tiff" if mode == "CMYK" else "picture.png")
+    picture.save(path)
+    expected = processor(images=[picture], return_tensors="np")["pixel_values"]
+    for given in (path, str(path)):
+        assert np.array_equal(processor(images=[given], return_tensors="np")["pixel_values"], expected)
+
+
+def test_truncated_picture_is_named(processor, tmp_path):
+    make_picture(0).save(tmp_path / "whole.png")
+    (tmp_path / "half.png").write_bytes((tmp_path / "whole.png").read_bytes()[:500])
+    for half in (tmp_path / "half.png", Image.open(tmp_path / "half.png")):
+        with pytest.raises(ValueError, match=r"images\[1\] could not be read"):
+            processor(images=[tmp_path / "whole.png", half])
+
+
+def test_unknown_options_and_regions_under_another_geometry_are_refused(processor):
+    with pytest.raises(ValueError, match=r"'do_resiz'.*'do_resize'"):
+        processor(images=[make_picture(0)], do_resiz=False)
+    with pytest.raises(ValueError, match=r"'max_lenght'.*'max_length'"):
+        processor(text=["a dog"], max_lenght=7)
+    with pytest.raises(ValueError, match="'do_resize' cannot change in a call with boxes"):
+        processor(images=[make_picture(0)], boxes=[[[0, 0, 9, 9]]], do_resize=False)
+    assert processor(images=[make_picture(0)], do_normalize=False)["pixel_values"][0].min() >= 0
+
+
 def test_saved_and_loaded_processor_is_the_same(processor, tmp_path):
     processor.max_length = 17
     try:

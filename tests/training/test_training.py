@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,8 +20,8 @@ from mmgem.data.scenes import ScenesDataset
 from mmgem.evaluation.evaluator import evaluate_model
 from mmgem.training.arguments import MMGEMTrainingArguments, parse_arguments
 from mmgem.training.stages import freeze_parameters, parameter_groups
-from mmgem.training.trainer import BadDataError, MMGEMTrainer, find_checkpoint
-from tests.conftest import make_model, make_picture
+from mmgem.training.trainer import BadDataError, MMGEMTrainer, check_parallelism, find_checkpoint
+from tests.conftest import Table, make_model, make_picture
 
 
 ROOT = Path(__file__).parents[2]
@@ -34,13 +35,6 @@ CAPTIONS = [
     "three birds on a wire",
     "a bowl of green apples",
 ]
-
-
-class Table(list):
-    """Rows with the one thing more that PairDataset asks of a table."""
-
-    def __getitem__(self, key):
-        return [row[key] for row in self] if isinstance(key, str) else super().__getitem__(key)
 
 
 def eight_pictures(**kwargs) -> PairDataset:
@@ -265,12 +259,12 @@ def test_unreadable_pictures_are_skipped_counted_and_limited(processor, tmp_path
     rows[3]["image"] = b"this is no picture"
     rows[5]["image"] = "/nowhere/picture.png"
     dataset = PairDataset(rows)
-    assert dataset[3]["caption"] == CAPTIONS[4] and dataset[3]["bad"] == [3]
+    assert dataset[3]["caption"] == CAPTIONS[4] and dataset[3]["bad"].keys() == {3}
     args = training_arguments(tmp_path, max_steps=4)
     trainer = MMGEMTrainer(make_model(processor), args, processor, dataset, max_bad_fraction=0.2)
     trainer.train()
-    assert trainer.bad_examples == {3, 5}
-    with pytest.raises(BadDataError, match=r"\[3, 5\].*max_bad_fraction"):
+    assert trainer.bad_examples.keys() == {3, 5} and "FileNotFoundError" in trainer.bad_examples[5]
+    with pytest.raises(BadDataError, match=r"number 3: UnidentifiedImageError.*max_bad_fraction"):
         args = training_arguments(tmp_path, max_steps=4, per_device_train_batch_size=16)
         MMGEMTrainer(make_model(processor), args, processor, dataset, max_bad_fraction=0.1).train()
 
@@ -293,6 +287,13 @@ def test_options_come_from_yaml_and_the_command_line_wins(tmp_path):
     )
     assert (args.max_steps, args.objective, data_args.dataset_name) == (7, "caption", "scenes")
     assert model_args.vision_config == {"hidden_size": 8}
+    path.write_text(
+        f"dataset_name: scenes\noutput_dir: {tmp_path}\nlearning_rate: 1e-3\nfreeze: vision_model\npacking: false\n"
+        "max_eval_samples: null\nlr_scheduler_kwargs: {num_cycles: 0.3}\n"
+    )
+    _, data_args, args = parse_arguments(["--config", str(path)])
+    assert (args.learning_rate, args.freeze, data_args.packing) == (1e-3, ["vision_model"], False)
+    assert data_args.max_eval_samples is None and args.lr_scheduler_kwargs == {"num_cycles": 0.3}
     path.write_text("dataset_name: scenes\nlearning_rat: 1\n")
     with pytest.raises(ValueError, match=r"'learning_rat'.*'learning_rate'"):
         parse_arguments(["--config", str(path)])
@@ -302,10 +303,45 @@ def test_options_come_from_yaml_and_the_command_line_wins(tmp_path):
         parse_arguments([])
 
 
+@pytest.mark.parametrize("line, option", [("objective: contrastve", "objective"), ("max_steps: many", "max_steps")])
+def test_values_from_yaml_are_checked_like_those_of_the_command_line(tmp_path, capsys, line, option):
+    path = tmp_path / "run.yaml"
+    path.write_text(f"dataset_name: scenes\noutput_dir: {tmp_path}\n{line}\n")
+    with pytest.raises(SystemExit):
+        parse_arguments(["--config", str(path)])
+    assert f"argument --{option}" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("word, meaning", [("true", True), ("false", None), ("outputs/a", "outputs/a")])
 def test_resume_is_a_switch_or_a_folder(tmp_path, word, meaning):
     command = ["--dataset_name", "scenes", "--output_dir", str(tmp_path), "--resume_from_checkpoint", word]
     assert parse_arguments(command)[2].resume_from_checkpoint == meaning
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"n_gpu": 2}, "accelerate launch"),
+        ({"fsdp": ["full_shard"]}, "DistributedDataParallel"),
+        ({"world_size": 2, "average_tokens_across_devices": False}, "average_tokens_across_devices"),
+    ],
+)
+def test_parallelism_that_would_train_on_other_gradients_is_refused(changes, message):
+    plain = {"n_gpu": 0, "fsdp": [], "deepspeed": None, "world_size": 1, "average_tokens_across_devices": True}
+    check_parallelism(SimpleNamespace(**plain))
+    with pytest.raises(ValueError, match=message):
+        check_parallelism(SimpleNamespace(**plain | changes))
+
+
+def test_language_model_that_mixes_packed_sequences_is_refused(processor, tmp_path):
+    # OPT counts its positions by the attention mask, whatever position_ids say.
+    options = {"ffn_dim": 64, "max_position_embeddings": 512, "word_embed_proj_dim": 32}
+    model = make_model(processor, model_type="opt", **options)
+    args = training_arguments(tmp_path, max_steps=1)
+    with pytest.raises(ValueError, match=r"'opt'.*--packing false"):
+        MMGEMTrainer(model, args, processor, eight_pictures(), pack_length=64)
+    MMGEMTrainer(model, args, processor, eight_pictures()).train()
+    MMGEMTrainer(make_model(processor), args, processor, eight_pictures(), pack_length=64)
 
 
 def test_fewer_pairs_than_a_batch_are_refused(processor, tmp_path):
@@ -315,12 +351,15 @@ def test_fewer_pairs_than_a_batch_are_refused(processor, tmp_path):
 
 
 def test_resume_from_a_folder_without_checkpoint_says_so(tmp_path):
-    with pytest.raises(ValueError, match="no whole checkpoint"):
+    with pytest.raises(FileNotFoundError, match="no whole checkpoint"):
         find_checkpoint(str(tmp_path))
     (tmp_path / "checkpoint-9").mkdir()  # cut off while it was written
     whole = tmp_path / "checkpoint-4"
     whole.mkdir()
     (whole / "trainer_state.json").write_text("{}")
+    half = tmp_path / "checkpoint-7"
+    half.mkdir()
+    (half / "trainer_state.json").write_text('{"epoch": 1,')
     assert find_checkpoint(str(tmp_path)) == str(whole)
 
 
