@@ -72,8 +72,8 @@ def caption_sheet(dataset: PairDataset, captions: list[str], count: int = 16, co
         left, top = i % columns * width + 8, i // columns * height + 8
         example = dataset[i]
         _paste(sheet, example["image"], left, top)
-        below = _write(sheet, example["captions"][0], left, top + CELL + 4, GREY, 38, 3)
-        _write(sheet, captions[i], left, below + 3, BLACK, 38, 4)
+        below = _write(sheet, example["captions"][0], left, top + CELL + 4, GREY, 36, 3)
+        _write(sheet, captions[i], left, below + 3, BLACK, 36, 4)
     return sheet
 
 
