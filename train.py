@@ -26,6 +26,8 @@ def prepare() -> tuple[DataArguments, MMGEMTrainer]:
     model_args, data_args, args = parse_arguments()
     transformers.set_seed(args.seed)
     train_dataset, eval_dataset = load_pairs(data_args, initial_image_size(model_args), args.seed)
+    if eval_dataset is not None:
+        eval_dataset[0]  # where nothing of it can be read, better now than after training
     model, processor = build_model_and_processor(model_args, train_dataset, data_args.max_length)
     trainer = MMGEMTrainer(
         model,
@@ -47,7 +49,7 @@ def main() -> None:
     """Train, save, evaluate. What the user can put right ends with a line; a traceback is a fault of ours."""
     try:
         data_args, trainer = prepare()
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     args, eval_dataset = trainer.args, trainer.eval_dataset
     try:

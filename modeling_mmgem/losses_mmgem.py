@@ -44,11 +44,12 @@ def contrastive_loss(
 
 def similarity_logits(queries: torch.Tensor, keys: torch.Tensor, logit_scale: torch.Tensor) -> torch.Tensor:
     """
-    Scaled cosine similarities `(N, M)` in float32, under autocast too: at 1 / tau = 100 the eight bits of bfloat16
-    leave steps of half a nat.
+    Scaled cosine similarities `(N, M)` in float32 at least, under autocast too: at 1 / tau = 100 the eight bits of
+    bfloat16 leave steps of half a nat.
     """
+    dtype = torch.promote_types(queries.dtype, torch.float32)
     with torch.autocast(queries.device.type, enabled=False):
-        return logit_scale.float() * queries.float() @ keys.float().T
+        return logit_scale.to(dtype) * queries.to(dtype) @ keys.to(dtype).T
 
 
 def caption_loss(

@@ -100,7 +100,8 @@ class MMGEMProcessor(ProcessorMixin):
         `task="caption"`, or a text that holds `<image>`, it writes prompts for `generate`.
 
         Args:
-            images: a picture or a list of them: PIL images, paths, URLs or arrays `(height, width, 3)`.
+            images: a picture or a list of them: PIL images, paths, URLs or arrays `(height, width, 3)`. Transparency
+                becomes white, except behind a URL, which transformers reads and makes black.
             text (`str` or list of `str`): sentences; for a prompt, text before `<image>` and behind [CAP] conditions
                 the caption. A text without `<image>` in a caption task continues behind [CAP].
             boxes: per picture a list of `[x0, y0, x1, y1]` in pixels of the original picture (upright, after EXIF).
@@ -108,8 +109,8 @@ class MMGEMProcessor(ProcessorMixin):
             task (`str`, *optional*): "caption" (one prompt per picture) or "region-caption" (one per region: k x k
                 placeholders and 64 [CAP]).
             return_tensors (`str`, *optional*): "pt" or "np".
-            **kwargs: `max_length`, `truncation`, `padding`, `padding_side` for texts; anything else goes to the image
-                processor.
+            **kwargs: `max_length`, `truncation`, `padding`, `padding_side` for texts; options of the image processor,
+                beside boxes or masks those alone that do not move pixels.
 
         Returns:
             `BatchFeature` with `input_ids`, `attention_mask`, `pixel_values`, `boxes`, `masks`, `region_mask`, as far
@@ -119,7 +120,7 @@ class MMGEMProcessor(ProcessorMixin):
             ValueError: nothing to process, an empty text, an unknown task or option, a picture that cannot be read,
                 pictures and `<image>` placeholders that do not match, or a region that is none (with its index).
         """
-        if not isinstance(text, str | list | tuple | None):
+        if isinstance(text, bytes | dict) or (text is not None and not hasattr(text, "__iter__")):
             raise ValueError(f"text must be a str or a list of them, got {type(text).__name__}.")
         texts = [text] if isinstance(text, str) else None if text is None else list(text)
         self._check_texts(texts, images, task)
@@ -250,7 +251,7 @@ def set_image_size(image_processor: Any, image_size: int) -> None:
 def _read_image(image: Any, index: int) -> Image.Image:
     """A PIL image, path, URL or array in RGB; whatever goes wrong names the picture."""
     try:
-        if isinstance(image, str | os.PathLike) and os.path.isfile(image):
+        if isinstance(image, os.PathLike) or (isinstance(image, str) and os.path.isfile(image)):
             image = Image.open(image)
         elif isinstance(image, str):
             image = load_image(image)

@@ -44,7 +44,7 @@ class PairCollator:
         self.objective = objective
         self.pack_length = pack_length
 
-    def __call__(self, examples: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    def __call__(self, examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
         sentences = self.processor.tokenizer([e["caption"] for e in examples], split_special_tokens=True)["input_ids"]
         sequences = self._sequences(sentences)
         rows = pack(sequences, self.pack_length) if self.pack_length else [[sequence] for sequence in sequences]

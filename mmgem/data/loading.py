@@ -18,7 +18,8 @@ def load_pairs(arguments: DataArguments, image_size: int, seed: int) -> tuple[Pa
     The training pairs, and those to evaluate on (None where the data has no validation or test split).
 
     Raises:
-        ValueError: for a column that is not there, with those that are; for a file of unknown format.
+        ValueError: for a column that is not there, with those that are; for captions that are no texts; for a file of
+            unknown format.
         FileNotFoundError: for a file that is not there.
     """
     if arguments.dataset_name == "scenes":

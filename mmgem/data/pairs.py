@@ -16,7 +16,7 @@ from .scenes import ScenesDataset
 
 
 class BadDataError(ValueError):
-    """More of the data is unreadable than a run should bear."""
+    """An example that cannot be read, or more of them than a run should bear."""
 
 
 class PairDataset(torch.utils.data.Dataset):
@@ -81,10 +81,23 @@ class PairDataset(torch.utils.data.Dataset):
         for candidate in range(index, index + len(self)):
             candidate %= len(self)
             try:
-                return {**self._read(self.rows[candidate]), "bad": bad}
-            except Exception as error:  # Pillow's readers raise whatever they stumble over
-                bad[candidate] = f"{type(error).__name__}: {error}"
-        raise BadDataError(f"None of the {len(self)} examples could be read; example {index}: {bad[index]}")
+                return {**self.read(candidate), "bad": bad}
+            except BadDataError as error:
+                bad[candidate] = str(error)
+        reason = next(iter(bad.values()), "there is none")
+        raise BadDataError(f"None of the {len(self)} examples could be read: {reason}")
+
+    def read(self, index: int) -> dict[str, Any]:
+        """
+        Example `index` itself, without `bad`.
+
+        Raises:
+            BadDataError: where it cannot be read, with the reason.
+        """
+        try:
+            return self._read(self.rows[index])
+        except Exception as error:  # Pillow's readers raise whatever they stumble over
+            raise BadDataError(f"{type(error).__name__}: {error}") from error
 
     def _read(self, row: int) -> dict[str, Any]:
         columns = self.table[row]

@@ -1,5 +1,6 @@
 """Embeds, captions and scores a dataset of pairs with one model."""
 
+import contextlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -7,7 +8,7 @@ import numpy as np
 import torch
 
 from ..data.collator import PairCollator
-from ..data.pairs import PairDataset
+from ..data.pairs import BadDataError, PairDataset
 from ..data.scenes import ScenesDataset, parse_objects
 from ..modeling_mmgem import MMGEMModel
 from ..processing import MMGEMProcessor
@@ -35,7 +36,7 @@ def evaluate_model(
         (list of str).
 
     Raises:
-        ValueError: where no example can be read.
+        BadDataError: where no example can be read.
     """
     was_training = model.training
     model.eval()
@@ -62,13 +63,16 @@ def embed_pairs(model: MMGEMModel, processor: MMGEMProcessor, dataset: PairDatas
     indices: list[int] = []
     images = []
     for start in range(0, len(dataset), batch_size):
-        examples = {i: dataset[i] for i in range(start, min(start + batch_size, len(dataset)))}
-        # A bad example comes as the next one that is not; here it must not stand in for it.
-        good = {i: example["image"] for i, example in examples.items() if not example["bad"]}
-        if good:
-            indices += good
-            inputs = processor(images=list(good.values()), return_tensors="pt").to(model.device)
+        pictures = []
+        for i in range(start, min(start + batch_size, len(dataset))):
+            with contextlib.suppress(BadDataError):
+                pictures.append(dataset.read(i)["image"])
+                indices.append(i)
+        if pictures:
+            inputs = processor(images=pictures, return_tensors="pt").to(model.device)
             images.append(model.get_embedding(**inputs).float().cpu())
+    if not indices:
+        raise BadDataError(f"None of the {len(dataset)} examples to evaluate on could be read.")
     readable = dataset.select(indices).captions()
     captions = [(i, caption) for i, of_image in enumerate(readable) for caption in of_image]
     texts = []

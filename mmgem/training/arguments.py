@@ -5,7 +5,7 @@ import importlib.util
 import json
 import sys
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal
+from typing import Any, Literal, get_type_hints
 
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
@@ -155,8 +155,15 @@ def _parse_options(options: str | None) -> dict[str, Any]:
         name, equals, value = option.partition("=")
         if not equals:
             raise ValueError(f"optim_args are name=value, separated by commas; {option!r} is not.")
-        parsed[name.strip()] = yaml.safe_load(value)
+        parsed[name.strip()] = _load_yaml(value, "optim_args")
     return parsed
+
+
+def _load_yaml(source: Any, name: str) -> Any:
+    try:
+        return yaml.safe_load(source)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{name} is no YAML: {error}") from error
 
 
 def parse_arguments(
@@ -172,10 +179,18 @@ def parse_arguments(
     types: list[DataClassType] = [ModelArguments, DataArguments, MMGEMTrainingArguments]  # type: ignore[list-item]
     parser = HfArgumentParser(types, allow_abbrev=False)  # type: ignore[arg-type]
     known = {f.name for data_class in types for f in fields(data_class) if f.init}  # type: ignore[arg-type]
+    hints = {name: hint for data_class in types for name, hint in get_type_hints(data_class).items()}
     settings, rest = _read_config(arguments)
     _refuse_unknown([name for name in settings if name not in known], known, "in the configuration file")
     parser.usage = "train.py [--config FILE] [--option VALUE …]   (--help lists the options)"
-    words = [word for name, value in settings.items() for word in _as_words(name, value)]
+    if wrong := [
+        name for name, value in settings.items() if isinstance(value, list) and "list" not in str(hints[name])
+    ]:
+        raise ValueError(f"{wrong[0]} takes one value, not a list.")
+    # Single values go the way of the command line, and are checked like those from there.
+    single = {name: value for name, value in settings.items() if value is not None and not isinstance(value, list)}
+    parser.set_defaults(**{name: value for name, value in settings.items() if name not in single})
+    words = [f"--{name}={_as_word(value)}" for name, value in single.items()]
     *parsed, remaining = parser.parse_args_into_dataclasses(words + rest, return_remaining_strings=True)
     unknown = [word.removeprefix("--").split("=")[0] for word in remaining if word.startswith("--")]
     _refuse_unknown(unknown, known | {"config"}, "on the command line")
@@ -184,15 +199,11 @@ def parse_arguments(
     return tuple(parsed)  # type: ignore[return-value]
 
 
-def _as_words(name: str, value: Any) -> list[str]:
-    """A setting from YAML as it would stand on the command line, so that it is checked like one from there."""
-    if value is None or value == []:
-        return []
-    if isinstance(value, list):
-        return [f"--{name}", *map(str, value)]
+def _as_word(value: Any) -> str:
+    """A value from YAML as it would stand on the command line."""
     if isinstance(value, bool):
-        return [f"--{name}={str(value).lower()}"]
-    return [f"--{name}={json.dumps(value) if isinstance(value, dict) else value}"]
+        return str(value).lower()
+    return json.dumps(value) if isinstance(value, dict) else str(value)
 
 
 def _read_config(arguments: list[str]) -> tuple[dict[str, Any], list[str]]:
@@ -206,7 +217,7 @@ def _read_config(arguments: list[str]) -> tuple[dict[str, Any], list[str]]:
         else:
             continue
         with open(path, encoding="utf-8") as file:
-            settings = yaml.safe_load(file)
+            settings = _load_yaml(file, path)
         if not isinstance(settings, dict):
             raise ValueError(f"{path} must hold a mapping of options to values.")
         return settings, rest

@@ -147,7 +147,7 @@ def _whiten_patches(vision_model: PreTrainedModel, image_processor: Any, dataset
         count += vectors.shape[1]
     variances, directions = torch.linalg.eigh((moments / count).double())
     kept = min(patches.out_channels, len(variances))
-    floor = 1e-3 * variances.mean()  # so that what hardly varies is not blown up
+    floor = 1e-3  # of a pixel's variance, which is 1: what hardly varies is not blown up
     whitening = (directions / (variances + floor).sqrt())[:, -kept:].T.float()
     rotation = torch.linalg.qr(torch.randn(patches.out_channels, kept)).Q * math.sqrt(patches.out_channels / kept)
     patches.weight.copy_((rotation @ whitening).view_as(patches.weight))

@@ -54,7 +54,6 @@ class MMGEMTrainer(Trainer):
         pack_length: int = 0,
         **kwargs: Any,
     ):
-        check_parallelism(args)
         batch_size = args.train_batch_size * args.world_size
         if len(train_dataset) < batch_size:
             raise ValueError(
@@ -71,6 +70,7 @@ class MMGEMTrainer(Trainer):
             processing_class=processor,
             **kwargs,
         )
+        check_parallelism(args, sharded=self.is_fsdp_enabled or self.is_deepspeed_enabled)
         self.processor = processor
         self.max_bad_fraction = max_bad_fraction
         self.loss_is_scaled_for_ga = True
@@ -105,12 +105,12 @@ class MMGEMTrainer(Trainer):
         model.train(was_training)
         expected = alone.last_hidden_state.float()
         error = (packed.last_hidden_state[0].view_as(expected) - expected).abs().max() / expected.abs().max()
-        exact = model.dtype == torch.float32 and not (self.args.bf16 or self.args.fp16)
+        exact = model.dtype == torch.float32 and self.accelerator.mixed_precision == "no"
         if not error < (1e-3 if exact else 0.1):
             raise ValueError(
-                f"Language model '{model.config.text_config.model_type}' with {model.config._attn_implementation} "
-                "attention does not keep the sequences of a packed row apart; pass --packing false, or choose "
-                "another attention."
+                f"Language model '{model.config.text_config.model_type}' with "
+                f"{model.language_model.config._attn_implementation} attention does not keep the sequences of a "
+                "packed row apart; pass --packing false, or choose another attention."
             )
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
@@ -127,7 +127,9 @@ class MMGEMTrainer(Trainer):
 
                 options: dict[str, Any] = {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
                 optimizer_class = getattr(pytorch_optimizer, args.kept_optimizer)
-                self.optimizer = optimizer_class(groups, lr=args.learning_rate, **options, **args.optimizer_options)
+                self.optimizer = optimizer_class(
+                    groups, **{"lr": args.learning_rate, **options, **args.optimizer_options}
+                )
             else:
                 optimizer_class, options = self.get_optimizer_cls_and_kwargs(args, self.model)
                 self.optimizer = optimizer_class(groups, **options)
@@ -254,7 +256,7 @@ class MMGEMTrainer(Trainer):
         self.accelerator.end_training()
 
 
-def check_parallelism(args: MMGEMTrainingArguments) -> None:
+def check_parallelism(args: MMGEMTrainingArguments, sharded: bool) -> None:
     """
     Refuses what would not train on the gradients of the whole batch.
 
@@ -266,7 +268,7 @@ def check_parallelism(args: MMGEMTrainingArguments) -> None:
             f"This one process sees {args.n_gpu} GPUs, and would split each batch without its negatives; start one "
             "process per GPU (accelerate launch), or set CUDA_VISIBLE_DEVICES."
         )
-    if args.fsdp or args.deepspeed:
+    if sharded:
         raise ValueError("Stage 1 is made for DistributedDataParallel; FSDP and DeepSpeed are not supported yet.")
     if args.world_size > 1 and not args.average_tokens_across_devices:
         raise ValueError("Captions are averaged over the tokens of all processes: keep average_tokens_across_devices.")

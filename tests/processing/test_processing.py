@@ -73,11 +73,16 @@ def test_truncated_picture_is_named(processor, tmp_path):
     for half in (tmp_path / "half.png", Image.open(tmp_path / "half.png")):
         with pytest.raises(ValueError, match=r"images\[1\] could not be read"):
             processor(images=[tmp_path / "whole.png", half])
+    with pytest.raises(ValueError, match=r"images\[0\] could not be read: .*No such file.*gone\.png"):
+        processor(images=[tmp_path / "gone.png"])
 
 
 def test_unknown_options_and_regions_under_another_geometry_are_refused(processor):
     with pytest.raises(ValueError, match=r"'do_resiz'.*'do_resize'"):
         processor(images=[make_picture(0)], do_resiz=False)
+    with pytest.raises(ValueError, match="text must be a str or a list of them, got int"):
+        processor(text=5)
+    assert len(processor(text=np.array(["a dog", "cat"]))["input_ids"]) == 2
     with pytest.raises(ValueError, match=r"'max_lenght'.*'max_length'"):
         processor(text=["a dog"], max_lenght=7)
     with pytest.raises(ValueError, match="'do_resize' cannot change in a call with boxes"):

@@ -238,7 +238,10 @@ def test_projections_learn_ten_times_faster_and_vectors_do_not_decay(processor):
 
 @pytest.mark.parametrize(
     "optim, optim_args, options",
-    [("lamb", None, {}), ("soap", "precondition_frequency=2, max_precondition_dim=64", {"precondition_frequency": 2})],
+    [
+        ("lamb", "eps=0.01", {"eps": 0.01}),
+        ("soap", "precondition_frequency=2, max_precondition_dim=64", {"precondition_frequency": 2}),
+    ],
 )
 def test_optimizers_of_the_kept_library_train(processor, tmp_path, optim, optim_args, options):
     pytest.importorskip("pytorch_optimizer")
@@ -303,6 +306,26 @@ def test_options_come_from_yaml_and_the_command_line_wins(tmp_path):
         parse_arguments([])
 
 
+def test_lists_and_nothing_in_yaml(tmp_path):
+    path = tmp_path / "run.yaml"
+    lines = [
+        "dataset_name: scenes",
+        f"output_dir: {tmp_path}",
+        "max_grad_norm: null",
+        "report_to: [tensorboard, wandb]",
+    ]
+    path.write_text("\n".join([*lines, "freeze: [vision_model, lm_head]"]))
+    args = parse_arguments(["--config", str(path)])[2]
+    assert args.max_grad_norm is None and args.report_to == ["tensorboard", "wandb"]
+    assert args.freeze == ["vision_model", "lm_head"]
+    with pytest.raises(ValueError, match="'stray'"):
+        parse_arguments(["--config", str(path), "stray"])
+    for line, message in (("max_steps: [1]", "max_steps takes one value"), ("a: [", "run.yaml is no YAML")):
+        path.write_text("\n".join([*lines, line]))
+        with pytest.raises(ValueError, match=message):
+            parse_arguments(["--config", str(path)])
+
+
 @pytest.mark.parametrize("line, option", [("objective: contrastve", "objective"), ("max_steps: many", "max_steps")])
 def test_values_from_yaml_are_checked_like_those_of_the_command_line(tmp_path, capsys, line, option):
     path = tmp_path / "run.yaml"
@@ -322,15 +345,16 @@ def test_resume_is_a_switch_or_a_folder(tmp_path, word, meaning):
     "changes, message",
     [
         ({"n_gpu": 2}, "accelerate launch"),
-        ({"fsdp": ["full_shard"]}, "DistributedDataParallel"),
+        ({"sharded": True}, "DistributedDataParallel"),
         ({"world_size": 2, "average_tokens_across_devices": False}, "average_tokens_across_devices"),
     ],
 )
 def test_parallelism_that_would_train_on_other_gradients_is_refused(changes, message):
-    plain = {"n_gpu": 0, "fsdp": [], "deepspeed": None, "world_size": 1, "average_tokens_across_devices": True}
-    check_parallelism(SimpleNamespace(**plain))
+    sharded = changes.pop("sharded", False)
+    plain = {"n_gpu": 0, "world_size": 1, "average_tokens_across_devices": True}
+    check_parallelism(SimpleNamespace(**plain), sharded=False)
     with pytest.raises(ValueError, match=message):
-        check_parallelism(SimpleNamespace(**plain | changes))
+        check_parallelism(SimpleNamespace(**plain | changes), sharded)
 
 
 def test_language_model_that_mixes_packed_sequences_is_refused(processor, tmp_path):
