@@ -91,7 +91,7 @@ def joint_batch(processor, texts, pictures):
     """Rows of texts, then rows of captions, as training has them."""
     from mmgem.data.collator import PairCollator
 
-    examples = [{"image": p, "image_id": i, "caption": t, "bad": []} for i, (t, p) in enumerate(zip(texts, pictures))]
+    examples = [{"image": p, "image_id": i, "caption": t, "bad": {}} for i, (t, p) in enumerate(zip(texts, pictures))]
     batch = PairCollator(processor)(examples)
     return {name: batch[name] for name in ("input_ids", "attention_mask", "pixel_values", "labels")}
 
