@@ -13,7 +13,7 @@ import transformers
 
 import mmgem
 from mmgem.data.loading import load_pairs
-from mmgem.data.pairs import BadDataError
+from mmgem.data.pairs import BadDataError, PairDataset
 from mmgem.evaluation.evaluator import evaluate_model
 from mmgem.evaluation.report import current_commit, write_report
 from mmgem.training.arguments import DataArguments, parse_arguments
@@ -39,9 +39,8 @@ def prepare() -> tuple[DataArguments, MMGEMTrainer]:
         pack_length=data_args.pack_length if data_args.packing else 0,
     )
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    print(
-        f"{model.num_parameters() / 1e6:.2f} M parameters, {trained / 1e6:.2f} M trained; {len(train_dataset)} pairs"
-    )
+    size = f"{len(train_dataset)} pairs" if isinstance(train_dataset, PairDataset) else "streamed pairs"
+    print(f"{model.num_parameters() / 1e6:.2f} M parameters, {trained / 1e6:.2f} M trained; {size}")
     return data_args, trainer
 
 

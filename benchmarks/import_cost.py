@@ -5,17 +5,12 @@ What `import mmgem` costs beside the import of transformers that any such packag
 """
 
 import argparse
-import json
-import platform
 import statistics
 import subprocess
 import sys
 import time
 
-import torch
-import transformers
-
-import mmgem
+from common import print_result
 
 
 PEER = "from transformers import PreTrainedModel, ProcessorMixin, AutoModel, AutoProcessor"
@@ -43,21 +38,8 @@ def main() -> None:
     medians = {statement: statistics.median(values) for statement, values in times.items()}
     for statement, values in times.items():
         print(f"{medians[statement]:6.3f} s  ({min(values):.3f} to {max(values):.3f})  {statement}")
-    result = {
-        "name": "import_cost",
-        "value": round(medians[OURS] / medians[PEER], 3),
-        "unit": "x the peer's time",
-        "goal": "<= 1.2",
-        "peer": PEER,
-        "machine": f"{platform.system()} {platform.machine()}, {torch.get_num_threads()} CPU threads",
-        "versions": {
-            "mmgem": mmgem.__version__,
-            "transformers": transformers.__version__,
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-        },
-    }
-    print(json.dumps(result))
+    ratio = round(medians[OURS] / medians[PEER], 3)
+    print_result("import_cost", ratio, "x the peer's time", "<= 1.2", PEER)
 
 
 if __name__ == "__main__":

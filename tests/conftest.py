@@ -1,5 +1,8 @@
 """Tiny checkpoints and pictures that the tests make themselves."""
 
+import io
+import tarfile
+
 import numpy as np
 import pytest
 import torch
@@ -89,3 +92,15 @@ def make_model(processor: MMGEMProcessor, seed: int = 0, **changes) -> MMGEMMode
 @pytest.fixture
 def model(processor) -> MMGEMModel:
     return make_model(processor)
+
+
+def write_shard(path, samples) -> None:
+    """A tar of (key, picture, caption), in img2dataset's layout."""
+    with tarfile.open(path, "w") as tar:
+        for key, picture, caption in samples:
+            buffer = io.BytesIO()
+            picture.save(buffer, "JPEG")
+            for name, content in ((f"{key}.jpg", buffer.getvalue()), (f"{key}.txt", caption.encode())):
+                member = tarfile.TarInfo(name)
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))

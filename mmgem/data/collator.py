@@ -1,5 +1,6 @@
 """Examples to the tensors of one stage-1 step."""
 
+import bisect
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,25 +16,31 @@ TokenSequence = tuple[list[int], list[int]]  # token ids and labels
 
 class PairCollator:
     """
-    B pairs to one batch: B sequences "(BOS) caption [EMB]", then B sequences "(BOS) <image> [CAP] caption EOS" with
+    B pairs to one batch of B sentences "(BOS) caption [EMB]" and B captions "(BOS) <image> [CAP] caption EOS" with
     labels on caption and EOS. Both paths see the same words (paper: the same batch).
 
     Args:
         processor: of the model.
-        objective: "joint", or "contrastive" (the first B sequences alone), or "caption" (the last B alone).
+        objective: "joint", or "contrastive" (sentences alone), or "caption" (captions alone).
         pack_length: length of the rows that the sequences are packed into without padding between them, positions
-            restarting with each; 0 gives every sequence a padded row of its own. The sequences keep their order, and
-            with it text i its picture i.
+            restarting with each; 0 gives every sequence a padded row of its own, sentences first.
+        mini_batch_size: cuts the batch into parts for the gradient cache; 0 leaves it whole.
 
-    For the contrastive loss there are `pair_ids` `(B, 2)`, hashes of each pair's caption and picture, by which equal
-    ones are known. A batch also counts what the Trainer reports: `truncated` (captions over `max_length`, a scalar
-    tensor) and `bad` (index and reason of unreadable examples).
+    Packing puts sequences where they fit. Pictures come in the order of their captions, and `text_index` `(B,)` says
+    which of the sentences, in row-major order, belongs to each; `pair_ids` `(B, 2)`, in the order of the pictures, are
+    hashes of each pair's caption and picture, by which equal ones are known. With `mini_batch_size`, the list
+    `mini_batches` holds a batch for each part, in which `sentences` are the inputs that embed its texts alone.
+
+    A batch also counts what the Trainer reports: `truncated` (captions over `max_length`) and `bad` (index and reason
+    of unreadable examples). Of a stream it has the `position` behind its last example.
 
     Raises:
         ValueError: for a `pack_length` that the longest sequence does not fit into.
     """
 
-    def __init__(self, processor: MMGEMProcessor, objective: str = "joint", pack_length: int = 0):
+    def __init__(
+        self, processor: MMGEMProcessor, objective: str = "joint", pack_length: int = 0, mini_batch_size: int = 0
+    ):
         longest = processor.max_length + 2
         if 0 < pack_length < longest:
             raise ValueError(
@@ -43,42 +50,66 @@ class PairCollator:
         self.processor = processor
         self.objective = objective
         self.pack_length = pack_length
+        self.mini_batch_size = mini_batch_size
 
     def __call__(self, examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        sentences = self.processor.tokenizer([e["caption"] for e in examples], split_special_tokens=True)["input_ids"]
-        sequences = self._sequences(sentences)
-        rows = pack(sequences, self.pack_length) if self.pack_length else [[sequence] for sequence in sequences]
-        images = self.processor.image_processor([e["image"] for e in examples], return_tensors="pt")
-        tensors = self._tensors(rows)
-        if self.objective != "caption":
-            pair_ids = [[digest(e["caption"].encode()), e["image_id"]] for e in examples]
-            tensors["pair_ids"] = torch.tensor(pair_ids)
-        return {
-            **tensors,
-            "pixel_values": images["pixel_values"],
-            "truncated": torch.tensor(sum(len(row) > self.processor.max_length for row in sentences)),
+        captions = [example["caption"] for example in examples]
+        ids = self.processor.tokenizer(captions, split_special_tokens=True)["input_ids"]
+        counts: dict[str, Any] = {
+            "truncated": sum(len(row) > self.processor.max_length for row in ids),
             "bad": {index: reason for example in examples for index, reason in example["bad"].items()},
         }
+        if "position" in examples[-1]:
+            counts["position"] = examples[-1]["position"]
+        if not self.mini_batch_size:
+            return {**self._batch(examples, ids), **counts}
+        mini_batches = []
+        for start in range(0, len(examples), self.mini_batch_size):
+            part = slice(start, start + self.mini_batch_size)
+            mini_batches.append(self._batch(examples[part], ids[part]))
+        return {"mini_batches": mini_batches, **counts}
 
-    def _sequences(self, sentences: list[list[int]]) -> list[TokenSequence]:
+    def _batch(self, examples: Sequence[dict[str, Any]], ids: list[list[int]]) -> dict[str, Any]:
+        sentences = [] if self.objective == "caption" else self._sentences(ids)
+        captions = [] if self.objective == "contrastive" else self._captions(ids)
+        sequences = sentences + captions
+        rows = pack([len(tokens) for tokens, _ in sequences], self.pack_length)
+        batch = self._tensors(sequences, rows)
+        order = [i for row in rows for i in row]
+        texts = [i for i in order if i < len(sentences)]
+        pictures = [i - len(sentences) for i in order if i >= len(sentences)] or texts
+        images = [examples[i]["image"] for i in pictures]
+        batch["pixel_values"] = self.processor.image_processor(images, return_tensors="pt")["pixel_values"]
+        if sentences:
+            batch["text_index"] = torch.tensor([texts.index(i) for i in pictures])
+            pair_ids = [[digest(examples[i]["caption"].encode()), examples[i]["image_id"]] for i in pictures]
+            batch["pair_ids"] = torch.tensor(pair_ids)
+        if sentences and self.mini_batch_size:
+            rows = pack([len(tokens) for tokens, _ in sentences], self.pack_length)
+            texts = [i for row in rows for i in row]
+            text_index = torch.tensor([texts.index(i) for i in pictures])
+            batch["sentences"] = {**self._tensors(sentences, rows), "text_index": text_index}
+        return batch
+
+    def _sentences(self, ids: list[list[int]]) -> list[TokenSequence]:
+        max_length = self.processor.max_length
+        cut = [row if len(row) <= max_length else [*row[: max_length - 1], row[-1]] for row in ids]
+        return [(row, [-100] * len(row)) for row in cut]
+
+    def _captions(self, ids: list[list[int]]) -> list[TokenSequence]:
         tokenizer, max_length = self.processor.tokenizer, self.processor.max_length
         start = int(bool(self.processor.bos))
-        opening = [*sentences[0][:start], *tokenizer.convert_tokens_to_ids([IMAGE_TOKEN, CAP_TOKEN])]
-        sequences: list[TokenSequence] = []
-        if self.objective != "caption":
-            for ids in sentences:
-                cut = ids if len(ids) <= max_length else [*ids[: max_length - 1], ids[-1]]
-                sequences.append((cut, [-100] * len(cut)))
-        if self.objective != "contrastive":
-            for ids in sentences:
-                words = ids[start : min(len(ids), max_length) - 1]
-                # A caption that was cut does not end where it was cut: no EOS to learn there.
-                words = words if len(ids) > max_length else [*words, tokenizer.eos_token_id]
-                sequences.append(([*opening, *words], [-100] * len(opening) + words))
+        opening = [*ids[0][:start], *tokenizer.convert_tokens_to_ids([IMAGE_TOKEN, CAP_TOKEN])]
+        sequences = []
+        for row in ids:
+            words = row[start : min(len(row), max_length) - 1]
+            # A caption that was cut does not end where it was cut: no EOS to learn there.
+            words = words if len(row) > max_length else [*words, tokenizer.eos_token_id]
+            sequences.append(([*opening, *words], [-100] * len(opening) + words))
         return sequences
 
-    def _tensors(self, rows: list[list[TokenSequence]]) -> dict[str, torch.Tensor]:
-        width = self.pack_length or max(len(ids) for row in rows for ids, _ in row)
+    def _tensors(self, sequences: list[TokenSequence], rows: list[list[int]]) -> dict[str, Any]:
+        width = self.pack_length or max(len(ids) for ids, _ in sequences)
         input_ids = torch.full((len(rows), width), self.processor.tokenizer.pad_token_id)
         labels = torch.full_like(input_ids, -100)
         # Padding is a sequence of its own: its positions start at 0 too.
@@ -86,7 +117,7 @@ class PairCollator:
         attention_mask = torch.zeros_like(input_ids)
         for r, row in enumerate(rows):
             start = 0
-            for ids, targets in row:
+            for ids, targets in (sequences[i] for i in row):
                 end = start + len(ids)
                 input_ids[r, start:end] = torch.tensor(ids)
                 labels[r, start:end] = torch.tensor(targets)
@@ -97,19 +128,28 @@ class PairCollator:
         tensors = {"input_ids": input_ids}
         # From restarting positions, and no mask, transformers makes the block-diagonal mask itself.
         tensors.update({"position_ids": position_ids} if self.pack_length else {"attention_mask": attention_mask})
-        if self.objective != "contrastive":
+        if (labels != -100).any():
             tensors["labels"] = labels
         return tensors
 
 
-def pack(sequences: Sequence[TokenSequence], length: int) -> list[list[TokenSequence]]:
-    """Rows of at most `length` tokens, filled in order (next-fit): what comes first stays in front."""
-    rows: list[list[TokenSequence]] = []
-    free = 0
-    for sequence in sequences:
-        if not rows or len(sequence[0]) > free:
+def pack(lengths: Sequence[int], row_length: int) -> list[list[int]]:
+    """
+    Rows of sequences, by their indices, of at most `row_length` tokens; 0 gives each a row of its own.
+
+    Best-fit decreasing: the longest sequence goes first, each into the fullest row that it fits into.
+    """
+    if not row_length:
+        return [[i] for i in range(len(lengths))]
+    rows: list[list[int]] = []
+    free: list[tuple[int, int]] = []  # of each row, ascending: tokens that are left, and its number
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        place = bisect.bisect_left(free, (lengths[i], 0))
+        if place == len(free):
+            left, row = row_length, len(rows)
             rows.append([])
-            free = length
-        rows[-1].append(sequence)
-        free -= len(sequence[0])
+        else:
+            left, row = free.pop(place)
+        rows[row].append(i)
+        bisect.insort(free, (left - lengths[i], row))
     return rows

@@ -4,7 +4,7 @@ import copy
 import hashlib
 import io
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,9 @@ from PIL import Image
 
 from ..processing.regions_mmgem import to_rgb
 from .scenes import ScenesDataset
+
+
+MAX_PIXELS = 2**26  # 67 megapixels, 200 MB decoded
 
 
 class BadDataError(ValueError):
@@ -76,6 +79,11 @@ class PairDataset(torch.utils.data.Dataset):
         values = self.table.captions if scenes else list(self.table[self.caption_column])
         return [as_captions(values[row]) for row in self.rows]
 
+    def some_pictures(self, number: int = 256) -> Iterator[Image.Image]:
+        """Pictures spread evenly over the dataset, one at a time."""
+        for index in np.linspace(0, len(self) - 1, min(number, len(self))).astype(int):
+            yield self[int(index)]["image"]
+
     def __getitem__(self, index: int) -> dict[str, Any]:
         bad: dict[int, str] = {}
         for candidate in range(index, index + len(self)):
@@ -138,6 +146,8 @@ def open_image(value: Any, root: str = "") -> Image.Image:
     if isinstance(value, dict):
         value = value["bytes"] if value.get("bytes") is not None else value["path"]
     image = Image.open(io.BytesIO(value) if isinstance(value, bytes) else os.path.join(root, value))
+    if image.width * image.height > MAX_PIXELS:
+        raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels, more than {MAX_PIXELS}")
     image.load()
     return image
 

@@ -67,6 +67,19 @@ class DataArguments:
     dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the Hub dataset."})
     train_file: str | None = field(default=None, metadata={"help": "parquet, jsonl, json or csv."})
     validation_file: str | None = field(default=None, metadata={"help": "parquet, jsonl, json or csv."})
+    train_shards: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Tar shards with jpg and txt or json, as img2dataset writes them: patterns such as "
+            "'laion/{00000..00999}.tar' or 'hf://datasets/org/name/*.tar', one per source."
+        },
+    )
+    shard_weights: list[float] | None = field(
+        default=None, metadata={"help": "How often each of train_shards is drawn from; all alike by default."}
+    )
+    shuffle_window: int = field(
+        default=1000, metadata={"help": "Samples of a shard that are shuffled among each other."}
+    )
     image_column: str = field(default="image", metadata={"help": "Pictures, bytes or paths."})
     caption_column: str = field(
         default="caption",
@@ -87,10 +100,12 @@ class DataArguments:
     )
 
     def __post_init__(self) -> None:
-        if (self.dataset_name is None) == (self.train_file is None):
-            raise ValueError("Give dataset_name or train_file, one of the two.")
+        if sum(source is not None for source in (self.dataset_name, self.train_file, self.train_shards)) != 1:
+            raise ValueError("Give dataset_name, train_file or train_shards, one of the three.")
         if self.dataset_name is not None and self.validation_file is not None:
-            raise ValueError("validation_file goes with train_file; a dataset_name brings its own splits.")
+            raise ValueError(
+                "validation_file goes with train_file or train_shards; a dataset_name brings its own splits."
+            )
         if not 0 < self.augmentation_scale <= 1:
             raise ValueError(f"augmentation_scale must lie in (0, 1], got {self.augmentation_scale}.")
 
@@ -113,6 +128,13 @@ class MMGEMTrainingArguments(TrainingArguments):
         metadata={
             "help": "L = L_Emb + this x L_Gen. The paper adds them; its L_Gen is a mean per token, so raise it where "
             "captions matter and the language model starts from scratch."
+        },
+    )
+    mini_batch_size: int = field(
+        default=0,
+        metadata={
+            "help": "Gradient cache: each device's batch goes through the model in parts of this size, at "
+            "their memory, with the contrastive loss and its gradient of the whole; 0: off."
         },
     )
     projection_lr_multiplier: float = field(
@@ -138,6 +160,10 @@ class MMGEMTrainingArguments(TrainingArguments):
             raise ValueError(
                 f"caption_loss_weight must be above 0, got {self.caption_loss_weight}; for no captions at all there "
                 "is --objective contrastive."
+            )
+        if self.mini_batch_size and self.objective == "caption":
+            raise ValueError(
+                "mini_batch_size is for the contrastive loss; a caption loss alone needs accumulation only."
             )
         # On the command line this option is a string, also where a truth value is meant.
         switch = str(self.resume_from_checkpoint).lower()

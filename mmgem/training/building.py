@@ -1,18 +1,17 @@
 """The model and processor that a run starts from."""
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 from transformers.models.clip import CLIPImageProcessorPil
 
 from ..configuration import MMGEMConfig
 from ..data.pairs import PairDataset
+from ..data.shards import ShardStream
 from ..data.tokenizer import train_tokenizer
 from ..modeling_mmgem import MMGEMModel
 from ..modeling_mmgem.conversion_mmgem import configure_generation, interpolate_positions
@@ -34,7 +33,7 @@ def initial_image_size(arguments: ModelArguments) -> int:
 
 
 def build_model_and_processor(
-    arguments: ModelArguments, train_dataset: PairDataset, max_length: int
+    arguments: ModelArguments, train_dataset: PairDataset | ShardStream, max_length: int
 ) -> tuple[MMGEMModel, MMGEMProcessor]:
     """
     From a checkpoint of ours (`init_from`), from two towers' checkpoints, or from scratch with a tokenizer trained on
@@ -76,7 +75,7 @@ def _own_config(name: str) -> MMGEMConfig:
 
 
 def _from_scratch(
-    arguments: ModelArguments, train_dataset: PairDataset, max_length: int
+    arguments: ModelArguments, train_dataset: PairDataset | ShardStream, max_length: int
 ) -> tuple[MMGEMModel, MMGEMProcessor]:
     captions = (caption for captions in train_dataset.captions() for caption in captions)
     tokenizer = to_mmgem_tokenizer(train_tokenizer(captions, arguments.vocab_size))
@@ -111,16 +110,10 @@ def _from_scratch(
     return model, MMGEMProcessor(image_processor, tokenizer, max_length=max_length)
 
 
-def _some_pictures(dataset: PairDataset, number: int = 256) -> Iterator[Image.Image]:
-    """Pictures spread evenly over the dataset, one at a time."""
-    for index in np.linspace(0, len(dataset) - 1, min(number, len(dataset))).astype(int):
-        yield dataset[index]["image"]
-
-
-def _pixel_statistics(dataset: PairDataset) -> tuple[list[float], list[float]]:
+def _pixel_statistics(dataset: PairDataset | ShardStream) -> tuple[list[float], list[float]]:
     """Mean and standard deviation of each colour, in [0, 1]."""
     count, total, squares = 0, np.zeros(3), np.zeros(3)
-    for picture in _some_pictures(dataset):
+    for picture in dataset.some_pictures():
         pixels = np.asarray(picture).reshape(-1, 3) / 255
         count += len(pixels)
         total += pixels.sum(0)
@@ -131,7 +124,7 @@ def _pixel_statistics(dataset: PairDataset) -> tuple[list[float], list[float]]:
 
 
 @torch.no_grad()
-def _whiten_patches(vision_model: PreTrainedModel, image_processor: Any, dataset: PairDataset) -> None:
+def _whiten_patches(vision_model: PreTrainedModel, image_processor: Any, dataset: PairDataset | ShardStream) -> None:
     """
     Starts the patch embedding of a new tower as a whitening of this data's patches (as Page, "How to train your
     ResNet", 2018, does with a first convolution), turned at random, with unit variance. A random embedding passes on
@@ -140,7 +133,7 @@ def _whiten_patches(vision_model: PreTrainedModel, image_processor: Any, dataset
     patches = _patch_embedding(vision_model)
     size = patches.kernel_size[0]
     moments, count = torch.zeros(3 * size**2, 3 * size**2), 0
-    for picture in _some_pictures(dataset):
+    for picture in dataset.some_pictures():
         pixel_values = image_processor(picture, return_tensors="pt")["pixel_values"]
         vectors = nn.functional.unfold(pixel_values, size, stride=size)[0]
         moments += vectors @ vectors.T

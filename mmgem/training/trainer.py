@@ -2,23 +2,25 @@
 
 import json
 import os
-import re
 import time
+from collections import Counter
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from transformers import Trainer, TrainerCallback
-from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import logging
 
 from ..data.collator import PairCollator
 from ..data.pairs import BadDataError, PairDataset
+from ..data.shards import ShardStream
 from ..evaluation.evaluator import evaluate_model
 from ..modeling_mmgem import MMGEMModel, contrastive_loss
 from ..processing import MMGEMProcessor
 from .arguments import MMGEMTrainingArguments
+from .checkpoints import find_checkpoint
 from .gathering import GatherWithGradient
+from .gradient_cache import Embeddings, cached_backward, refuse_dropout
 from .stages import freeze_parameters, parameter_groups
 
 
@@ -27,7 +29,7 @@ logger = logging.get_logger(__name__)
 
 class MMGEMTrainer(Trainer):
     """
-    Trains stage 1 (paper, equation 4) on a [`PairDataset`].
+    Trains stage 1 (paper, equation 4) on a [`PairDataset`] or a [`ShardStream`].
 
     The contrastive loss sees the embeddings of all processes, with their gradient; captions are averaged over all
     tokens of a step. Gradients are those of one process that holds the whole batch. Under gradient accumulation each
@@ -35,36 +37,41 @@ class MMGEMTrainer(Trainer):
 
     Args:
         processor: saved with every checkpoint.
-        max_bad_fraction: share of unreadable examples that ends the run.
+        max_bad_fraction: share of unreadable examples that ends the run; a stream's are counted only.
         pack_length: see [`PairCollator`].
     """
 
     args: MMGEMTrainingArguments
     model: MMGEMModel
-    train_dataset: PairDataset
+    train_dataset: PairDataset | ShardStream
 
     def __init__(
         self,
         model: MMGEMModel,
         args: MMGEMTrainingArguments,
         processor: MMGEMProcessor,
-        train_dataset: PairDataset,
+        train_dataset: PairDataset | ShardStream,
         eval_dataset: PairDataset | None = None,
         max_bad_fraction: float = 0.01,
         pack_length: int = 0,
         **kwargs: Any,
     ):
         batch_size = args.train_batch_size * args.world_size
-        if len(train_dataset) < batch_size:
+        if isinstance(train_dataset, ShardStream):
+            train_dataset.rank, train_dataset.world_size = args.process_index, args.world_size
+            args.ignore_data_skip = True  # it starts where it should by itself
+        elif len(train_dataset) < batch_size:
             raise ValueError(
                 f"{len(train_dataset)} training pairs do not fill one batch of {batch_size}; lower "
                 "--per_device_train_batch_size."
             )
+        if args.mini_batch_size:
+            refuse_dropout(model)
         freeze_parameters(model, args.objective, args.freeze)
         super().__init__(
             model=model,
             args=args,
-            data_collator=PairCollator(processor, args.objective, pack_length),
+            data_collator=PairCollator(processor, args.objective, pack_length, args.mini_batch_size),
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processor,
@@ -74,7 +81,10 @@ class MMGEMTrainer(Trainer):
         self.processor = processor
         self.max_bad_fraction = max_bad_fraction
         self.loss_is_scaled_for_ga = True
-        self.bad_examples: dict[int, str] = {}
+        self.bad_examples: dict[int | str, str] = {}
+        self.bad_kinds: Counter[str] = Counter()
+        self._positions: dict[int, Any] = {}
+        self._batches = 0
         self.truncated = self.seen = 0
         self._sums: dict[str, torch.Tensor] = {}
         self._steps_since_log = 0
@@ -144,18 +154,33 @@ class MMGEMTrainer(Trainer):
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         self._interval["data"] += time.perf_counter() - start
         for batch in batches:
-            self.bad_examples.update(batch.pop("bad"))
-            self.truncated += int(batch.pop("truncated"))
-            samples = len(batch["pixel_values"])
+            self._count_bad(batch.pop("bad"))
+            if "position" in batch:
+                worker, position = batch.pop("position")
+                self._positions[worker] = position
+                self._batches += 1
+            self.truncated += batch.pop("truncated")
+            samples = sum(len(part["pixel_values"]) for part in batch.get("mini_batches", [batch]))
             self.seen += samples
             self._interval["samples"] += samples * self.args.world_size
+        return batches, num_items
+
+    def _count_bad(self, bad: dict[int | str, str]) -> None:
+        """By kind, which is what stands before the colon; a table's examples once, however often they come up."""
+        if isinstance(self.train_dataset, ShardStream):
+            self.bad_kinds.update(reason.partition(":")[0] for reason in bad.values())
+            if len(self.bad_examples) < 100:  # there may be millions
+                self.bad_examples.update(bad)
+            return
+        new = {index: reason for index, reason in bad.items() if index not in self.bad_examples}
+        self.bad_kinds.update(reason.partition(":")[0] for reason in new.values())
+        self.bad_examples.update(new)
         limit = self.max_bad_fraction * len(self.train_dataset) / self.args.world_size
         if len(self.bad_examples) > limit:
             raise BadDataError(
                 f"{self._describe_bad_examples()}, more than max_bad_fraction={self.max_bad_fraction} allows; repair "
                 "the data or raise --max_bad_fraction."
             )
-        return batches, num_items
 
     def compute_loss(
         self,
@@ -165,32 +190,82 @@ class MMGEMTrainer(Trainer):
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
         """L_Emb + weight L_Gen, such that sums over micro-batches and means over processes are the batch's loss."""
-        pair_ids = inputs.pop("pair_ids", None)
-        outputs = model(**inputs, num_items_in_batch=num_items_in_batch)
-        losses = {}
+        embeddings, outputs, loss = self._forward(model, inputs, num_items_in_batch)
         if self.args.objective != "caption":
-            losses["contrastive_loss"] = (
-                self._global_contrastive_loss(outputs, pair_ids) / self.current_gradient_accumulation_steps
-            )
-        if self.args.objective != "contrastive":
-            # num_items_in_batch counts the tokens of all processes, whose gradients will be averaged.
-            losses["caption_loss"] = outputs.caption_loss * self.args.world_size
-        for name, value in losses.items():
-            self._sums[name] = self._sums.get(name, 0) + value.detach()
-        weights = {"contrastive_loss": 1.0, "caption_loss": self.args.caption_loss_weight}
-        loss = torch.stack([weights[name] * value for name, value in losses.items()]).sum()
+            contrastive = self._contrastive_loss(*embeddings, inputs["pair_ids"])
+            loss = contrastive if loss is None else loss + contrastive
         return (loss, outputs) if return_outputs else loss
 
-    def _global_contrastive_loss(self, outputs: Any, pair_ids: torch.Tensor) -> torch.Tensor:
+    def _forward(
+        self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
+    ) -> tuple[Embeddings, Any, torch.Tensor | None]:
+        """Embeddings in pairs, the model's output, and the weighted caption loss (None without labels)."""
+        names = ("input_ids", "attention_mask", "position_ids", "pixel_values", "labels")
+        model_inputs = {name: inputs[name] for name in names if name in inputs}
+        outputs = model(**model_inputs, num_items_in_batch=num_items_in_batch, logits_to_keep=1)
+        texts: Any = outputs.text_embeds[inputs["text_index"]] if "text_index" in inputs else None
+        loss = None
+        if outputs.caption_loss is not None:
+            # num_items_in_batch counts the tokens of all processes, whose gradients will be averaged.
+            caption = outputs.caption_loss * self.args.world_size
+            self._add_to_log("caption_loss", caption)
+            loss = self.args.caption_loss_weight * caption
+        return (texts, outputs.image_embeds, outputs.logit_scale), outputs, loss
+
+    def _contrastive_loss(
+        self, texts: torch.Tensor, images: torch.Tensor, logit_scale: torch.Tensor, pair_ids: torch.Tensor
+    ) -> torch.Tensor:
         """Against the pairs of all processes, without those that share the row's caption or picture."""
-        texts, images = outputs.text_embeds, outputs.image_embeds
         all_texts, all_images, all_ids, offset = texts, images, pair_ids, 0
         if self.args.world_size > 1:
             all_texts, all_images, all_ids = map(GatherWithGradient.apply, (texts, images, pair_ids))
             offset = dist.get_rank() * len(texts)
-        duplicates = (pair_ids[:, None] == all_ids[None]).any(-1)
-        duplicates[:, offset : offset + len(texts)].fill_diagonal_(False)
-        return contrastive_loss(texts, images, outputs.logit_scale, all_texts, all_images, offset, duplicates)
+        loss = contrastive_loss(texts, images, logit_scale, all_texts, all_images, offset, pair_ids, all_ids)
+        loss = loss / self.current_gradient_accumulation_steps
+        self._add_to_log("contrastive_loss", loss)
+        return loss
+
+    def training_step(
+        self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
+    ) -> torch.Tensor:
+        """One batch; through the gradient cache where it comes in mini-batches."""
+        if "mini_batches" not in inputs:
+            return super().training_step(model, inputs, num_items_in_batch)
+        model.train()
+        mini_batches: Any = self._prepare_inputs(inputs)["mini_batches"]
+        pair_ids = torch.cat([mini_batch["pair_ids"] for mini_batch in mini_batches])
+        own_losses = []
+
+        def embed(mini_batch: dict[str, Any]) -> Embeddings:
+            sentences = {"pixel_values": mini_batch["pixel_values"], **mini_batch["sentences"]}
+            with self.compute_loss_context_manager():
+                return self._forward(model, sentences)[0]
+
+        def forward(mini_batch: dict[str, Any]) -> tuple[Embeddings, torch.Tensor | None]:
+            with self.compute_loss_context_manager():
+                embeddings, _, loss = self._forward(model, mini_batch, num_items_in_batch)
+            own_losses.append(torch.zeros(()) if loss is None else loss.detach())
+            return embeddings, loss
+
+        contrastive = cached_backward(
+            mini_batches,
+            embed,
+            lambda texts, images, scale: self._contrastive_loss(texts, images, scale, pair_ids),
+            forward,
+            self.accelerator.backward,
+            lambda: self.accelerator.no_sync(model),
+        )
+        return contrastive + torch.stack(own_losses).sum().to(contrastive.device)
+
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor | int | None:
+        parts = [part for batch in batch_samples for part in batch.get("mini_batches", [batch])]
+        return super()._get_num_items_in_batch(parts, device)
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        return 0  # Trainer's formula counts neither pictures nor packed rows
+
+    def _add_to_log(self, name: str, loss: torch.Tensor) -> None:
+        self._sums[name] = self._sums.get(name, 0) + loss.detach()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds both losses, tau, samples/s and the share of time that went into waiting for data."""
@@ -216,9 +291,11 @@ class MMGEMTrainer(Trainer):
         if resume_from_checkpoint:
             folder = self.args.output_dir if resume_from_checkpoint is True else resume_from_checkpoint
             resume_from_checkpoint = find_checkpoint(str(folder))
+            if isinstance(self.train_dataset, ShardStream):
+                self._resume_stream(self.train_dataset, resume_from_checkpoint)
         result = super().train(resume_from_checkpoint, *args, **kwargs)
         if self.bad_examples:
-            logger.warning(f"{self._describe_bad_examples()}; each was replaced by the next.")
+            logger.warning(f"{self._describe_bad_examples()}; the next stood in for each.")
         if self.truncated:
             logger.warning(
                 f"{self.truncated} of {self.seen} captions were longer than max_length={self.processor.max_length} "
@@ -227,11 +304,40 @@ class MMGEMTrainer(Trainer):
         return result
 
     def _describe_bad_examples(self) -> str:
-        index = min(self.bad_examples)
-        return (
-            f"{len(self.bad_examples)} training examples could not be read (such as number {index}: "
-            f"{self.bad_examples[index]})"
+        index, reason = min(self.bad_examples.items(), key=lambda item: str(item[0]).zfill(12))
+        kinds = ", ".join(f"{count} {kind}" for kind, count in self.bad_kinds.most_common())
+        total = self.bad_kinds.total()
+        return f"{total} training examples could not be read ({kinds}; such as {index}: {reason})"
+
+    def get_train_dataloader(self) -> torch.utils.data.DataLoader:
+        """A stream's loader as it is: each process has its own part already."""
+        if not isinstance(self.train_dataset, ShardStream):
+            return super().get_train_dataloader()
+        return torch.utils.data.DataLoader(
+            self.train_dataset,
+            batch_size=self.args.train_batch_size,
+            collate_fn=self.data_collator,
+            num_workers=self.args.dataloader_num_workers,
+            prefetch_factor=self.args.dataloader_prefetch_factor,
+            pin_memory=self.args.dataloader_pin_memory,
         )
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """Beside each process's random state, how far it is in its stream."""
+        super()._save_rng_state(output_dir)
+        if self._batches:
+            with open(self._stream_state(output_dir), "w", encoding="utf-8") as file:
+                json.dump({"batches": self._batches, "positions": self._positions}, file)
+
+    def _stream_state(self, checkpoint: str) -> str:
+        return os.path.join(checkpoint, f"stream_{self.args.process_index}.json")
+
+    def _resume_stream(self, stream: ShardStream, checkpoint: str) -> None:
+        with open(self._stream_state(checkpoint), encoding="utf-8") as file:
+            state = json.load(file)
+        self._batches = state["batches"]
+        self._positions = {int(worker): position for worker, position in state["positions"].items()}
+        stream.start_from(self._batches, dict(self._positions))
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
@@ -277,44 +383,15 @@ def check_parallelism(args: MMGEMTrainingArguments, sharded: bool) -> None:
 class _Stage1Callback(TrainerCallback):
     """Tells the data which epoch it is, and holds tau at its lower bound of 0.01."""
 
-    def __init__(self, model: MMGEMModel, train_dataset: PairDataset):
+    def __init__(self, model: MMGEMModel, train_dataset: PairDataset | ShardStream):
         self.model = model
         self.train_dataset = train_dataset
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.train_dataset.set_epoch(int(state.epoch or 0))
+        if isinstance(self.train_dataset, PairDataset):
+            self.train_dataset.set_epoch(int(state.epoch or 0))
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         # Beyond the bound forward clamps, and its gradient is zero: the parameter could not come back by itself.
         with torch.no_grad():
             self.model.logit_scale.clamp_(max=self.model.config.logit_scale_max_value)
-
-
-def find_checkpoint(folder: str) -> str:
-    """
-    The checkpoint at `folder`, or the last whole one in it. Trainer writes `trainer_state.json` last, so a checkpoint
-    without it, or with half of it, was cut off.
-
-    Raises:
-        FileNotFoundError: where there is none.
-    """
-    if _is_whole(folder):
-        return folder
-    names = os.listdir(folder) if os.path.isdir(folder) else []
-    steps = [int(match[1]) for name in names if (match := re.fullmatch(r"checkpoint-(\d+)", name))]
-    for step in sorted(steps, reverse=True):
-        checkpoint = os.path.join(folder, f"checkpoint-{step}")
-        if _is_whole(checkpoint):
-            return checkpoint
-    raise FileNotFoundError(
-        f"{folder} holds no whole checkpoint (a checkpoint-N folder with {TRAINER_STATE_NAME}) to resume from; leave "
-        "out --resume_from_checkpoint to start anew, or name another folder."
-    )
-
-
-def _is_whole(checkpoint: str) -> bool:
-    try:
-        with open(os.path.join(checkpoint, TRAINER_STATE_NAME), encoding="utf-8") as file:
-            return isinstance(json.load(file), dict)
-    except (OSError, ValueError):
-        return False

@@ -2,12 +2,23 @@
 
 import itertools
 
+import numpy as np
 import pytest
 import torch
 
 from mmgem import MMGEMProcessor
 from mmgem.data.collator import PairCollator, pack
+from mmgem.modeling_mmgem import contrastive_loss
 from tests.conftest import CORPUS, make_model, make_picture
+
+
+LANGUAGE_MODELS = {
+    "llama": {},
+    "qwen3": {"model_type": "qwen3", "head_dim": 8},
+    "gemma2": {"model_type": "gemma2", "head_dim": 8, "sliding_window": 4},
+    "gpt2": {"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 4, "attn_pdrop": 0, "resid_pdrop": 0}
+    | {"embd_pdrop": 0},
+}
 
 
 def examples(captions):
@@ -58,36 +69,73 @@ def test_long_caption_keeps_emb_and_learns_no_end(processor):
     assert "a dog on a beach with two people".startswith(labels)
 
 
-def test_packed_rows_hold_the_same_sequences_with_restarting_positions(processor):
-    captions = CORPUS * 2
-    padded = PairCollator(processor)(examples(captions))
-    packed = PairCollator(processor, pack_length=64)(examples(captions))
-    assert packed["input_ids"].shape[1] == 64 and "attention_mask" not in packed
-    sequences, pad = [], processor.tokenizer.pad_token_id
-    for ids, positions in zip(packed["input_ids"], packed["position_ids"]):
-        starts = [*(positions == 0).nonzero().flatten().tolist(), 64]
+def sequences_of(batch, pad):
+    """The sequences of packed rows, in order, without padding; positions must restart with each."""
+    sequences = []
+    for ids, positions in zip(batch["input_ids"], batch["position_ids"]):
+        starts = [*(positions == 0).nonzero().flatten().tolist(), len(ids)]
         for start, end in itertools.pairwise(starts):
             assert positions[start:end].tolist() == list(range(end - start))
             if ids[start] != pad:
                 sequences.append(ids[start:end].tolist())
-    assert sequences == [row[mask.bool()].tolist() for row, mask in zip(padded["input_ids"], padded["attention_mask"])]
+    return sequences
+
+
+def test_packed_rows_hold_the_same_sequences_and_say_which_belong_together(processor):
+    captions = [*CORPUS, "snow", "a dog", "two people ride red bicycles on a beach on the mat"]
+    padded = PairCollator(processor)(examples(captions))
+    packed = PairCollator(processor, pack_length=64)(examples(captions))
+    assert packed["input_ids"].shape[1] == 64 and "attention_mask" not in packed
+    assert len(packed["input_ids"]) < len(padded["input_ids"]) / 3
+    found = sequences_of(packed, processor.tokenizer.pad_token_id)
+    expected = [row[mask.bool()].tolist() for row, mask in zip(padded["input_ids"], padded["attention_mask"])]
+    assert sorted(found) == sorted(expected)
+    emb = processor.tokenizer.vocab["[EMB]"]
+    texts = [sequence[1:-1] for sequence in found if sequence[-1] == emb]
+    written = [sequence[3:-1] for sequence in found if sequence[-1] != emb]
+    assert [texts[i] for i in packed["text_index"]] == written
+    # The pictures are those of the captions, in this order.
+    order = [int(image_id) for image_id in packed["pair_ids"][:, 1]]
+    assert written == [expected[i][1:-1] for i in order] and sorted(order) == list(range(len(captions)))
+    assert torch.equal(packed["pixel_values"], padded["pixel_values"][order])
 
 
 @pytest.mark.parametrize("objective", ["joint", "contrastive", "caption"])
-def test_packed_losses_and_gradients_equal_the_padded_ones(processor, objective):
-    model = make_model(processor).train()
+@pytest.mark.parametrize("language_model", LANGUAGE_MODELS)
+def test_packed_losses_and_gradients_equal_the_padded_ones(processor, objective, language_model):
+    model = make_model(processor, **LANGUAGE_MODELS[language_model]).train()
     results = []
     for pack_length in (0, 64, 128):
         batch = PairCollator(processor, objective, pack_length)(examples(CORPUS))
         model.zero_grad()
-        inputs = {name: tensor for name, tensor in batch.items() if name not in ("bad", "truncated", "pair_ids")}
-        output = model(**inputs, return_loss=objective != "caption")
-        output.loss.backward()
+        names = ("input_ids", "attention_mask", "position_ids", "pixel_values", "labels")
+        output = model(**{name: batch[name] for name in names if name in batch})
+        losses = [] if objective == "contrastive" else [output.caption_loss]
+        if objective != "caption":
+            texts = output.text_embeds[batch["text_index"]]
+            losses.append(contrastive_loss(texts, output.image_embeds, output.logit_scale))
+        loss = torch.stack(losses).sum()
+        loss.backward()
         gradient = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
-        results.append((output.loss.detach(), gradient))
+        results.append((loss.detach(), gradient))
     for loss, gradient in results[1:]:
         torch.testing.assert_close(loss, results[0][0], rtol=1e-5, atol=1e-5)
         assert (gradient - results[0][1]).norm() <= 1e-5 * results[0][1].norm()
+
+
+def test_mini_batches_are_the_batch_in_parts(processor):
+    captions = [*CORPUS[:4], "snow", "a dog"]
+    batch = PairCollator(processor, pack_length=64, mini_batch_size=4)(examples(captions))
+    first, second = batch["mini_batches"]
+    assert len(first["pixel_values"]) == 4 and len(second["pixel_values"]) == 2 and batch["bad"]
+    assert torch.equal(torch.cat([first["pair_ids"], second["pair_ids"]])[:, 1].sort().values, torch.arange(6))
+    emb, pad = processor.tokenizer.vocab["[EMB]"], processor.tokenizer.pad_token_id
+    for part in (first, second):
+        alone = sequences_of(part["sentences"], pad)
+        mixed = [sequence for sequence in sequences_of(part, pad) if sequence[-1] == emb]
+        assert all(sequence[-1] == emb for sequence in alone)
+        pairs = zip(part["sentences"]["text_index"], part["text_index"], strict=True)
+        assert all(alone[i] == mixed[j] for i, j in pairs)
 
 
 def test_rows_too_short_for_a_sequence_are_refused(processor):
@@ -95,8 +143,13 @@ def test_rows_too_short_for_a_sequence_are_refused(processor):
         PairCollator(processor, pack_length=51)
 
 
-def test_pack_keeps_the_order_and_the_length():
-    sequences = [([i] * n, [-100] * n) for i, n in enumerate([5, 4, 2, 8, 1, 10, 3])]
-    rows = pack(sequences, 10)
-    assert [len(ids) for row in rows for ids, _ in row] == [5, 4, 2, 8, 1, 10, 3]
-    assert [sum(len(ids) for ids, _ in row) for row in rows] == [9, 10, 1, 10, 3]
+def test_pack_fills_rows_with_what_fits_best():
+    lengths = [5, 4, 2, 8, 1, 10, 3]
+    rows = pack(lengths, 10)
+    assert sorted(i for row in rows for i in row) == list(range(7))
+    assert sorted(sum(lengths[i] for i in row) for row in rows) == [3, 10, 10, 10]
+    assert pack(lengths, 0) == [[i] for i in range(7)] and pack([], 10) == []
+    many = np.random.default_rng(0).integers(8, 30, 512)
+    rows = pack(many.tolist(), 128)
+    assert max(many[row].sum() for row in rows) <= 128
+    assert many.sum() / (128 * len(rows)) > 0.98

@@ -1,6 +1,7 @@
+import pytest
 import torch
 
-from mmgem.modeling_mmgem import caption_loss, contrastive_loss
+from mmgem.modeling_mmgem import caption_loss, contrastive_loss, losses_mmgem
 
 
 def unit(n, seed):
@@ -27,15 +28,36 @@ def test_local_rows_against_gathered_columns_average_to_the_whole():
 
 def test_duplicates_are_no_negatives():
     texts, images, scale = unit(3, 0), unit(3, 1), torch.tensor(5.0)
-    duplicates = torch.tensor([[False, True, False], [True, False, False], [False, False, False]])
+    pair_ids = torch.tensor([[7, 1], [7, 2], [8, 3]])  # the first two share a caption
     expected = 0.0
     for i, columns in enumerate(([0, 2], [1, 2], [0, 1, 2])):
         for own, others in ((texts[i], images), (images[i], texts)):
             logits = scale * others @ own
             expected += (logits[columns].logsumexp(0) - logits[i]) / 3
-    loss = contrastive_loss(texts, images, scale, duplicates=duplicates)
+    loss = contrastive_loss(texts, images, scale, pair_ids=pair_ids)
     torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(contrastive_loss(texts, images, scale, pair_ids=pair_ids.flip(1)), expected)
     assert loss < contrastive_loss(texts, images, scale)
+
+
+@pytest.mark.parametrize("with_ids", [False, True])
+def test_blocks_of_rows_give_the_loss_and_gradient_of_the_whole(monkeypatch, with_ids):
+    options = {"pair_ids": torch.randint(4, (11, 2), generator=torch.Generator().manual_seed(2))} if with_ids else {}
+    results = []
+    for block_size in (losses_mmgem.BLOCK_SIZE, 33):  # all at once; three rows, and two at last
+        monkeypatch.setattr(losses_mmgem, "BLOCK_SIZE", block_size)
+        inputs = [t.requires_grad_() for t in (unit(11, 0), unit(11, 1), torch.tensor(9.0))]
+        loss = contrastive_loss(*inputs, **options)
+        results.append([loss.detach(), *torch.autograd.grad(loss, inputs)])
+    torch.testing.assert_close(results[1], results[0], rtol=1e-5, atol=1e-6)
+
+
+def test_blocks_keep_no_similarities_for_the_backward_pass(monkeypatch):
+    monkeypatch.setattr(losses_mmgem, "BLOCK_SIZE", 64 * 256)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):
+        contrastive_loss(unit(256, 0).requires_grad_(), unit(256, 1).requires_grad_(), torch.tensor(9.0))
+    assert max(saved, default=0) <= 256 * 8, "the embeddings themselves, 256 x 8, at most"
 
 
 def test_similarities_stay_float32_under_autocast():

@@ -31,7 +31,7 @@ class Sequential(MMGEMTrainer):
         return torch.utils.data.SequentialSampler(self.train_dataset)
 
 
-def main(accumulation_steps: int, folder: Path) -> None:
+def main(accumulation_steps: int, mini_batch_size: int, folder: Path) -> None:
     torch.set_num_threads(1)
     world_size = int(os.environ["WORLD_SIZE"])
     image_processor = CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
@@ -44,6 +44,7 @@ def main(accumulation_steps: int, folder: Path) -> None:
         output_dir=str(folder),
         per_device_train_batch_size=micro_batch // world_size,
         gradient_accumulation_steps=accumulation_steps,
+        mini_batch_size=mini_batch_size,
         max_steps=1,
         max_grad_norm=0.0,
         learning_rate=1e-6,
@@ -96,4 +97,4 @@ def reference_loss(model, processor, dataset, micro_batch: int) -> torch.Tensor:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), Path(sys.argv[2]))
+    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))

@@ -88,7 +88,7 @@ def test_own_files_from_scratch_then_on_from_that_checkpoint(train, pairs, tmp_p
         (["--init_from", "bert", "--vision_config", "{}", "--text_config", "{}"], "'bert' checkpoint, not 'mmgem'"),
         (["--image_column", "captions"], "None of the 16 examples could be read"),
         (["--pack_length", "20"], "max_length 50 needs 52"),
-        (["--dataset_name", "scenes"], "one of the two"),
+        (["--dataset_name", "scenes"], "one of the three"),
         (["--caption_loss_weight", "0"], "--objective contrastive"),
         (["--optim", "soap", "--optim_args", "precondition_frequency"], "'precondition_frequency' is not"),
         (["--train_file", "pairs.txt"], "pairs.txt"),
@@ -116,6 +116,6 @@ def test_corrupt_pictures_are_skipped_counted_and_too_many_stop_the_run(train, t
     logging.enable_propagation()
     train(*options, "--max_bad_fraction", 0.2)
     logging.disable_propagation()
-    assert "2 training examples could not be read (such as number 2: " in caplog.text
+    assert "2 training examples could not be read (2 UnidentifiedImageError; such as 2: " in caplog.text
     with pytest.raises(SystemExit, match=r"max_bad_fraction=0\.01"):
         train(*options)

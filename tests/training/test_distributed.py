@@ -18,10 +18,10 @@ def single_process_gradients(tmp_path_factory):
     return {steps: run(1, steps, tmp_path_factory.mktemp("single")) for steps in (1, 4)}
 
 
-def run(processes, accumulation_steps, folder):
+def run(processes, accumulation_steps, folder, mini_batch_size=0):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    command += [str(ROOT / "tests/training/one_step.py"), str(accumulation_steps), str(folder)]
+    command += [str(ROOT / "tests/training/one_step.py"), str(accumulation_steps), str(mini_batch_size), str(folder)]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
     assert result.returncode == 0, result.stderr[-3000:]
     saved = torch.load(folder / "gradients.pt", weights_only=True)
@@ -33,7 +33,19 @@ def run(processes, accumulation_steps, folder):
 @pytest.mark.parametrize("processes", [2, 4])
 def test_gradient_equals_the_single_process(single_process_gradients, processes, accumulation_steps, tmp_path):
     expected = single_process_gradients[accumulation_steps]
-    actual = run(processes, accumulation_steps, tmp_path)
+    assert_equal(run(processes, accumulation_steps, tmp_path), expected)
+
+
+@pytest.mark.parametrize("processes, accumulation_steps, mini_batch_size", [(1, 1, 3), (2, 1, 3), (2, 4, 1)])
+def test_gradient_cache_equals_the_whole_batch(
+    single_process_gradients, processes, accumulation_steps, mini_batch_size, tmp_path
+):
+    actual = run(processes, accumulation_steps, tmp_path, mini_batch_size)
+    assert_equal(actual, single_process_gradients[accumulation_steps])
+    torch.testing.assert_close(actual["loss"], actual["expected_loss"], atol=1e-4, rtol=1e-5)
+
+
+def assert_equal(actual, expected):
     assert actual["gradients"].keys() == expected["gradients"].keys() and "logit_scale" in actual["gradients"]
     for name, gradient in expected["gradients"].items():
         scale = gradient.abs().max()

@@ -1,0 +1,268 @@
+"""Pictures with captions from tar shards in img2dataset's layout (LAION, COYO), as an endless stream."""
+
+import copy
+import itertools
+import json
+import os
+import re
+import tarfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import PurePosixPath
+from typing import Any
+
+import fsspec
+import numpy as np
+import torch
+from PIL import Image
+
+from ..processing.regions_mmgem import to_rgb
+from .pairs import BadDataError, digest, open_image, random_crop
+
+
+MAX_MEMBER_BYTES = 64 * 2**20
+MAX_BAD_IN_A_ROW = 10_000
+PICTURES = ("jpg", "jpeg", "png", "webp")
+
+
+class BadSampleError(ValueError):
+    """A sample that is passed over; the text begins with the kind of fault it has, by which they are counted."""
+
+
+@dataclass
+class RawSample:
+    """The files of one sample, by extension; or what is wrong with it."""
+
+    key: str
+    members: dict[str, bytes] = field(default_factory=dict)
+    fault: str | None = None
+
+
+class ShardStream(torch.utils.data.IterableDataset):
+    """
+    Examples from tar shards without end: `{"image", "image_id", "caption", "captions", "bad", "position"}`, as of
+    [`PairDataset`].
+
+    Each process and each of its loader's workers reads shards of its own. An epoch takes the shards in a random
+    order, and the samples of a shard in windows, each in a random order. All of this, the choice among several
+    sources and the augmentation are functions of the seed and of `position`, which every example carries: a stream
+    that starts from a position goes on exactly as the first one would have, and decodes nothing of what lies before.
+    What cannot be read is passed over; `bad` of the next example names it.
+
+    Args:
+        sources: per source its shards: paths, or URLs that fsspec opens (`hf://datasets/org/name/00000.tar`).
+        weights: how often each source is drawn from; all alike by default.
+        caption_column: key of the caption in a sample's json, where it has no txt.
+        augmentation_scale, seed: as [`PairDataset`].
+        window: samples that are shuffled among each other, and held in memory (encoded).
+        rank, world_size: which of how many processes this is.
+
+    Raises:
+        ValueError: for a source without shards, or weights that do not fit.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[Sequence[str]],
+        weights: Sequence[float] | None = None,
+        caption_column: str = "caption",
+        augmentation_scale: float = 1.0,
+        seed: int = 0,
+        window: int = 1000,
+        rank: int = 0,
+        world_size: int = 1,
+    ):
+        weights = [1.0] * len(sources) if weights is None else list(weights)
+        if not sources or not all(sources) or len(weights) != len(sources) or min(weights) <= 0:
+            raise ValueError(f"{len(sources)} sources, each with shards, need as many weights above 0, got {weights}.")
+        self.sources = [list(shards) for shards in sources]
+        self.weights = np.array(weights) / sum(weights)
+        self.caption_column = caption_column
+        self.augmentation_scale = augmentation_scale
+        self.seed = seed
+        self.window = window
+        self.rank, self.world_size = rank, world_size
+        self.batches = 0
+        self.positions: dict[int, dict[str, Any]] = {}
+
+    def start_from(self, batches: int, positions: dict[int, dict[str, Any]]) -> None:
+        """Goes on behind so many batches of this process, each worker behind the last position that came from it."""
+        self.batches, self.positions = batches, positions
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        info = torch.utils.data.get_worker_info()
+        workers = info.num_workers if info else 1
+        # Batches come from the workers in turn: the first of this loader is whose turn it is in the run.
+        worker = ((info.id if info else 0) + self.batches) % workers
+        part, parts = self.rank * workers + worker, self.world_size * workers
+        fewest = min(map(len, self.sources))
+        if parts > fewest:
+            raise ValueError(
+                f"{parts} readers ({self.world_size} processes x {workers} workers) share {fewest} shards; lower "
+                "--dataloader_num_workers, or cut the data into more shards."
+            )
+        start = {"drawn": 0, "places": [[0, 0, 0] for _ in self.sources]}
+        position = copy.deepcopy(self.positions.get(worker, start))
+        streams = [self._samples(k, place, part, parts) for k, place in enumerate(position["places"])]
+        bad: dict[str, str] = {}
+        while True:
+            rng = np.random.default_rng([self.seed, 0, part, position["drawn"]])
+            source = int(rng.choice(len(streams), p=self.weights))
+            sample, position["places"][source] = next(streams[source])
+            position["drawn"] += 1
+            try:
+                example = self._example(sample, rng)
+            except BadSampleError as error:
+                bad[sample.key] = str(error)
+                if len(bad) >= MAX_BAD_IN_A_ROW:
+                    raise BadDataError(
+                        f"{len(bad)} samples in a row could not be read; the last, {sample.key}: {error}"
+                    ) from error
+                continue
+            yield {**example, "bad": bad, "position": (worker, copy.deepcopy(position))}
+            bad = {}
+
+    def _samples(self, source: int, place: list[int], part: int, parts: int) -> Iterator[tuple[RawSample, list[int]]]:
+        """This reader's samples from a place on (epoch, shard, sample), each with the place behind it."""
+        epoch, shard, sample = place
+        while True:
+            order = np.random.default_rng([self.seed, 1, source, epoch]).permutation(len(self.sources[source]))
+            mine = order[part::parts].tolist()
+            for number in range(shard, len(mine)):
+                begin = sample - sample % self.window
+                raw = read_samples(self.sources[source][mine[number]], begin)
+                while window := list(itertools.islice(raw, self.window)):
+                    rng = np.random.default_rng([self.seed, 2, source, epoch, mine[number], begin])
+                    shuffled = rng.permutation(len(window))
+                    for k in range(max(sample - begin, 0), len(window)):
+                        yield window[shuffled[k]], [epoch, number, begin + k + 1]
+                    begin += len(window)
+                sample = 0
+            epoch, shard = epoch + 1, 0
+
+    def _example(self, sample: RawSample, rng: np.random.Generator) -> dict[str, Any]:
+        if sample.fault is not None:
+            raise BadSampleError(sample.fault)
+        caption = caption_of(sample, self.caption_column)
+        content = next((sample.members[name] for name in PICTURES if name in sample.members), None)
+        if content is None:
+            raise BadSampleError(f"no picture: only {', '.join(sample.members)}")
+        try:
+            image = to_rgb(open_image(content))
+        except Image.DecompressionBombError as error:
+            raise BadSampleError(f"too many pixels: {error}") from error
+        except Exception as error:  # Pillow's readers raise whatever they stumble over
+            raise BadSampleError(f"unreadable picture: {type(error).__name__}: {error}") from error
+        image_id = digest(image.tobytes())
+        if self.augmentation_scale < 1:
+            image = random_crop(image, self.augmentation_scale, rng)
+        return {"image": image, "image_id": image_id, "caption": caption, "captions": [caption]}
+
+    def captions(self, limit: int = 100_000) -> list[list[str]]:
+        """The captions of the first samples, without decoding a picture."""
+        captions = []
+        for sample in itertools.islice(self._first_samples(), limit):
+            try:
+                captions.append([caption_of(sample, self.caption_column)])
+            except BadSampleError:
+                continue
+        return captions
+
+    def some_pictures(self, number: int = 256) -> Iterator[Image.Image]:
+        """The first pictures that can be read."""
+        rng = np.random.default_rng(self.seed)
+        for sample in self._first_samples():
+            try:
+                yield self._example(sample, rng)["image"]
+            except BadSampleError:
+                continue
+            number -= 1
+            if number == 0:
+                return
+
+    def _first_samples(self) -> Iterator[RawSample]:
+        for shard in itertools.chain(*self.sources):
+            yield from read_samples(shard)
+
+
+def caption_of(sample: RawSample, column: str) -> str:
+    """
+    The text of the txt, or of the json's `column`.
+
+    Raises:
+        BadSampleError: where there is none.
+    """
+    try:
+        if "txt" in sample.members:
+            caption: Any = sample.members["txt"].decode()
+        elif "json" in sample.members:
+            values = json.loads(sample.members["json"].decode())
+            caption = values.get(column) if isinstance(values, dict) else None
+        else:
+            raise BadSampleError(f"no caption: only {', '.join(sample.members)}")
+    except UnicodeDecodeError as error:
+        raise BadSampleError(f"invalid UTF-8: {error}") from error
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise BadSampleError(f"invalid JSON: {error}") from error
+    if not isinstance(caption, str) or not caption.strip():
+        raise BadSampleError("empty caption")
+    return caption.strip()
+
+
+def read_samples(path: str, start: int = 0) -> Iterator[RawSample]:
+    """
+    The samples of a tar in their order, from number `start` on: neighbouring files of one name, whatever comes after
+    its first dot. A fault is a sample too, so that numbers stay the same; one that ends the tar is its last sample.
+    """
+    try:
+        with fsspec.open(path, "rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
+            for number, (key, members) in enumerate(itertools.groupby(tar, key=_key)):
+                if number >= start:
+                    yield _read(tar, f"{os.path.basename(path)}/{key}", members)
+    except (tarfile.TarError, OSError, EOFError) as error:
+        yield RawSample(path, fault=f"broken shard: {error}")
+
+
+def _read(tar: tarfile.TarFile, key: str, members: Iterator[tarfile.TarInfo]) -> RawSample:
+    sample = RawSample(key)
+    for member in members:
+        path = PurePosixPath(member.name)
+        if path.is_absolute() or ".." in path.parts:
+            sample.fault = f"unsafe path: {member.name}"
+        elif not member.isreg():
+            sample.fault = f"no plain file: {member.name}"
+        elif member.size > MAX_MEMBER_BYTES:
+            sample.fault = f"too large: {member.name} has {member.size} bytes"
+        else:
+            content = tar.extractfile(member)
+            assert content is not None
+            sample.members[path.name.partition(".")[2].lower()] = content.read()
+    return sample
+
+
+def _key(member: tarfile.TarInfo) -> str:
+    folder, _, name = member.name.rpartition("/")
+    return os.path.join(folder, name.partition(".")[0])
+
+
+def expand_shards(pattern: str) -> list[str]:
+    """
+    The shards that a pattern names, sorted: `{000000..000999}` counts, `*` globs; local, or of any file system that
+    fsspec knows.
+
+    Raises:
+        FileNotFoundError: where a glob finds nothing, or a local shard is not there.
+    """
+    if match := re.search(r"\{(\d+)\.\.(\d+)\}", pattern):
+        first, last = match.groups()
+        numbers = [str(n).zfill(len(first)) for n in range(int(first), int(last) + 1)]
+        return [p for n in numbers for p in expand_shards(pattern[: match.start()] + n + pattern[match.end() :])]
+    files, path = fsspec.core.url_to_fs(pattern)
+    if "*" in pattern:
+        found = sorted(files.unstrip_protocol(name) if "://" in pattern else name for name in files.glob(path))
+        if not found:
+            raise FileNotFoundError(f"No shard matches {pattern}.")
+        return found
+    if "://" not in pattern and not os.path.isfile(pattern):
+        raise FileNotFoundError(f"There is no shard {pattern}.")
+    return [pattern]

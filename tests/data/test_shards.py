@@ -1,0 +1,171 @@
+"""Tar shards as they come from the web: order, parts, resume, and everything that can be wrong with them."""
+
+import io
+import itertools
+import json
+import struct
+import tarfile
+import zlib
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+
+from mmgem.data import shards
+from mmgem.data.pairs import BadDataError
+from mmgem.data.shards import ShardStream, expand_shards, read_samples
+from tests.conftest import make_picture, write_shard
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Six shards of ten samples; the caption of sample i of shard s is "s i"."""
+    folder = tmp_path_factory.mktemp("shards")
+    for s in range(6):
+        samples = [(f"{s:02}{i:03}", make_picture(10 * s + i), f"{s} {i}") for i in range(10)]
+        write_shard(folder / f"{s:05}.tar", samples)
+    return folder
+
+
+def stream(folder, **options):
+    return ShardStream([expand_shards(str(folder / "{00000..00005}.tar"))], **{"window": 4, "seed": 3, **options})
+
+
+def take(dataset, number):
+    return list(itertools.islice(dataset, number))
+
+
+def test_every_sample_comes_once_an_epoch_whoever_reads_it(folder):
+    everything = {f"{s} {i}" for s in range(6) for i in range(10)}
+    whole = take(stream(folder), 120)
+    captions = [example["caption"] for example in whole]
+    assert set(captions[:60]) == set(captions[60:]) == everything and captions[:60] != captions[60:]
+    assert captions[:10] != sorted(captions[:10])
+    parts = [[e["caption"] for e in take(stream(folder, rank=r, world_size=3), 20)] for r in range(3)]
+    assert set(itertools.chain(*parts)) == everything
+    loader = torch.utils.data.DataLoader(stream(folder), batch_size=5, num_workers=2, collate_fn=list)
+    assert {example["caption"] for batch in take(loader, 12) for example in batch} == everything
+    assert np.array_equal(np.asarray(whole[0]["image"]).shape, (40, 48, 3))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_stream_goes_on_exactly_where_it_stood(folder, workers):
+    def batches(dataset):
+        return torch.utils.data.DataLoader(dataset, batch_size=3, num_workers=workers, collate_fn=list)
+
+    def contents(batch):
+        return [(example["caption"], example["image"].tobytes()) for example in batch]
+
+    options = {"augmentation_scale": 0.5, "weights": [3, 1]}
+    paths = [expand_shards(str(folder / "{00000..00003}.tar")), expand_shards(str(folder / "{00004..00005}.tar"))]
+    reference = take(batches(ShardStream(paths, window=4, **options)), 33)  # into the second epoch
+    for stop in (1, 8, 21):
+        positions = dict(batch[-1]["position"] for batch in reference[:stop])
+        again = ShardStream(paths, window=4, **options)
+        again.start_from(stop, json.loads(json.dumps(list(positions.items()))) and positions)
+        resumed = take(batches(again), 33 - stop)
+        assert list(map(contents, resumed)) == list(map(contents, reference[stop:])), stop
+
+
+def test_resume_decodes_nothing_of_what_lies_before(folder, monkeypatch):
+    position = take(stream(folder), 30)[-1]["position"]
+    opened = []
+    monkeypatch.setattr(shards, "open_image", lambda content: opened.append(1) or make_picture(0))
+    again = stream(folder)
+    again.start_from(30, dict([position]))
+    take(again, 2)
+    assert len(opened) == 2
+
+
+def test_sources_are_mixed_by_weight(folder):
+    paths = [expand_shards(str(folder / "00000.tar")), expand_shards(str(folder / "00001.tar"))]
+    captions = [example["caption"] for example in take(ShardStream(paths, weights=[3, 1]), 400)]
+    share = sum(caption.startswith("0 ") for caption in captions) / 400
+    assert 0.68 < share < 0.82
+    with pytest.raises(ValueError, match="as many weights"):
+        ShardStream(paths, weights=[1])
+
+
+def png_header(width, height):
+    """A PNG that claims to be this large, in a few bytes."""
+
+    def chunk(name, content):
+        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+
+
+FAULTS = {
+    "unreadable picture": {"jpg": b"\xff\xd8\xff\xe0 no jpeg", "txt": b"a"},
+    "too many pixels": {"png": png_header(40_000, 40_000), "txt": b"a"},
+    "empty caption": {"jpg": None, "txt": b"  \n"},
+    "invalid UTF-8": {"jpg": None, "txt": b"\xff\xfe caption"},
+    "invalid JSON": {"jpg": None, "json": b"{"},
+    "no caption": {"jpg": None},
+    "no picture": {"txt": b"a"},
+    "unsafe path": {"../../outside.jpg": None},
+}
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_faults_are_passed_over_and_counted_by_kind(tmp_path, workers, monkeypatch):
+    buffer = io.BytesIO()
+    make_picture(0).save(buffer, "JPEG")
+    with tarfile.open(tmp_path / "bad.tar", "w") as tar:
+        for k, members in enumerate([{"jpg": None, "txt": b"good"}, *FAULTS.values(), {"jpg": None, "txt": b"good"}]):
+            for extension, content in members.items():
+                name = extension if "/" in extension else f"{k:03}.{extension}"
+                content = buffer.getvalue() if content is None else content
+                member = tarfile.TarInfo(name)
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+        link = tarfile.TarInfo("link.jpg")
+        link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        tar.addfile(link)
+    whole = (tmp_path / "bad.tar").read_bytes()
+    write_shard(tmp_path / "cut.tar", [(f"{i}", make_picture(i), "whole") for i in range(3)])
+    (tmp_path / "cut.tar").write_bytes((tmp_path / "cut.tar").read_bytes()[:4000])
+    (tmp_path / "none.tar").write_bytes(b"this is no tar" * 100)
+    (tmp_path / "empty.tar").write_bytes(b"")
+    names = ["bad", "cut", "none", "empty", "gone"]
+    dataset = ShardStream([[str(tmp_path / f"{name}.tar") for name in names]])
+    loader = torch.utils.data.DataLoader(dataset, batch_size=1, num_workers=workers, collate_fn=list)
+    bad, good, counted = {}, Counter(), 0
+    for example in itertools.chain.from_iterable(take(loader, 12)):
+        counted += len(example["bad"])
+        bad.update(example["bad"])
+        good[example["caption"]] += 1
+    kinds = Counter(reason.partition(":")[0] for reason in bad.values())
+    assert kinds == {**dict.fromkeys(FAULTS, 1), "no plain file": 1, "broken shard": 4}
+    assert good.keys() == {"good", "whole"} and whole
+    assert all(reason.count(":") for reason in bad.values() if not reason.startswith("empty"))
+
+
+def test_a_stream_of_nothing_but_faults_ends_with_an_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(shards, "MAX_BAD_IN_A_ROW", 20)
+    write_shard(tmp_path / "0.tar", [(f"{i}", make_picture(i), "") for i in range(30)])
+    with pytest.raises(BadDataError, match=r"20 samples in a row could not be read; the last, .*empty caption"):
+        take(ShardStream([[str(tmp_path / "0.tar")]]), 1)
+
+
+def test_large_members_are_not_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(shards, "MAX_MEMBER_BYTES", 100)
+    write_shard(tmp_path / "0.tar", [("a", make_picture(0), "caption")])
+    (sample,) = read_samples(str(tmp_path / "0.tar"))
+    assert sample.fault.startswith("too large: a.jpg has") and "jpg" not in sample.members
+
+
+def test_patterns(folder, tmp_path):
+    names = [f"{folder}/0000{i}.tar" for i in range(6)]
+    assert expand_shards(str(folder / "{00000..00005}.tar")) == expand_shards(str(folder / "*.tar")) == names
+    with pytest.raises(FileNotFoundError, match=r"00006\.tar"):
+        expand_shards(str(folder / "{00004..00006}.tar"))
+    with pytest.raises(FileNotFoundError, match="No shard matches"):
+        expand_shards(str(tmp_path / "*.tar"))
+
+
+def test_more_readers_than_shards_are_refused(folder):
+    with pytest.raises(ValueError, match=r"7 readers \(7 processes x 1 workers\) share 6 shards"):
+        take(stream(folder, world_size=7), 1)

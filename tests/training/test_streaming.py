@@ -1,0 +1,65 @@
+"""Training from tar shards: resume, and what is said of bad samples."""
+
+import pytest
+import torch
+from transformers.utils import logging
+
+from mmgem.data.shards import ShardStream, expand_shards
+from mmgem.training.trainer import MMGEMTrainer
+from tests.conftest import CORPUS, make_model, make_picture, write_shard
+from tests.training.test_training import training_arguments
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    """Four shards of twelve samples; in the first, one picture in three cannot be read."""
+    folder = tmp_path_factory.mktemp("shards")
+    for s in range(4):
+        samples = [(f"{i:03}", make_picture(12 * s + i), f"{CORPUS[i % 4]} {s}") for i in range(12)]
+        write_shard(folder / f"{s}.tar", samples)
+    data = bytearray((folder / "0.tar").read_bytes())
+    for i in range(0, 12, 3):  # breaks the beginning of a JPEG
+        start = data.index(f"{i:03}.jpg".encode()) + 512
+        data[start : start + 20] = bytes(20)
+    (folder / "0.tar").write_bytes(data)
+    return expand_shards(str(folder / "{0..3}.tar"))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_resumed_stream_trains_to_the_same_weights(processor, tmp_path, shards, workers, caplog):
+    def trainer(folder):
+        args = training_arguments(
+            tmp_path / folder,
+            per_device_train_batch_size=5,
+            max_steps=11,
+            save_strategy="steps",
+            save_steps=3,
+            dataloader_num_workers=workers,
+        )
+        dataset = ShardStream([shards], augmentation_scale=0.5, window=5)
+        return MMGEMTrainer(make_model(processor), args, processor, dataset, pack_length=64)
+
+    whole = trainer("whole")
+    logging.enable_propagation()
+    whole.train()
+    logging.disable_propagation()
+    assert f"{whole.bad_kinds.total()} training examples could not be read" in caplog.text
+    assert whole.bad_kinds.keys() == {"unreadable picture"} and 3 <= whole.bad_kinds.total() <= 12
+    for step in (3, 9):
+        resumed = trainer(f"resumed-{step}")
+        resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{step}"))
+        for name, tensor in whole.model.state_dict().items():
+            assert torch.equal(tensor, resumed.model.state_dict()[name]), (step, name)
+
+
+def test_from_scratch_on_shards(shards, tmp_path, monkeypatch):
+    import runpy
+    import sys
+
+    from tests.training.test_cli import ROOT, TOWERS
+
+    command = ["train.py", "--train_shards", *shards, "--max_steps", "2", "--per_device_train_batch_size", "4"]
+    command += [*TOWERS, "--output_dir", str(tmp_path), "--report_to", "none"]
+    monkeypatch.setattr(sys, "argv", command)
+    runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
+    assert (tmp_path / "model.safetensors").is_file()
