@@ -18,6 +18,7 @@ from mmgem.evaluation.evaluator import evaluate_model
 from mmgem.evaluation.report import current_commit, write_report
 from mmgem.training.arguments import DataArguments, parse_arguments
 from mmgem.training.building import build_model_and_processor, initial_image_size
+from mmgem.training.checkpoints import CheckpointError
 from mmgem.training.trainer import MMGEMTrainer
 
 
@@ -53,7 +54,7 @@ def main() -> None:
     args, eval_dataset = trainer.args, trainer.eval_dataset
     try:
         trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
-    except (BadDataError, FileNotFoundError) as error:
+    except (BadDataError, CheckpointError) as error:
         sys.exit(f"error: {error}")
     trainer.save_model()
     trainer.leave_process_group()

@@ -404,7 +404,8 @@ class MMGEMModel(PreTrainedModel, GenerationMixin):
             labels (`torch.LongTensor` of shape `(B, T)`, *optional*): the caption's tokens in their own places, -100
                 elsewhere; the shift by one happens here. While training, the head then runs on these positions alone
                 and `logits` is `None`.
-            return_loss (`bool`, *optional*): compute L_Emb; text i belongs to picture i.
+            return_loss (`bool`, *optional*): compute L_Emb; text i belongs to picture i. `False` leaves out the
+                similarities too, which take memory in training.
             logits_to_keep (`int` or `torch.Tensor`): see transformers' causal language models.
             num_items_in_batch (`int` or scalar tensor, *optional*): see [`caption_loss`].
 
@@ -458,7 +459,7 @@ class MMGEMModel(PreTrainedModel, GenerationMixin):
             if labels is None or not self.training:
                 logits = self._logits(slice_logits_to_keep(hidden_states, logits_to_keep))
 
-        if text_embeds is not None and image_embeds is not None:
+        if text_embeds is not None and image_embeds is not None and return_loss is not False:
             pictures = image_embeds
             if pictures.ndim == 3:
                 pictures = pictures.flatten(0, 1) if region_mask is None else pictures[region_mask]

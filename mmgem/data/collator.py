@@ -81,14 +81,13 @@ class PairCollator:
         images = [examples[i]["image"] for i in pictures]
         batch["pixel_values"] = self.processor.image_processor(images, return_tensors="pt")["pixel_values"]
         if sentences:
-            batch["text_index"] = torch.tensor([texts.index(i) for i in pictures])
+            batch["text_index"] = _places(texts, pictures)
             pair_ids = [[digest(examples[i]["caption"].encode()), examples[i]["image_id"]] for i in pictures]
             batch["pair_ids"] = torch.tensor(pair_ids)
         if sentences and self.mini_batch_size:
             rows = pack([len(tokens) for tokens, _ in sentences], self.pack_length)
             texts = [i for row in rows for i in row]
-            text_index = torch.tensor([texts.index(i) for i in pictures])
-            batch["sentences"] = {**self._tensors(sentences, rows), "text_index": text_index}
+            batch["sentences"] = {**self._tensors(sentences, rows), "text_index": _places(texts, pictures)}
         return batch
 
     def _sentences(self, ids: list[list[int]]) -> list[TokenSequence]:
@@ -131,6 +130,12 @@ class PairCollator:
         if (labels != -100).any():
             tensors["labels"] = labels
         return tensors
+
+
+def _places(texts: list[int], pictures: list[int]) -> torch.Tensor:
+    """Where in the order of the texts each picture's own stands."""
+    place = {text: k for k, text in enumerate(texts)}
+    return torch.tensor([place[i] for i in pictures])
 
 
 def pack(lengths: Sequence[int], row_length: int) -> list[list[int]]:

@@ -16,6 +16,9 @@ from .scenes import ScenesDataset
 
 
 MAX_PIXELS = 2**26  # 67 megapixels, 200 MB decoded
+MAX_ASPECT_RATIO = 50
+# Not all that Pillow reads: some of it starts other programs.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "JPEG2000", "PPM")
 
 
 class BadDataError(ValueError):
@@ -145,9 +148,12 @@ def open_image(value: Any, root: str = "") -> Image.Image:
         return value
     if isinstance(value, dict):
         value = value["bytes"] if value.get("bytes") is not None else value["path"]
-    image = Image.open(io.BytesIO(value) if isinstance(value, bytes) else os.path.join(root, value))
+    source = io.BytesIO(value) if isinstance(value, bytes) else os.path.join(root, value)
+    image = Image.open(source, formats=FORMATS)
     if image.width * image.height > MAX_PIXELS:
         raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels, more than {MAX_PIXELS}")
+    if max(image.size) > MAX_ASPECT_RATIO * min(image.size):  # a crop of it, resized, would fill the memory
+        raise ValueError(f"{image.width} x {image.height} pixels, longer than {MAX_ASPECT_RATIO} times its width")
     image.load()
     return image
 
@@ -158,4 +164,5 @@ def random_crop(image: Image.Image, scale: float, rng: np.random.Generator) -> I
     width = min(1.0, float(np.sqrt(area * ratio))) * image.width
     height = min(1.0, float(np.sqrt(area / ratio))) * image.height
     left, top = rng.uniform(0, image.width - width), rng.uniform(0, image.height - height)
-    return image.crop((round(left), round(top), round(left + width), round(top + height)))
+    x, y = min(round(left), image.width - 1), min(round(top), image.height - 1)
+    return image.crop((x, y, max(round(left + width), x + 1), max(round(top + height), y + 1)))

@@ -21,6 +21,7 @@ from .pairs import BadDataError, digest, open_image, random_crop
 
 
 MAX_MEMBER_BYTES = 64 * 2**20
+MAX_TEXT_BYTES = 2**20
 MAX_BAD_IN_A_ROW = 10_000
 PICTURES = ("jpg", "jpeg", "png", "webp")
 
@@ -105,6 +106,7 @@ class ShardStream(torch.utils.data.IterableDataset):
         position = copy.deepcopy(self.positions.get(worker, start))
         streams = [self._samples(k, place, part, parts) for k, place in enumerate(position["places"])]
         bad: dict[str, str] = {}
+        in_a_row = 0
         while True:
             rng = np.random.default_rng([self.seed, 0, part, position["drawn"]])
             source = int(rng.choice(len(streams), p=self.weights))
@@ -114,17 +116,19 @@ class ShardStream(torch.utils.data.IterableDataset):
                 example = self._example(sample, rng)
             except BadSampleError as error:
                 bad[sample.key] = str(error)
-                if len(bad) >= MAX_BAD_IN_A_ROW:
+                in_a_row += 1
+                if in_a_row >= MAX_BAD_IN_A_ROW:
                     raise BadDataError(
-                        f"{len(bad)} samples in a row could not be read; the last, {sample.key}: {error}"
+                        f"{in_a_row} samples in a row could not be read; the last, {sample.key}: {error}"
                     ) from error
                 continue
             yield {**example, "bad": bad, "position": (worker, copy.deepcopy(position))}
-            bad = {}
+            bad, in_a_row = {}, 0
 
     def _samples(self, source: int, place: list[int], part: int, parts: int) -> Iterator[tuple[RawSample, list[int]]]:
         """This reader's samples from a place on (epoch, shard, sample), each with the place behind it."""
         epoch, shard, sample = place
+        found = sample > 0
         while True:
             order = np.random.default_rng([self.seed, 1, source, epoch]).permutation(len(self.sources[source]))
             mine = order[part::parts].tolist()
@@ -134,11 +138,16 @@ class ShardStream(torch.utils.data.IterableDataset):
                 while window := list(itertools.islice(raw, self.window)):
                     rng = np.random.default_rng([self.seed, 2, source, epoch, mine[number], begin])
                     shuffled = rng.permutation(len(window))
+                    found = True
                     for k in range(max(sample - begin, 0), len(window)):
                         yield window[shuffled[k]], [epoch, number, begin + k + 1]
                     begin += len(window)
                 sample = 0
-            epoch, shard = epoch + 1, 0
+            if not found and shard == 0:
+                raise BadDataError(
+                    f"{len(mine)} shards hold no sample at all, such as {self.sources[source][mine[0]]}."
+                )
+            epoch, shard, found = epoch + 1, 0, False
 
     def _example(self, sample: RawSample, rng: np.random.Generator) -> dict[str, Any]:
         if sample.fault is not None:
@@ -158,7 +167,7 @@ class ShardStream(torch.utils.data.IterableDataset):
             image = random_crop(image, self.augmentation_scale, rng)
         return {"image": image, "image_id": image_id, "caption": caption, "captions": [caption]}
 
-    def captions(self, limit: int = 100_000) -> list[list[str]]:
+    def captions(self, limit: int = 10_000) -> list[list[str]]:
         """The captions of the first samples, without decoding a picture."""
         captions = []
         for sample in itertools.islice(self._first_samples(), limit):
@@ -192,17 +201,21 @@ def caption_of(sample: RawSample, column: str) -> str:
     Raises:
         BadSampleError: where there is none.
     """
+    content = sample.members.get("txt", sample.members.get("json"))
+    if content is None:
+        raise BadSampleError(f"no caption: only {', '.join(sample.members)}")
+    if len(content) > MAX_TEXT_BYTES:
+        raise BadSampleError(f"too large: a text of {len(content)} bytes")
     try:
-        if "txt" in sample.members:
-            caption: Any = sample.members["txt"].decode()
-        elif "json" in sample.members:
-            values = json.loads(sample.members["json"].decode())
+        caption: Any = content.decode()
+        if "txt" not in sample.members:
+            values = json.loads(caption)
             caption = values.get(column) if isinstance(values, dict) else None
-        else:
-            raise BadSampleError(f"no caption: only {', '.join(sample.members)}")
-    except UnicodeDecodeError as error:
+        if isinstance(caption, str):
+            caption.encode()  # half a surrogate pair, which JSON may hold, is no text
+    except UnicodeError as error:
         raise BadSampleError(f"invalid UTF-8: {error}") from error
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise BadSampleError(f"invalid JSON: {error}") from error
     if not isinstance(caption, str) or not caption.strip():
         raise BadSampleError("empty caption")
@@ -214,13 +227,32 @@ def read_samples(path: str, start: int = 0) -> Iterator[RawSample]:
     The samples of a tar in their order, from number `start` on: neighbouring files of one name, whatever comes after
     its first dot. A fault is a sample too, so that numbers stay the same; one that ends the tar is its last sample.
     """
+    faults: list[Exception] = []
+    number = -1
     try:
         with fsspec.open(path, "rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
-            for number, (key, members) in enumerate(itertools.groupby(tar, key=_key)):
+            for number, (key, members) in enumerate(itertools.groupby(_members(tar, file, faults), key=_key)):
                 if number >= start:
-                    yield _read(tar, f"{os.path.basename(path)}/{key}", members)
+                    yield _read(tar, os.path.join(path, key), members)
     except (tarfile.TarError, OSError, EOFError) as error:
-        yield RawSample(path, fault=f"broken shard: {error}")
+        faults.append(error)
+    if faults and number + 1 >= start:
+        yield RawSample(path, fault=f"broken shard: {type(faults[0]).__name__}: {faults[0]}")
+
+
+def _members(tar: tarfile.TarFile, file: Any, faults: list[Exception]) -> Iterator[tarfile.TarInfo]:
+    """The members in order, up to the end or to a fault."""
+    try:
+        for member in tar:
+            if member.size < 0:  # tarfile would go back, and round in circles
+                raise tarfile.ReadError(f"{member.name} has {member.size} bytes")
+            yield member
+        # Where a header cannot be read, tarfile stops as at the end; the end itself is a block of zeros.
+        file.seek(tar.offset)
+        if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+            raise tarfile.ReadError(f"neither a header nor the end at byte {tar.offset}")
+    except Exception as error:  # a corrupt header makes tarfile raise whatever it stumbles over
+        faults.append(error)
 
 
 def _read(tar: tarfile.TarFile, key: str, members: Iterator[tarfile.TarInfo]) -> RawSample:
@@ -236,7 +268,10 @@ def _read(tar: tarfile.TarFile, key: str, members: Iterator[tarfile.TarInfo]) ->
         else:
             content = tar.extractfile(member)
             assert content is not None
-            sample.members[path.name.partition(".")[2].lower()] = content.read()
+            try:
+                sample.members[path.name.partition(".")[2].lower()] = content.read()
+            except tarfile.ReadError as error:
+                sample.fault = f"incomplete file: {member.name}: {error}"
     return sample
 
 

@@ -106,6 +106,8 @@ class DataArguments:
             raise ValueError(
                 "validation_file goes with train_file or train_shards; a dataset_name brings its own splits."
             )
+        if self.shuffle_window < 1:
+            raise ValueError(f"shuffle_window must be 1 or more, got {self.shuffle_window}.")
         if not 0 < self.augmentation_scale <= 1:
             raise ValueError(f"augmentation_scale must lie in (0, 1], got {self.augmentation_scale}.")
 
@@ -161,6 +163,8 @@ class MMGEMTrainingArguments(TrainingArguments):
                 f"caption_loss_weight must be above 0, got {self.caption_loss_weight}; for no captions at all there "
                 "is --objective contrastive."
             )
+        if self.mini_batch_size < 0:
+            raise ValueError(f"mini_batch_size must be 0 (off) or more, got {self.mini_batch_size}.")
         if self.mini_batch_size and self.objective == "caption":
             raise ValueError(
                 "mini_batch_size is for the contrastive loss; a caption loss alone needs accumulation only."

@@ -7,13 +7,17 @@ import re
 from transformers.trainer import TRAINER_STATE_NAME
 
 
+class CheckpointError(ValueError):
+    """There is no checkpoint to go on from, or not in this way."""
+
+
 def find_checkpoint(folder: str) -> str:
     """
     The checkpoint at `folder`, or the last whole one in it. Trainer writes `trainer_state.json` last, so a checkpoint
     without it, or with half of it, was cut off.
 
     Raises:
-        FileNotFoundError: where there is none.
+        CheckpointError: where there is none.
     """
     if _is_whole(folder):
         return folder
@@ -23,7 +27,7 @@ def find_checkpoint(folder: str) -> str:
         checkpoint = os.path.join(folder, f"checkpoint-{step}")
         if _is_whole(checkpoint):
             return checkpoint
-    raise FileNotFoundError(
+    raise CheckpointError(
         f"{folder} holds no whole checkpoint (a checkpoint-N folder with {TRAINER_STATE_NAME}) to resume from; leave "
         "out --resume_from_checkpoint to start anew, or name another folder."
     )

@@ -10,9 +10,6 @@ from torch import nn
 
 Embeddings = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # texts (N, D), pictures (N, D), 1 / tau
 
-# What transformers' layers call the probabilities they drop with.
-DROPOUT = ("p", "dropout", "attention_dropout", "activation_dropout", "layerdrop", "drop_prob", "dropout_prob")
-
 
 def refuse_dropout(model: nn.Module) -> None:
     """
@@ -22,9 +19,9 @@ def refuse_dropout(model: nn.Module) -> None:
         ValueError: naming the first module that drops anything.
     """
     for name, module in model.named_modules():
-        for option in DROPOUT:
-            value = getattr(module, option, None)
-            if isinstance(value, float) and value > 0:
+        is_dropout = isinstance(module, nn.modules.dropout._DropoutNd)
+        for option, value in vars(module).items():
+            if ("drop" in option or (is_dropout and option == "p")) and isinstance(value, float) and value > 0:
                 raise ValueError(
                     f"{name}.{option} is {value}: with active dropout the gradient cache would be wrong. Set it to 0 "
                     "in the configuration, or train without --mini_batch_size."

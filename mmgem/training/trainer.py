@@ -9,16 +9,17 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from transformers import Trainer, TrainerCallback
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import logging
 
 from ..data.collator import PairCollator
-from ..data.pairs import BadDataError, PairDataset
+from ..data.pairs import BadDataError, PairDataset, digest
 from ..data.shards import ShardStream
 from ..evaluation.evaluator import evaluate_model
 from ..modeling_mmgem import MMGEMModel, contrastive_loss
 from ..processing import MMGEMProcessor
 from .arguments import MMGEMTrainingArguments
-from .checkpoints import find_checkpoint
+from .checkpoints import CheckpointError, find_checkpoint
 from .gathering import GatherWithGradient
 from .gradient_cache import Embeddings, cached_backward, refuse_dropout
 from .stages import freeze_parameters, parameter_groups
@@ -60,6 +61,8 @@ class MMGEMTrainer(Trainer):
         if isinstance(train_dataset, ShardStream):
             train_dataset.rank, train_dataset.world_size = args.process_index, args.world_size
             args.ignore_data_skip = True  # it starts where it should by itself
+            if args.max_steps <= 0:
+                raise ValueError("A stream of shards has no end: set --max_steps.")
         elif len(train_dataset) < batch_size:
             raise ValueError(
                 f"{len(train_dataset)} training pairs do not fill one batch of {batch_size}; lower "
@@ -202,7 +205,7 @@ class MMGEMTrainer(Trainer):
         """Embeddings in pairs, the model's output, and the weighted caption loss (None without labels)."""
         names = ("input_ids", "attention_mask", "position_ids", "pixel_values", "labels")
         model_inputs = {name: inputs[name] for name in names if name in inputs}
-        outputs = model(**model_inputs, num_items_in_batch=num_items_in_batch, logits_to_keep=1)
+        outputs = model(**model_inputs, num_items_in_batch=num_items_in_batch, return_loss=False, logits_to_keep=1)
         texts: Any = outputs.text_embeds[inputs["text_index"]] if "text_index" in inputs else None
         loss = None
         if outputs.caption_loss is not None:
@@ -232,6 +235,9 @@ class MMGEMTrainer(Trainer):
         if "mini_batches" not in inputs:
             return super().training_step(model, inputs, num_items_in_batch)
         model.train()
+        optimizer: Any = self.optimizer
+        if hasattr(optimizer, "train"):  # schedule-free ones
+            optimizer.train()
         mini_batches: Any = self._prepare_inputs(inputs)["mini_batches"]
         pair_ids = torch.cat([mini_batch["pair_ids"] for mini_batch in mini_batches])
         own_losses = []
@@ -325,16 +331,44 @@ class MMGEMTrainer(Trainer):
     def _save_rng_state(self, output_dir: str) -> None:
         """Beside each process's random state, how far it is in its stream."""
         super()._save_rng_state(output_dir)
-        if self._batches:
+        if isinstance(self.train_dataset, ShardStream):
+            state = {"readers": self._readers(), "data": self._data(), "batches": self._batches}
+            state["positions"] = self._positions
             with open(self._stream_state(output_dir), "w", encoding="utf-8") as file:
-                json.dump({"batches": self._batches, "positions": self._positions}, file)
+                json.dump(state, file)
+        # What makes a checkpoint whole, trainer_state.json, comes after this: nobody may lag behind.
+        self.accelerator.wait_for_everyone()
+
+    def _readers(self) -> list[int]:
+        return [self.args.world_size, max(self.args.dataloader_num_workers, 1)]
+
+    def _data(self) -> int:
+        stream: Any = self.train_dataset
+        data = [stream.sources, stream.weights.tolist(), stream.window, stream.seed, self.args.train_batch_size]
+        return digest(json.dumps(data).encode())
 
     def _stream_state(self, checkpoint: str) -> str:
         return os.path.join(checkpoint, f"stream_{self.args.process_index}.json")
 
     def _resume_stream(self, stream: ShardStream, checkpoint: str) -> None:
-        with open(self._stream_state(checkpoint), encoding="utf-8") as file:
-            state = json.load(file)
+        try:
+            with open(self._stream_state(checkpoint), encoding="utf-8") as file:
+                state = json.load(file)
+        except FileNotFoundError as error:
+            raise CheckpointError(f"{checkpoint} does not say how far a stream was: {error}") from error
+        with open(os.path.join(checkpoint, TRAINER_STATE_NAME), encoding="utf-8") as file:
+            if json.load(file)["global_step"] >= self.args.max_steps:
+                raise CheckpointError(f"{checkpoint} is the end of this run; raise --max_steps to go on.")
+        if state["data"] != self._data():
+            raise CheckpointError(
+                f"{checkpoint} read other data, or otherwise: go on with the same train_shards, shard_weights, "
+                "shuffle_window, seed and batch size, or start anew with --init_from."
+            )
+        if state["readers"] != self._readers():
+            raise CheckpointError(
+                f"{checkpoint} was read by {state['readers']} (processes, workers each), not {self._readers()}: each "
+                "reader has shards of its own, so go on with as many, or start anew with --init_from."
+            )
         self._batches = state["batches"]
         self._positions = {int(worker): position for worker, position in state["positions"].items()}
         stream.start_from(self._batches, dict(self._positions))

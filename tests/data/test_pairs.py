@@ -9,7 +9,7 @@ from datasets import Dataset, DatasetDict, Features, Image, Sequence, Value
 from PIL import Image as PILImage
 
 from mmgem.data.loading import load_pairs
-from mmgem.data.pairs import PairDataset, as_captions, random_crop
+from mmgem.data.pairs import BadDataError, PairDataset, as_captions, random_crop
 from mmgem.training.arguments import DataArguments
 from tests.conftest import make_picture
 
@@ -174,6 +174,13 @@ def test_crops_of_one_picture_keep_its_id():
     assert (
         first["image_id"] == second["image_id"] != PairDataset([{**table[0], "image": make_picture(1)}])[0]["image_id"]
     )
+
+
+def test_slivers_are_refused_and_the_smallest_picture_can_be_cropped():
+    with pytest.raises(BadDataError, match="longer than 50 times its width"):
+        PairDataset([{"image": encoded(make_picture(0, (1, 65))), "caption": "a"}]).read(0)
+    rng = np.random.default_rng(0)
+    assert all(min(random_crop(make_picture(0, (2, 1)), 0.05, rng).size) >= 1 for _ in range(100))
 
 
 def test_random_crop_keeps_the_area_asked_for():

@@ -63,7 +63,7 @@ def test_a_stream_goes_on_exactly_where_it_stood(folder, workers):
     for stop in (1, 8, 21):
         positions = dict(batch[-1]["position"] for batch in reference[:stop])
         again = ShardStream(paths, window=4, **options)
-        again.start_from(stop, json.loads(json.dumps(list(positions.items()))) and positions)
+        again.start_from(stop, dict(json.loads(json.dumps(list(positions.items())))))  # as a checkpoint keeps them
         resumed = take(batches(again), 33 - stop)
         assert list(map(contents, resumed)) == list(map(contents, reference[stop:])), stop
 
@@ -103,6 +103,9 @@ FAULTS = {
     "empty caption": {"jpg": None, "txt": b"  \n"},
     "invalid UTF-8": {"jpg": None, "txt": b"\xff\xfe caption"},
     "invalid JSON": {"jpg": None, "json": b"{"},
+    "unreadable picture ": {"jpg": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "txt": b"a"},
+    "invalid UTF-8 ": {"jpg": None, "json": b'{"caption": "\\ud83d"}'},
+    "invalid JSON ": {"jpg": None, "json": b'{"caption": ' + b"9" * 5000 + b"}"},
     "no caption": {"jpg": None},
     "no picture": {"txt": b"a"},
     "unsafe path": {"../../outside.jpg": None},
@@ -110,7 +113,7 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_faults_are_passed_over_and_counted_by_kind(tmp_path, workers, monkeypatch):
+def test_faults_are_passed_over_and_counted_by_kind(tmp_path, workers):
     buffer = io.BytesIO()
     make_picture(0).save(buffer, "JPEG")
     with tarfile.open(tmp_path / "bad.tar", "w") as tar:
@@ -124,7 +127,6 @@ def test_faults_are_passed_over_and_counted_by_kind(tmp_path, workers, monkeypat
         link = tarfile.TarInfo("link.jpg")
         link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
         tar.addfile(link)
-    whole = (tmp_path / "bad.tar").read_bytes()
     write_shard(tmp_path / "cut.tar", [(f"{i}", make_picture(i), "whole") for i in range(3)])
     (tmp_path / "cut.tar").write_bytes((tmp_path / "cut.tar").read_bytes()[:4000])
     (tmp_path / "none.tar").write_bytes(b"this is no tar" * 100)
@@ -132,22 +134,83 @@ def test_faults_are_passed_over_and_counted_by_kind(tmp_path, workers, monkeypat
     names = ["bad", "cut", "none", "empty", "gone"]
     dataset = ShardStream([[str(tmp_path / f"{name}.tar") for name in names]])
     loader = torch.utils.data.DataLoader(dataset, batch_size=1, num_workers=workers, collate_fn=list)
-    bad, good, counted = {}, Counter(), 0
+    bad, good = {}, Counter()
     for example in itertools.chain.from_iterable(take(loader, 12)):
-        counted += len(example["bad"])
         bad.update(example["bad"])
         good[example["caption"]] += 1
     kinds = Counter(reason.partition(":")[0] for reason in bad.values())
-    assert kinds == {**dict.fromkeys(FAULTS, 1), "no plain file": 1, "broken shard": 4}
-    assert good.keys() == {"good", "whole"} and whole
+    assert kinds == {
+        **Counter(kind.strip() for kind in FAULTS),
+        "no plain file": 1,
+        "incomplete file": 1,
+        "broken shard": 4,
+    }
+    assert good.keys() == {"good", "whole"}
     assert all(reason.count(":") for reason in bad.values() if not reason.startswith("empty"))
 
 
 def test_a_stream_of_nothing_but_faults_ends_with_an_error(tmp_path, monkeypatch):
     monkeypatch.setattr(shards, "MAX_BAD_IN_A_ROW", 20)
-    write_shard(tmp_path / "0.tar", [(f"{i}", make_picture(i), "") for i in range(30)])
+    write_shard(tmp_path / "0.tar", [(f"{i}", make_picture(i), "") for i in range(3)])
     with pytest.raises(BadDataError, match=r"20 samples in a row could not be read; the last, .*empty caption"):
         take(ShardStream([[str(tmp_path / "0.tar")]]), 1)
+
+
+def test_shards_without_a_sample_end_with_an_error(tmp_path):
+    (tmp_path / "0.tar").write_bytes(bytes(10_240))
+    with pytest.raises(BadDataError, match=r"1 shards hold no sample at all, such as .*0\.tar"):
+        take(ShardStream([[str(tmp_path / "0.tar")]]), 1)
+
+
+def set_header(content, index, start, value):
+    """A tar with one field of its header number `index` overwritten, and the checksum to match."""
+    offset = index * 1024  # members of at most a block
+    header = bytearray(content[offset : offset + 512])
+    header[start : start + len(value)] = value
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    return content[:offset] + bytes(header) + content[offset + 512 :]
+
+
+@pytest.mark.parametrize(
+    "start, value",
+    [
+        (124, b"\x80" + (2**80).to_bytes(11, "big")),
+        (124, b"\xff" * 11 + b"\x00"),
+        (156, b"L"),
+        (0, b"\0" * 100),
+        (148, b"garbage!"),
+    ],
+    ids=["huge size", "negative size", "long name", "no name", "bad checksum"],
+)
+def test_corrupt_headers_neither_crash_nor_hang(tmp_path, start, value):
+    with tarfile.open(tmp_path / "0.tar", "w") as tar:
+        for name in ("a.txt", "b.txt", "c.txt"):
+            member = tarfile.TarInfo(name)
+            member.size = 4
+            tar.addfile(member, io.BytesIO(b"text"))
+    content = set_header((tmp_path / "0.tar").read_bytes(), 1, start, value)
+    if start == 148:
+        content = content[: 1024 + 148] + value + content[1024 + 156 :]
+    (tmp_path / "0.tar").write_bytes(content)
+    samples = take(read_samples(str(tmp_path / "0.tar")), 10)
+    assert samples[0].members == {"txt": b"text"} and len(samples) <= 3
+
+
+@pytest.mark.parametrize("length", [2048, 2048 + 100, 2048 + 600, 3072])
+def test_a_cut_shard_is_said_to_be_broken_once(tmp_path, length):
+    with tarfile.open(tmp_path / "0.tar", "w") as tar:
+        for name in ("a.txt", "b.txt", "c.txt"):
+            member = tarfile.TarInfo(name)
+            member.size = 512
+            tar.addfile(member, io.BytesIO(bytes(512)))
+    (tmp_path / "0.tar").write_bytes((tmp_path / "0.tar").read_bytes()[:length])
+    samples = list(read_samples(str(tmp_path / "0.tar")))
+    incomplete = ["incomplete file"] if length % 1024 > 512 else []
+    faults = [sample.fault and sample.fault.partition(":")[0] for sample in samples]
+    assert faults == [None] * (length // 1024) + incomplete + ["broken shard"]
+    # From behind the fault on there is nothing.
+    assert list(read_samples(str(tmp_path / "0.tar"), len(samples))) == []
 
 
 def test_large_members_are_not_read(tmp_path, monkeypatch):

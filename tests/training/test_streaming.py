@@ -5,6 +5,7 @@ import torch
 from transformers.utils import logging
 
 from mmgem.data.shards import ShardStream, expand_shards
+from mmgem.training.checkpoints import CheckpointError
 from mmgem.training.trainer import MMGEMTrainer
 from tests.conftest import CORPUS, make_model, make_picture, write_shard
 from tests.training.test_training import training_arguments
@@ -50,6 +51,23 @@ def test_resumed_stream_trains_to_the_same_weights(processor, tmp_path, shards, 
         resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{step}"))
         for name, tensor in whole.model.state_dict().items():
             assert torch.equal(tensor, resumed.model.state_dict()[name]), (step, name)
+
+
+def test_a_stream_goes_on_with_the_readers_it_had(processor, tmp_path, shards):
+    def trainer(**options):
+        options = {"per_device_train_batch_size": 2, "save_strategy": "steps", "save_steps": 1, **options}
+        args = training_arguments(tmp_path, **options)
+        return MMGEMTrainer(make_model(processor), args, processor, ShardStream([shards]))
+
+    trainer(max_steps=1).train()
+    with pytest.raises(CheckpointError, match=r"read by \[1, 1\] .* not \[1, 2\]"):
+        trainer(max_steps=2, dataloader_num_workers=2).train(resume_from_checkpoint=True)
+    with pytest.raises(CheckpointError, match="end of this run"):
+        trainer(max_steps=1).train(resume_from_checkpoint=True)
+    with pytest.raises(CheckpointError, match="read other data"):
+        trainer(max_steps=2, per_device_train_batch_size=3).train(resume_from_checkpoint=True)
+    with pytest.raises(ValueError, match="--max_steps"):
+        trainer(num_train_epochs=1)
 
 
 def test_from_scratch_on_shards(shards, tmp_path, monkeypatch):

@@ -19,8 +19,9 @@ from mmgem.data.pairs import PairDataset
 from mmgem.data.scenes import ScenesDataset
 from mmgem.evaluation.evaluator import evaluate_model
 from mmgem.training.arguments import MMGEMTrainingArguments
+from mmgem.training.checkpoints import CheckpointError, find_checkpoint
 from mmgem.training.stages import freeze_parameters, parameter_groups
-from mmgem.training.trainer import BadDataError, MMGEMTrainer, check_parallelism, find_checkpoint
+from mmgem.training.trainer import BadDataError, MMGEMTrainer, check_parallelism
 from tests.conftest import Table, make_model, make_picture
 
 
@@ -323,7 +324,7 @@ def test_fewer_pairs_than_a_batch_are_refused(processor, tmp_path):
 
 
 def test_resume_from_a_folder_without_checkpoint_says_so(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no whole checkpoint"):
+    with pytest.raises(CheckpointError, match="no whole checkpoint"):
         find_checkpoint(str(tmp_path))
     (tmp_path / "checkpoint-9").mkdir()  # cut off while it was written
     whole = tmp_path / "checkpoint-4"
