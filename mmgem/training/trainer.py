@@ -20,6 +20,7 @@ from ..modeling_mmgem import MMGEMModel, contrastive_loss
 from ..processing import MMGEMProcessor
 from .arguments import MMGEMTrainingArguments
 from .checkpoints import CheckpointError, find_checkpoint
+from .checks import check_packing, check_parallelism
 from .gathering import GatherWithGradient
 from .gradient_cache import Embeddings, cached_backward, refuse_dropout
 from .stages import freeze_parameters, parameter_groups
@@ -94,37 +95,7 @@ class MMGEMTrainer(Trainer):
         self._interval = {"start": time.perf_counter(), "data": 0.0, "samples": 0}
         self.add_callback(_Stage1Callback(model, train_dataset))
         if pack_length:
-            self._check_packing()
-
-    @torch.no_grad()
-    def _check_packing(self) -> None:
-        """
-        Two sequences in one row must not see each other. Some language models, and flash attention where there are
-        several rows, pay no heed to positions that restart.
-
-        Raises:
-            ValueError: where they do, with the remedy.
-        """
-        model = self.model
-        was_training = model.training
-        model.eval()
-        ids = torch.arange(16, device=model.device).view(2, 8) % model.config.text_config.vocab_size
-        ids[:, -1] = model.config.emb_token_id
-        rows = torch.stack([ids.flatten(), ids.flip(0).flatten()])
-        positions = torch.arange(8, device=model.device).repeat(2, 2)
-        with self.accelerator.autocast():
-            alone: Any = model.get_text_features(ids)
-            packed: Any = model.get_text_features(rows, position_ids=positions)
-        model.train(was_training)
-        expected = alone.last_hidden_state.float()
-        error = (packed.last_hidden_state[0].view_as(expected) - expected).abs().max() / expected.abs().max()
-        exact = model.dtype == torch.float32 and self.accelerator.mixed_precision == "no"
-        if not error < (1e-3 if exact else 0.1):
-            raise ValueError(
-                f"Language model '{model.config.text_config.model_type}' with "
-                f"{model.language_model.config._attn_implementation} attention does not keep the sequences of a "
-                "packed row apart; pass --packing false, or choose another attention."
-            )
+            check_packing(model, self.accelerator)
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
@@ -394,24 +365,6 @@ class MMGEMTrainer(Trainer):
         self.model_wrapped = self.callback_handler.model = self.model
         self.accelerator.free_memory()
         self.accelerator.end_training()
-
-
-def check_parallelism(args: MMGEMTrainingArguments, sharded: bool) -> None:
-    """
-    Refuses what would not train on the gradients of the whole batch.
-
-    Raises:
-        ValueError: naming it, with the remedy.
-    """
-    if args.n_gpu > 1:
-        raise ValueError(
-            f"This one process sees {args.n_gpu} GPUs, and would split each batch without its negatives; start one "
-            "process per GPU (accelerate launch), or set CUDA_VISIBLE_DEVICES."
-        )
-    if sharded:
-        raise ValueError("Stage 1 is made for DistributedDataParallel; FSDP and DeepSpeed are not supported yet.")
-    if args.world_size > 1 and not args.average_tokens_across_devices:
-        raise ValueError("Captions are averaged over the tokens of all processes: keep average_tokens_across_devices.")
 
 
 class _Stage1Callback(TrainerCallback):

@@ -20,8 +20,9 @@ from mmgem.data.scenes import ScenesDataset
 from mmgem.evaluation.evaluator import evaluate_model
 from mmgem.training.arguments import MMGEMTrainingArguments
 from mmgem.training.checkpoints import CheckpointError, find_checkpoint
+from mmgem.training.checks import check_parallelism
 from mmgem.training.stages import freeze_parameters, parameter_groups
-from mmgem.training.trainer import BadDataError, MMGEMTrainer, check_parallelism
+from mmgem.training.trainer import BadDataError, MMGEMTrainer
 from tests.conftest import Table, make_model, make_picture
 
 

@@ -1,0 +1,57 @@
+"""What is refused before a run starts, because it would train on something else than it says."""
+
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from ..modeling_mmgem import MMGEMModel
+from .arguments import MMGEMTrainingArguments
+
+
+@torch.no_grad()
+def check_packing(model: MMGEMModel, accelerator: Accelerator) -> None:
+    """
+    Two sequences in one row must not see each other. Some language models, and flash attention where there are
+    several rows, pay no heed to positions that restart.
+
+    Raises:
+        ValueError: where they do, with the remedy.
+    """
+    was_training = model.training
+    model.eval()
+    ids = torch.arange(16, device=model.device).view(2, 8) % model.config.text_config.vocab_size
+    ids[:, -1] = model.config.emb_token_id
+    rows = torch.stack([ids.flatten(), ids.flip(0).flatten()])
+    positions = torch.arange(8, device=model.device).repeat(2, 2)
+    with accelerator.autocast():
+        alone: Any = model.get_text_features(ids)
+        packed: Any = model.get_text_features(rows, position_ids=positions)
+    model.train(was_training)
+    expected = alone.last_hidden_state.float()
+    error = (packed.last_hidden_state[0].view_as(expected) - expected).abs().max() / expected.abs().max()
+    exact = model.dtype == torch.float32 and accelerator.mixed_precision == "no"
+    if not error < (1e-3 if exact else 0.1):
+        raise ValueError(
+            f"Language model '{model.config.text_config.model_type}' with "
+            f"{model.language_model.config._attn_implementation} attention does not keep the sequences of a "
+            "packed row apart; pass --packing false, or choose another attention."
+        )
+
+
+def check_parallelism(args: MMGEMTrainingArguments, sharded: bool) -> None:
+    """
+    Refuses what would not train on the gradients of the whole batch.
+
+    Raises:
+        ValueError: naming it, with the remedy.
+    """
+    if args.n_gpu > 1:
+        raise ValueError(
+            f"This one process sees {args.n_gpu} GPUs, and would split each batch without its negatives; start one "
+            "process per GPU (accelerate launch), or set CUDA_VISIBLE_DEVICES."
+        )
+    if sharded:
+        raise ValueError("Stage 1 is made for DistributedDataParallel; FSDP and DeepSpeed are not supported yet.")
+    if args.world_size > 1 and not args.average_tokens_across_devices:
+        raise ValueError("Captions are averaged over the tokens of all processes: keep average_tokens_across_devices.")
