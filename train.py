@@ -10,6 +10,7 @@ import sys
 
 import torch
 import transformers
+from safetensors import SafetensorError
 
 import mmgem
 from mmgem.data.loading import load_pairs
@@ -56,7 +57,10 @@ def main() -> None:
         trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     except (BadDataError, CheckpointError) as error:
         sys.exit(f"error: {error}")
-    trainer.save_model()
+    try:
+        trainer.save_model()
+    except (OSError, SafetensorError) as error:
+        sys.exit(f"error: the trained model could not be written to {args.output_dir}: {error}")
     trainer.leave_process_group()
     if eval_dataset is None or not trainer.is_world_process_zero():
         return
@@ -78,9 +82,9 @@ def main() -> None:
         "commit": current_commit(),
         "versions": {"mmgem": mmgem.__version__, "transformers": transformers.__version__, "torch": torch.__version__},
     }
-    report = write_report(args.output_dir, metrics, setting, outputs, eval_dataset)
     for name, value in metrics.items():
         print(f"{name:28} {value:.4f}")
+    report = write_report(args.output_dir, metrics, setting, outputs, eval_dataset)
     print(f"Report: {os.path.relpath(report)}")
 
 

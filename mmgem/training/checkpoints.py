@@ -1,14 +1,46 @@
-"""Which checkpoint to go on from."""
+"""Checkpoints that are whole or not there, and which of them to go on from."""
 
 import json
 import os
 import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 
+from safetensors import SafetensorError
 from transformers.trainer import TRAINER_STATE_NAME
 
 
 class CheckpointError(ValueError):
-    """There is no checkpoint to go on from, or not in this way."""
+    """There is no checkpoint to go on from, or not in this way; or none could be written."""
+
+
+@contextmanager
+def writing(checkpoint: str) -> Iterator[None]:
+    """
+    Around all that writes a checkpoint: until its `trainer_state.json` is there, which Trainer writes last, it is not
+    whole for [`find_checkpoint`].
+
+    Raises:
+        CheckpointError: where it cannot be written, as on a full disk, with the last that is whole. What was written
+            of it is removed.
+    """
+    with suppress(FileNotFoundError):  # of an earlier run in this folder
+        os.remove(os.path.join(checkpoint, TRAINER_STATE_NAME))
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch.save has RuntimeError for a full disk
+        shutil.rmtree(checkpoint, ignore_errors=True)
+        folder = os.path.dirname(checkpoint)
+        free = shutil.disk_usage(folder).free / 2**20
+        try:
+            rest = f"{find_checkpoint(folder)} is whole: go on from there with --resume_from_checkpoint"
+        except CheckpointError:
+            rest = "there is no earlier one"
+        raise CheckpointError(
+            f"{checkpoint} could not be written ({type(error).__name__}: {error}), with {free:.0f} MiB free on that "
+            f"disk; {rest}. --save_total_limit keeps the last few only."
+        ) from error
 
 
 def find_checkpoint(folder: str) -> str:

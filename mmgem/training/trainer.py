@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from transformers import Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
 from ..data.collator import PairCollator
@@ -19,7 +20,7 @@ from ..evaluation.evaluator import evaluate_model
 from ..modeling_mmgem import MMGEMModel, contrastive_loss
 from ..processing import MMGEMProcessor
 from .arguments import MMGEMTrainingArguments
-from .checkpoints import CheckpointError, find_checkpoint
+from .checkpoints import CheckpointError, find_checkpoint, writing
 from .checks import check_packing, check_parallelism
 from .gathering import GatherWithGradient
 from .gradient_cache import Embeddings, cached_backward, refuse_dropout
@@ -299,6 +300,10 @@ class MMGEMTrainer(Trainer):
             pin_memory=self.args.dataloader_pin_memory,
         )
 
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        with writing(os.path.join(self.args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")):
+            super()._save_checkpoint(model, trial)
+
     def _save_rng_state(self, output_dir: str) -> None:
         """Beside each process's random state, how far it is in its stream."""
         super()._save_rng_state(output_dir)
@@ -377,6 +382,10 @@ class _Stage1Callback(TrainerCallback):
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if isinstance(self.train_dataset, PairDataset):
             self.train_dataset.set_epoch(int(state.epoch or 0))
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if isinstance(self.train_dataset, ShardStream):  # Trainer counts from where it was resumed
+            state.epoch = state.global_step / args.max_steps
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         # Beyond the bound forward clamps, and its gradient is zero: the parameter could not come back by itself.

@@ -1,17 +1,12 @@
 """Training as a user runs it: arguments, groups, tau, overfitting, bad data, resume."""
 
-import json
-import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from mmgem import MMGEMModel
@@ -19,7 +14,6 @@ from mmgem.data.pairs import PairDataset
 from mmgem.data.scenes import ScenesDataset
 from mmgem.evaluation.evaluator import evaluate_model
 from mmgem.training.arguments import MMGEMTrainingArguments
-from mmgem.training.checkpoints import CheckpointError, find_checkpoint
 from mmgem.training.checks import check_parallelism
 from mmgem.training.stages import freeze_parameters, parameter_groups
 from mmgem.training.trainer import BadDataError, MMGEMTrainer
@@ -90,56 +84,6 @@ def test_equal_captions_and_equal_pictures_in_a_batch_are_no_negatives(processor
     trainer = MMGEMTrainer(model, args, processor, dataset)
     trainer.train()
     assert trainer.state.log_history[0]["contrastive_loss"] == pytest.approx(expected, abs=1e-4)
-
-
-def test_resume_equals_the_uninterrupted_run(processor, tmp_path):
-    table = Table({"image": make_picture(i), "caption": [c, c + " today"]} for i, c in enumerate(CAPTIONS * 2))
-
-    def trainer(folder, **kwargs):
-        args = training_arguments(
-            tmp_path / folder,
-            per_device_train_batch_size=4,
-            max_steps=10,
-            save_strategy="steps",
-            save_steps=3,
-            **kwargs,
-        )
-        dataset = PairDataset(table, augmentation_scale=0.5)
-        return MMGEMTrainer(make_model(processor), args, processor, dataset, pack_length=64)
-
-    whole = trainer("whole")
-    whole.train()
-    resumed = trainer("resumed")
-    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-6"))
-    for name, tensor in whole.model.state_dict().items():
-        assert torch.equal(tensor, resumed.model.state_dict()[name]), name
-
-
-def test_killed_run_resumes_to_the_same_weights(tmp_path):
-    """SIGKILL at whatever moment; then the same command with --resume_from_checkpoint."""
-    command = [sys.executable, str(ROOT / "train.py"), "--config", str(ROOT / "configs/scenes.yaml")]
-    command += ["--max_train_samples", "64", "--max_eval_samples", "8", "--per_device_train_batch_size", "8"]
-    command += ["--max_steps", "12", "--warmup_steps", "2", "--save_strategy", "steps", "--save_steps", "4"]
-    command += ["--eval_strategy", "no", "--caption_samples", "4", "--logging_steps", "1", "--disable_tqdm", "true"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    subprocess.run([*command, "--output_dir", str(whole)], check=True, env=environment, capture_output=True)
-    process = subprocess.Popen(
-        [*command, "--output_dir", str(killed)], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    while process.poll() is None and not (killed / "checkpoint-4" / "trainer_state.json").exists():
-        time.sleep(0.05)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() != 0, "the run ended before it could be killed"
-    assert not (killed / "model.safetensors").exists()
-    resume = [*command, "--output_dir", str(killed), "--resume_from_checkpoint", str(killed)]
-    subprocess.run(resume, check=True, env=environment, capture_output=True)
-    expected, actual = load_file(whole / "model.safetensors"), load_file(killed / "model.safetensors")
-    assert expected.keys() == actual.keys()
-    for name, tensor in expected.items():
-        assert torch.equal(tensor, actual[name]), name
-    results = [json.loads((folder / "results.json").read_text())["metrics"] for folder in (whole, killed)]
-    assert results[0] == results[1]
 
 
 def test_fresh_process_gets_the_trainers_embeddings_and_captions(processor, tmp_path):
@@ -322,19 +266,6 @@ def test_fewer_pairs_than_a_batch_are_refused(processor, tmp_path):
     args = training_arguments(tmp_path, max_steps=1, per_device_train_batch_size=9)
     with pytest.raises(ValueError, match="8 training pairs do not fill one batch of 9"):
         MMGEMTrainer(make_model(processor), args, processor, eight_pictures())
-
-
-def test_resume_from_a_folder_without_checkpoint_says_so(tmp_path):
-    with pytest.raises(CheckpointError, match="no whole checkpoint"):
-        find_checkpoint(str(tmp_path))
-    (tmp_path / "checkpoint-9").mkdir()  # cut off while it was written
-    whole = tmp_path / "checkpoint-4"
-    whole.mkdir()
-    (whole / "trainer_state.json").write_text("{}")
-    half = tmp_path / "checkpoint-7"
-    half.mkdir()
-    (half / "trainer_state.json").write_text('{"epoch": 1,')
-    assert find_checkpoint(str(tmp_path)) == str(whole)
 
 
 def test_scenes_are_a_table_of_pairs(processor):
