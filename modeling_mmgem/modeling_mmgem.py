@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoModel, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache
@@ -30,6 +31,7 @@ from .losses_mmgem import caption_loss, contrastive_loss, similarity_logits
 from .pooling_mmgem import PoolAggregator
 
 
+MAX_LOGITS = 2**27  # next-token scores that a loss computes at a time: 512 MiB in float32
 VISION_MODEL_TYPES = ("clip_vision_model", "siglip_vision_model", "dinov2", "dinov2_with_registers", "vit")
 
 
@@ -319,6 +321,22 @@ class MMGEMModel(PreTrainedModel, GenerationMixin):
             logits = cap * torch.tanh(logits / cap)
         return logits
 
+    def _caption_loss(
+        self, hidden_states: torch.Tensor, targets: torch.Tensor, num_items_in_batch: torch.Tensor | int | None
+    ) -> torch.Tensor:
+        """L_Gen. The head runs where there is something to predict; many logits come in parts, twice in training."""
+        count = (targets != -100).sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
+
+        def loss(hidden_states: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+            predicts = targets != -100
+            return caption_loss(self._logits(hidden_states[predicts]), targets[predicts], count)
+
+        rows = max(1, MAX_LOGITS // (targets.shape[1] * self.config.text_config.vocab_size))
+        if len(targets) <= rows:
+            return loss(hidden_states, targets)
+        parts = zip(hidden_states.split(rows), targets.split(rows))
+        return torch.stack([checkpoint(loss, *part, use_reentrant=False) for part in parts]).sum()
+
     def _embed_tokens(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Input vectors `(B, T, H)`; every run of exactly 64 [CAP] becomes [CAP_1..64] (equation 6)."""
         inputs_embeds = self.get_input_embeddings()(input_ids)
@@ -449,13 +467,10 @@ class MMGEMModel(PreTrainedModel, GenerationMixin):
             hidden_states = outputs.last_hidden_state
             if input_ids is not None and past_key_values is None:
                 at_emb = hidden_states[input_ids.eq(self.config.emb_token_id)]
-                if len(at_emb) > 0:
+                if torch.compiler.is_compiling() or len(at_emb) > 0:  # a graph cannot branch on what its inputs hold
                     text_embeds = nn.functional.normalize(self.text_projection(at_emb), dim=-1)
             if labels is not None:
-                predicts = labels[:, 1:] != -100
-                caption = caption_loss(
-                    self._logits(hidden_states[:, :-1][predicts]), labels[:, 1:][predicts], num_items_in_batch
-                )
+                caption = self._caption_loss(hidden_states[:, :-1], labels[:, 1:], num_items_in_batch)
             if labels is None or not self.training:
                 logits = self._logits(slice_logits_to_keep(hidden_states, logits_to_keep))
 

@@ -29,6 +29,8 @@ from .stages import freeze_parameters, parameter_groups
 
 logger = logging.get_logger(__name__)
 
+DATA_BOUND = 1 / 3  # share of the time spent waiting for data from which on the log says so
+
 
 class MMGEMTrainer(Trainer):
     """
@@ -72,6 +74,10 @@ class MMGEMTrainer(Trainer):
             )
         if args.mini_batch_size:
             refuse_dropout(model)
+        if args.torch_compile:
+            # How many rows, captions' tokens and [EMB] there are differs from step to step: one graph for all.
+            torch._dynamo.config.capture_dynamic_output_shape_ops = True
+            torch._dynamo.config.capture_scalar_outputs = True
         freeze_parameters(model, args.objective, args.freeze)
         super().__init__(
             model=model,
@@ -261,6 +267,11 @@ class MMGEMTrainer(Trainer):
             elapsed = now - self._interval["start"]
             logs["samples_per_second"] = round(self._interval["samples"] / elapsed, 1)
             logs["data_time_fraction"] = round(self._interval["data"] / elapsed, 3)
+            if logs["data_time_fraction"] > DATA_BOUND and self.state.global_step > self.args.logging_steps:
+                logger.warning_once(
+                    "Data is the bottleneck: more than a third of the time went into waiting for it. Raise "
+                    f"--dataloader_num_workers ({self.args.dataloader_num_workers} now), or store smaller pictures."
+                )
             self._interval = {"start": now, "data": 0.0, "samples": 0}
         super().log(logs, start_time)
 

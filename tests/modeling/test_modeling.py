@@ -111,6 +111,28 @@ def test_gradient_checkpointing_gives_the_same_gradient(processor):
         torch.testing.assert_close(gradient, gradients[1][name], msg=name)
 
 
+@pytest.mark.parametrize("num_items", [None, 40])
+def test_many_logits_come_in_parts_with_the_same_loss_and_gradient(processor, monkeypatch, num_items):
+    texts = ["a dog on a beach", "the cat", "snow on a mountain", "two people"]
+    batch = joint_batch(processor, texts, [make_picture(i) for i in range(4)])
+    losses, gradients, largest = [], [], []
+    for limit in (2**27, 3 * batch["input_ids"].numel() // 8 * len(processor.tokenizer)):  # all; 3 of the 8 rows
+        monkeypatch.setattr("mmgem.modeling_mmgem.modeling_mmgem.MAX_LOGITS", limit)
+        model = make_model(processor).train()
+        hidden_states = torch.randn(*batch["labels"].shape, 32, generator=torch.Generator().manual_seed(0))
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):  # noqa: B023
+            loss = model._caption_loss(hidden_states, batch["labels"], num_items)
+        loss.backward()
+        losses.append(loss.detach())
+        gradients.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+        largest.append(max(kept))
+    assert largest[0] >= (batch["labels"] != -100).sum() * len(processor.tokenizer) > 4 * largest[1]
+    torch.testing.assert_close(losses[1], losses[0])
+    assert gradients[0].keys() == {"lm_head.weight"} == gradients[1].keys()
+    torch.testing.assert_close(gradients[1]["lm_head.weight"], gradients[0]["lm_head.weight"])
+
+
 def test_bfloat16(processor):
     model = make_model(processor)
     reference = embed(model, processor, ["a dog on a beach"])

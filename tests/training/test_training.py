@@ -1,5 +1,6 @@
 """Training as a user runs it: arguments, groups, tau, overfitting, bad data, resume."""
 
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -7,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 from transformers import TrainerCallback
 
 from mmgem import MMGEMModel
@@ -84,6 +86,42 @@ def test_equal_captions_and_equal_pictures_in_a_batch_are_no_negatives(processor
     trainer = MMGEMTrainer(model, args, processor, dataset)
     trainer.train()
     assert trainer.state.log_history[0]["contrastive_loss"] == pytest.approx(expected, abs=1e-4)
+
+
+def test_compiled_twice_at_most_in_a_hundred_steps_of_any_number_of_rows(processor, tmp_path, monkeypatch):
+    rng = random.Random(0)
+    words = " ".join(CAPTIONS).split()
+    rows = [
+        {"image": make_picture(i), "caption": " ".join(rng.choices(words, k=rng.randint(1, 20)))} for i in range(64)
+    ]
+
+    def curve(folder, **options):
+        args = training_arguments(tmp_path / folder, max_steps=100, logging_steps=1, **options)
+        trainer = MMGEMTrainer(make_model(processor), args, processor, PairDataset(Table(rows)), pack_length=64)
+        collate, numbers = trainer.data_collator, set()
+
+        def collate_and_count(examples):
+            batch = collate(examples)
+            numbers.add(len(batch["input_ids"]))
+            return batch
+
+        trainer.data_collator = collate_and_count
+        trainer.train()
+        assert len(numbers) >= 3
+        return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+    torch._dynamo.reset()
+    counters.clear()
+    plain = curve("plain")
+    assert counters["stats"]["unique_graphs"] == 0
+    # What the Trainer sets is undone after the test.
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "no")
+    monkeypatch.setattr(torch._dynamo.config, "capture_dynamic_output_shape_ops", False)
+    monkeypatch.setattr(torch._dynamo.config, "capture_scalar_outputs", False)
+    compiled = curve("compiled", torch_compile=True, torch_compile_backend="eager")
+    assert 1 <= counters["stats"]["unique_graphs"] <= 2
+    assert not counters["graph_break"]
+    torch.testing.assert_close(compiled[:20], plain[:20], rtol=1e-4, atol=0)
 
 
 def test_fresh_process_gets_the_trainers_embeddings_and_captions(processor, tmp_path):
