@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test check clean
+.PHONY: demo test check bench-env clean
 
 demo: $(READY)
 	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
@@ -28,5 +28,15 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
 	touch $(READY)
 
+# open_clip, with which benchmarks/train_step.py compares, needs torchvision: an environment of its own.
+bench-env: .venv-bench/.ready
+
+.venv-bench/.ready: pyproject.toml constraints.txt benchmarks/requirements.txt
+	$(PYTHON) -m venv .venv-bench
+	.venv-bench/bin/python -m pip install --quiet --upgrade "pip>=24" "setuptools>=77"
+	.venv-bench/bin/python -m pip install --quiet -c constraints.txt -e .
+	.venv-bench/bin/python -m pip install --quiet --no-deps -r benchmarks/requirements.txt
+	touch .venv-bench/.ready
+
 clean:
-	rm -rf $(VENV) build dist outputs *.egg-info
+	rm -rf $(VENV) .venv-bench build dist outputs *.egg-info
