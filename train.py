@@ -57,6 +57,7 @@ def main() -> None:
         trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     except (BadDataError, CheckpointError) as error:
         sys.exit(f"error: {error}")
+    trainer.merge_lora()
     try:
         trainer.save_model()
     except (OSError, SafetensorError) as error:

@@ -65,6 +65,22 @@ class MMGEMOutput(ModelOutput):
     past_key_values: Cache | None = None
 
 
+class LogitScale(nn.Module):
+    """
+    Times 1 / tau, which is learned as its logarithm and bounded. A module with a weight of one element, not a scalar
+    of the model: PEFT trains and saves modules, FSDP shards vectors.
+    """
+
+    def __init__(self, init_value: float, max_value: float):
+        super().__init__()
+        self.init_value, self.max_value = init_value, max_value
+        self.weight = nn.Parameter(torch.tensor([init_value]))
+
+    def forward(self, similarities: torch.Tensor) -> torch.Tensor:
+        """Of any shape; float32 out."""
+        return similarities * self.weight[0].float().clamp(max=self.max_value).exp()
+
+
 class MMGEMModel(PreTrainedModel, GenerationMixin):
     """
     MM-GEM: the same language model embeds a text and captions a picture, an image's box or a mask of it.
@@ -120,7 +136,7 @@ class MMGEMModel(PreTrainedModel, GenerationMixin):
         self.region_projection = nn.Linear(dim, dim)  # h4
         # [CAP_i] minus [CAP]: zero is "a copy of [CAP]", whatever [CAP] has become.
         self.soft_prompts = nn.Embedding(config.num_soft_prompts, text_config.hidden_size)
-        self.logit_scale = nn.Parameter(torch.tensor(float(config.logit_scale_init_value)))
+        self.logit_scale = LogitScale(float(config.logit_scale_init_value), config.logit_scale_max_value)
         embeddings = self.language_model.get_input_embeddings()
         name = next(name for name, module in self.language_model.named_modules() if module is embeddings)
         self._tied_weights_keys = {"lm_head.weight": f"language_model.{name}.weight"}
@@ -143,8 +159,8 @@ class MMGEMModel(PreTrainedModel, GenerationMixin):
             init.zeros_(module.bias)
         elif module is self.soft_prompts:
             init.zeros_(module.weight)
-        elif module is self:
-            init.constant_(self.logit_scale, float(self.config.logit_scale_init_value))
+        elif isinstance(module, LogitScale):
+            init.constant_(module.weight, module.init_value)
         else:
             super()._init_weights(module)
 
@@ -436,7 +452,7 @@ class MMGEMModel(PreTrainedModel, GenerationMixin):
         """
         if input_ids is None and inputs_embeds is None and pixel_values is None:
             raise ValueError("Pass input_ids (or inputs_embeds), pixel_values, or both.")
-        logit_scale = self.logit_scale.float().clamp(max=self.config.logit_scale_max_value).exp()
+        logit_scale = self.logit_scale(torch.ones((), device=self.logit_scale.weight.device))
         image_embeds = text_embeds = logits = logits_per_text = contrastive = caption = outputs = None
         if pixel_values is not None:
             features, grid = self._patch_features(pixel_values)

@@ -142,6 +142,14 @@ class MMGEMTrainingArguments(TrainingArguments):
     projection_lr_multiplier: float = field(
         default=10.0, metadata={"help": "Learning rate of projections and logit_scale over the backbones'."}
     )
+    lora_rank: int = field(
+        default=0,
+        metadata={
+            "help": "Train LoRA matrices of this rank beside the language model's, its new tokens' rows and the "
+            "projections, and nothing else; 0: everything. What is saved in the end is one plain model."
+        },
+    )
+    lora_alpha: float | None = field(default=None, metadata={"help": "LoRA's scale; twice the rank by default."})
     freeze: list[str] = field(
         default_factory=list,
         metadata={"help": "Parameters not to train: names or beginnings of names, such as vision_model."},
@@ -163,6 +171,8 @@ class MMGEMTrainingArguments(TrainingArguments):
                 f"caption_loss_weight must be above 0, got {self.caption_loss_weight}; for no captions at all there "
                 "is --objective contrastive."
             )
+        if self.lora_rank < 0:
+            raise ValueError(f"lora_rank must be 0 (off) or more, got {self.lora_rank}.")
         if self.mini_batch_size < 0:
             raise ValueError(f"mini_batch_size must be 0 (off) or more, got {self.mini_batch_size}.")
         if self.mini_batch_size and self.objective == "caption":

@@ -1,10 +1,14 @@
-"""Which parameters a stage trains, and at which rate."""
+"""Which parameters a stage trains, at which rate, and by which optimiser."""
 
 import difflib
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import nn
+from transformers import Trainer
+
+from .arguments import MMGEMTrainingArguments
 
 
 PROJECTIONS = ("visual_projection", "text_projection", "caption_projection", "logit_scale")
@@ -42,14 +46,27 @@ def freeze_parameters(model: nn.Module, objective: str, names: Sequence[str] = (
 def parameter_groups(
     model: nn.Module, learning_rate: float, projection_lr_multiplier: float, weight_decay: float
 ) -> list[dict[str, Any]]:
-    """Projections at a multiple of the backbones' rate (paper: 10 x); vectors and scalars without weight decay."""
+    """Projections at a multiple of the backbones' rate (paper: 10 x); vectors without weight decay."""
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            factor = projection_lr_multiplier if any(_begins(name, p) for p in PROJECTIONS) else 1.0
+            own_name = name.removeprefix("module.").removeprefix("base_model.model.")  # of DDP, of PEFT
+            factor = projection_lr_multiplier if any(_begins(own_name, p) for p in PROJECTIONS) else 1.0
             decay = weight_decay if parameter.ndim > 1 else 0.0
             groups.setdefault((learning_rate * factor, decay), []).append(parameter)
     return [{"params": params, "lr": lr, "weight_decay": decay} for (lr, decay), params in groups.items()]
+
+
+def make_optimizer(args: MMGEMTrainingArguments, model: nn.Module) -> torch.optim.Optimizer:
+    """The optimiser that `--optim` names, from transformers or pytorch-optimizer, over what is not frozen."""
+    groups = parameter_groups(model, args.learning_rate, args.projection_lr_multiplier, args.weight_decay)
+    if not args.kept_optimizer:
+        optimizer_class, options = Trainer.get_optimizer_cls_and_kwargs(args, model)  # type: ignore[arg-type]
+        return optimizer_class(groups, **options)
+    import pytorch_optimizer
+
+    options = {"lr": args.learning_rate, "betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
+    return getattr(pytorch_optimizer, args.kept_optimizer)(groups, **{**options, **args.optimizer_options})
 
 
 def _begins(parameter: str, name: str) -> bool:

@@ -1,6 +1,5 @@
 """The Trainer of stage 1: transformers' own, with the joint loss over all processes."""
 
-import json
 import os
 import time
 from collections import Counter
@@ -8,23 +7,25 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from peft import PeftModel
 from transformers import Trainer, TrainerCallback
-from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
 from ..data.collator import PairCollator
-from ..data.pairs import BadDataError, PairDataset, digest
+from ..data.pairs import BadDataError, PairDataset
 from ..data.shards import ShardStream
 from ..evaluation.evaluator import evaluate_model
 from ..modeling_mmgem import MMGEMModel, contrastive_loss
 from ..processing import MMGEMProcessor
 from .arguments import MMGEMTrainingArguments
-from .checkpoints import CheckpointError, find_checkpoint, writing
+from .checkpoints import find_checkpoint, writing
 from .checks import check_packing, check_parallelism
 from .gathering import GatherWithGradient
 from .gradient_cache import Embeddings, cached_backward, refuse_dropout
-from .stages import freeze_parameters, parameter_groups
+from .lora import add_lora
+from .stages import freeze_parameters, make_optimizer
+from .stream_progress import StreamProgress
 
 
 logger = logging.get_logger(__name__)
@@ -78,9 +79,10 @@ class MMGEMTrainer(Trainer):
             # How many rows, captions' tokens and [EMB] there are differs from step to step: one graph for all.
             torch._dynamo.config.capture_dynamic_output_shape_ops = True
             torch._dynamo.config.capture_scalar_outputs = True
+        lora = add_lora(model, args.lora_rank, args.lora_alpha) if args.lora_rank else None
         freeze_parameters(model, args.objective, args.freeze)
         super().__init__(
-            model=model,
+            model=model if lora is None else lora,  # type: ignore[arg-type]
             args=args,
             data_collator=PairCollator(processor, args.objective, pack_length, args.mini_batch_size),
             train_dataset=train_dataset,
@@ -94,10 +96,11 @@ class MMGEMTrainer(Trainer):
         self.loss_is_scaled_for_ga = True
         self.bad_examples: dict[int | str, str] = {}
         self.bad_kinds: Counter[str] = Counter()
-        self._positions: dict[int, Any] = {}
-        self._batches = 0
+        is_stream = isinstance(train_dataset, ShardStream)
+        self.progress = StreamProgress(train_dataset, args) if is_stream else None
         self.truncated = self.seen = 0
         self._sums: dict[str, torch.Tensor] = {}
+        self._logit_scale: torch.Tensor | None = None
         self._steps_since_log = 0
         self._interval = {"start": time.perf_counter(), "data": 0.0, "samples": 0}
         self.add_callback(_Stage1Callback(model, train_dataset))
@@ -106,24 +109,7 @@ class MMGEMTrainer(Trainer):
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
-            args = self.args
-            groups = parameter_groups(
-                self.model if model is None else model,
-                args.learning_rate,
-                args.projection_lr_multiplier,
-                args.weight_decay,
-            )
-            if args.kept_optimizer:
-                import pytorch_optimizer
-
-                options: dict[str, Any] = {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
-                optimizer_class = getattr(pytorch_optimizer, args.kept_optimizer)
-                self.optimizer = optimizer_class(
-                    groups, **{"lr": args.learning_rate, **options, **args.optimizer_options}
-                )
-            else:
-                optimizer_class, options = self.get_optimizer_cls_and_kwargs(args, self.model)
-                self.optimizer = optimizer_class(groups, **options)
+            self.optimizer = make_optimizer(self.args, self.model if model is None else model)
         return self.optimizer
 
     def get_batch_samples(
@@ -137,9 +123,8 @@ class MMGEMTrainer(Trainer):
         for batch in batches:
             self._count_bad(batch.pop("bad"))
             if "position" in batch:
-                worker, position = batch.pop("position")
-                self._positions[worker] = position
-                self._batches += 1
+                assert self.progress is not None
+                self.progress.advance(*batch.pop("position"))
             self.truncated += batch.pop("truncated")
             samples = sum(len(part["pixel_values"]) for part in batch.get("mini_batches", [batch]))
             self.seen += samples
@@ -185,6 +170,7 @@ class MMGEMTrainer(Trainer):
         model_inputs = {name: inputs[name] for name in names if name in inputs}
         outputs = model(**model_inputs, num_items_in_batch=num_items_in_batch, return_loss=False, logits_to_keep=1)
         texts: Any = outputs.text_embeds[inputs["text_index"]] if "text_index" in inputs else None
+        self._logit_scale = outputs.logit_scale.detach() if self.args.objective != "caption" else None
         loss = None
         if outputs.caption_loss is not None:
             # num_items_in_batch counts the tokens of all processes, whose gradients will be averaged.
@@ -260,9 +246,8 @@ class MMGEMTrainer(Trainer):
                 total = self.accelerator.reduce(value.clone(), "mean") if self.args.world_size > 1 else value
                 logs[name] = float(total) / steps
             self._sums.clear()
-            if self.args.objective != "caption":
-                model = self.accelerator.unwrap_model(self.model)
-                logs["tau"] = (-model.logit_scale.detach().float()).exp().item()
+            if self._logit_scale is not None:
+                logs["tau"] = 1 / self._logit_scale.item()
             now = time.perf_counter()
             elapsed = now - self._interval["start"]
             logs["samples_per_second"] = round(self._interval["samples"] / elapsed, 1)
@@ -280,8 +265,8 @@ class MMGEMTrainer(Trainer):
         if resume_from_checkpoint:
             folder = self.args.output_dir if resume_from_checkpoint is True else resume_from_checkpoint
             resume_from_checkpoint = find_checkpoint(str(folder))
-            if isinstance(self.train_dataset, ShardStream):
-                self._resume_stream(self.train_dataset, resume_from_checkpoint)
+            if self.progress is not None:
+                self.progress.resume(resume_from_checkpoint)
         result = super().train(resume_from_checkpoint, *args, **kwargs)
         if self.bad_examples:
             logger.warning(f"{self._describe_bad_examples()}; the next stood in for each.")
@@ -318,47 +303,15 @@ class MMGEMTrainer(Trainer):
     def _save_rng_state(self, output_dir: str) -> None:
         """Beside each process's random state, how far it is in its stream."""
         super()._save_rng_state(output_dir)
-        if isinstance(self.train_dataset, ShardStream):
-            state = {"readers": self._readers(), "data": self._data(), "batches": self._batches}
-            state["positions"] = self._positions
-            with open(self._stream_state(output_dir), "w", encoding="utf-8") as file:
-                json.dump(state, file)
+        if self.progress is not None:
+            self.progress.save(output_dir)
         # What makes a checkpoint whole, trainer_state.json, comes after this: nobody may lag behind.
         self.accelerator.wait_for_everyone()
 
-    def _readers(self) -> list[int]:
-        return [self.args.world_size, max(self.args.dataloader_num_workers, 1)]
-
-    def _data(self) -> int:
-        stream: Any = self.train_dataset
-        data = [stream.sources, stream.weights.tolist(), stream.window, stream.seed, self.args.train_batch_size]
-        return digest(json.dumps(data).encode())
-
-    def _stream_state(self, checkpoint: str) -> str:
-        return os.path.join(checkpoint, f"stream_{self.args.process_index}.json")
-
-    def _resume_stream(self, stream: ShardStream, checkpoint: str) -> None:
-        try:
-            with open(self._stream_state(checkpoint), encoding="utf-8") as file:
-                state = json.load(file)
-        except FileNotFoundError as error:
-            raise CheckpointError(f"{checkpoint} does not say how far a stream was: {error}") from error
-        with open(os.path.join(checkpoint, TRAINER_STATE_NAME), encoding="utf-8") as file:
-            if json.load(file)["global_step"] >= self.args.max_steps:
-                raise CheckpointError(f"{checkpoint} is the end of this run; raise --max_steps to go on.")
-        if state["data"] != self._data():
-            raise CheckpointError(
-                f"{checkpoint} read other data, or otherwise: go on with the same train_shards, shard_weights, "
-                "shuffle_window, seed and batch size, or start anew with --init_from."
-            )
-        if state["readers"] != self._readers():
-            raise CheckpointError(
-                f"{checkpoint} was read by {state['readers']} (processes, workers each), not {self._readers()}: each "
-                "reader has shards of its own, so go on with as many, or start anew with --init_from."
-            )
-        self._batches = state["batches"]
-        self._positions = {int(worker): position for worker, position in state["positions"].items()}
-        stream.start_from(self._batches, dict(self._positions))
+    def merge_lora(self) -> None:
+        """Makes one plain model of LoRA's adapter and what it was trained beside."""
+        if isinstance(self.model, PeftModel):
+            self.model = self.model.merge_and_unload()  # type: ignore[assignment,operator]
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
@@ -401,4 +354,4 @@ class _Stage1Callback(TrainerCallback):
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         # Beyond the bound forward clamps, and its gradient is zero: the parameter could not come back by itself.
         with torch.no_grad():
-            self.model.logit_scale.clamp_(max=self.model.config.logit_scale_max_value)
+            self.model.logit_scale.weight.clamp_(max=self.model.config.logit_scale_max_value)

@@ -215,7 +215,7 @@ def test_losses_of_forward_against_the_definition(processor):
 
 def test_tau_never_falls_below_its_bound(model, processor):
     with torch.no_grad():
-        model.logit_scale.fill_(9.0)
+        model.logit_scale.weight.fill_(9.0)
     inputs = processor(text=["a dog"], images=[make_picture(0)], return_tensors="pt")
     assert model(**inputs).logit_scale.item() == pytest.approx(100)
 

@@ -76,7 +76,7 @@ def test_equal_captions_and_equal_pictures_in_a_batch_are_no_negatives(processor
     with torch.no_grad():
         texts = model.get_embedding(**processor(text=[c for _, c in pairs], return_tensors="pt"))
         images = model.get_embedding(**processor(images=[make_picture(i) for i, _ in pairs], return_tensors="pt"))
-        scale = model.logit_scale.exp()
+        scale = model.logit_scale.weight.exp()
     expected = 0.0
     for i, columns in enumerate(([0, 2, 3], [1, 2, 3], [0, 1, 2], [0, 1, 3])):
         for own, others in ((texts[i], images), (images[i], texts)):
@@ -154,17 +154,17 @@ torch.save({"text": model.get_embedding(**processor(text=["a dog on a beach"], r
 
 def test_tau_starts_where_it_should_and_stays_above_its_bound(processor, tmp_path):
     model = make_model(processor)
-    assert 1 / model.logit_scale.exp().item() == pytest.approx(0.07)
+    assert 1 / model.logit_scale.weight.exp().item() == pytest.approx(0.07)
     # A rate that throws the parameter over the bound in one step, if nothing holds it.
     args = training_arguments(tmp_path, max_steps=3, learning_rate=5.0, objective="contrastive", warmup_steps=0)
     trainer = MMGEMTrainer(model, args, processor, eight_pictures())
     with torch.no_grad():
-        model.logit_scale.fill_(4.6)
-    gradient_sign = []
-    model.logit_scale.register_hook(lambda gradient: gradient_sign.append(gradient) or -torch.ones_like(gradient))
+        model.logit_scale.weight.fill_(4.6)
+    seen = []
+    model.logit_scale.weight.register_hook(lambda gradient: seen.append(gradient) or -torch.ones_like(gradient))
     trainer.train()
-    assert len(gradient_sign) == 3
-    assert model.logit_scale.item() == pytest.approx(model.config.logit_scale_max_value)
+    assert len(seen) == 3
+    assert model.logit_scale.weight.item() == pytest.approx(model.config.logit_scale_max_value)
 
 
 @pytest.mark.parametrize("objective", ["joint", "contrastive", "caption"])
