@@ -13,19 +13,24 @@ import transformers
 from safetensors import SafetensorError
 
 import mmgem
+from mmgem import MMGEMModel
 from mmgem.data.loading import load_pairs
 from mmgem.data.pairs import BadDataError, PairDataset
 from mmgem.evaluation.evaluator import evaluate_model
 from mmgem.evaluation.report import current_commit, write_report
 from mmgem.training.arguments import DataArguments, parse_arguments
-from mmgem.training.building import build_model_and_processor, initial_image_size
+from mmgem.training.building import build_model_and_processor, initial_image_size, planned_config
 from mmgem.training.checkpoints import CheckpointError
+from mmgem.training.dry_run import dry_run_report
 from mmgem.training.trainer import MMGEMTrainer
 
 
 def prepare() -> tuple[DataArguments, MMGEMTrainer]:
-    """From the command line to a Trainer."""
-    model_args, data_args, args = parse_arguments()
+    """From the command line to a Trainer; with --dry_run, to an estimate and the end."""
+    model_args, data_args, args, dry_run_args = parse_arguments()
+    if dry_run_args.dry_run:
+        print(dry_run_report(planned_config(model_args), args, data_args, dry_run_args))
+        sys.exit()
     transformers.set_seed(args.seed)
     train_dataset, eval_dataset = load_pairs(data_args, initial_image_size(model_args), args.seed)
     if eval_dataset is not None:
@@ -65,16 +70,17 @@ def main() -> None:
     trainer.leave_process_group()
     if eval_dataset is None or not trainer.is_world_process_zero():
         return
+    model = MMGEMModel.from_pretrained(args.output_dir).to(args.device)  # what others will load
     metrics, outputs = evaluate_model(
-        trainer.model, trainer.processor, eval_dataset, args.per_device_eval_batch_size, args.caption_samples
+        model, trainer.processor, eval_dataset, args.per_device_eval_batch_size, args.caption_samples
     )
     setting = {
         "dataset": data_args.dataset_name or data_args.validation_file,
         "split": str(eval_dataset.table.split),
         "prompt": "<image>[CAP]",
         "max_length": data_args.max_length,
-        "dtype": str(trainer.model.dtype),
-        "device": str(trainer.model.device),
+        "dtype": str(model.dtype),
+        "device": str(model.device),
         "seed": args.seed,
         "steps": trainer.state.global_step,
         "objective": args.objective,

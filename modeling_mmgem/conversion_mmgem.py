@@ -78,7 +78,13 @@ def configure_generation(model: Any, tokenizer: Any) -> None:
     generation.suppress_tokens = list(special_token_ids(tokenizer).values())
 
 
-def _load_vision_tower(vision: str, image_size: int | None) -> PreTrainedModel:
+def vision_config_of(vision: str) -> Any:
+    """
+    The configuration of a checkpoint's vision tower, as we use it.
+
+    Raises:
+        ValueError: for a tower that is not supported, by name.
+    """
     from .modeling_mmgem import VISION_MODEL_TYPES
 
     config = AutoConfig.from_pretrained(vision)
@@ -90,6 +96,11 @@ def _load_vision_tower(vision: str, image_size: int | None) -> PreTrainedModel:
         )
     if config.model_type == "siglip_vision_model":
         config.vision_use_head = False  # we pool the patches ourselves
+    return config
+
+
+def _load_vision_tower(vision: str, image_size: int | None) -> PreTrainedModel:
+    config = vision_config_of(vision)
     model, info = AutoModel.from_pretrained(vision, config=config, dtype=torch.float32, output_loading_info=True)
     missing = [name for name in info["missing_keys"] if not name.startswith("pooler.")]
     if missing:
@@ -151,4 +162,4 @@ def _add_rows(causal_lm: PreTrainedModel, vocab_size: int, known: torch.Tensor, 
             parameter.data[new_ids] = parameter.data[known].mean(0)
 
 
-__all__ = ["configure_generation", "interpolate_positions", "from_vision_text_pretrained"]
+__all__ = ["configure_generation", "from_vision_text_pretrained", "interpolate_positions", "vision_config_of"]

@@ -176,6 +176,16 @@ class MMGEMModel(PreTrainedModel, GenerationMixin):
     def get_decoder(self) -> nn.Module:
         return self.language_model
 
+    def enable_input_require_grads(self) -> None:
+        """
+        Of the language model alone, as adapters under gradient checkpointing need it. The library's own would send
+        gradients through a frozen vision tower, for nothing.
+        """
+        self.language_model.enable_input_require_grads()
+
+    def disable_input_require_grads(self) -> None:
+        self.language_model.disable_input_require_grads()
+
     # ---------------------------------------------------------------- pictures
 
     def _patch_features(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int]]:

@@ -113,6 +113,26 @@ class DataArguments:
 
 
 @dataclass
+class DryRunArguments:
+    """An estimate instead of a run, from configurations alone: neither weights nor data are read."""
+
+    dry_run: bool = field(
+        default=False, metadata={"help": "Print parameters, memory per device and cost of a step, and stop."}
+    )
+    dry_run_devices: int = field(default=1, metadata={"help": "Devices of the run; the batch size is that of each."})
+    dry_run_memory: float | None = field(
+        default=None, metadata={"help": "GiB of each device, to warn by; this machine's by default."}
+    )
+    dry_run_tflops: float | None = field(
+        default=None, metadata={"help": "Peak of each device in TFLOP/s; measured on this machine by default."}
+    )
+    dry_run_mfu: float = field(default=0.4, metadata={"help": "Share of the peak that training reaches."})
+    dry_run_caption_tokens: int = field(
+        default=20, metadata={"help": "Tokens of an average caption, BOS and [EMB] included."}
+    )
+
+
+@dataclass
 class MMGEMTrainingArguments(TrainingArguments):
     """
     transformers' TrainingArguments, plus what stage 1 needs. `learning_rate` is the backbones' rate.
@@ -208,7 +228,7 @@ def _load_yaml(source: Any, name: str) -> Any:
 
 def parse_arguments(
     arguments: list[str] | None = None,
-) -> tuple[ModelArguments, DataArguments, MMGEMTrainingArguments]:
+) -> tuple[ModelArguments, DataArguments, MMGEMTrainingArguments, DryRunArguments]:
     """
     `--config file.yaml` and `--option value`, the command line winning over the file.
 
@@ -216,7 +236,12 @@ def parse_arguments(
         ValueError: for an unknown option, with the nearest known one.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
-    types: list[DataClassType] = [ModelArguments, DataArguments, MMGEMTrainingArguments]  # type: ignore[list-item]
+    types: list[DataClassType] = [
+        ModelArguments,  # type: ignore[list-item]
+        DataArguments,  # type: ignore[list-item]
+        MMGEMTrainingArguments,  # type: ignore[list-item]
+        DryRunArguments,  # type: ignore[list-item]
+    ]
     parser = HfArgumentParser(types, allow_abbrev=False)  # type: ignore[arg-type]
     known = {f.name for data_class in types for f in fields(data_class) if f.init}  # type: ignore[arg-type]
     hints = {name: hint for data_class in types for name, hint in get_type_hints(data_class).items()}

@@ -10,11 +10,12 @@ from transformers import AutoConfig, PreTrainedModel
 from transformers.models.clip import CLIPImageProcessorPil
 
 from ..configuration import MMGEMConfig
+from ..configuration.configuration_mmgem import TOKEN_IDS
 from ..data.pairs import PairDataset
 from ..data.shards import ShardStream
 from ..data.tokenizer import train_tokenizer
 from ..modeling_mmgem import MMGEMModel
-from ..modeling_mmgem.conversion_mmgem import configure_generation, interpolate_positions
+from ..modeling_mmgem.conversion_mmgem import configure_generation, interpolate_positions, vision_config_of
 from ..processing import MMGEMProcessor, set_image_size, to_mmgem_tokenizer
 from ..processing.tokenization_mmgem import special_token_ids
 from .arguments import ModelArguments
@@ -64,6 +65,25 @@ def build_model_and_processor(
     return _from_scratch(arguments, train_dataset, max_length)
 
 
+def planned_config(arguments: ModelArguments) -> MMGEMConfig:
+    """The architecture that a run would start from, of configurations alone."""
+    if arguments.init_from is not None:
+        config = _own_config(arguments.init_from)
+    elif arguments.vision_model_name_or_path and arguments.text_model_name_or_path:
+        text = AutoConfig.from_pretrained(arguments.text_model_name_or_path).to_dict()
+        text["vocab_size"] += len(TOKEN_IDS)
+        config = MMGEMConfig(
+            vision_config=vision_config_of(arguments.vision_model_name_or_path).to_dict(),
+            text_config=text,
+            projection_dim=arguments.projection_dim,
+        )
+    else:
+        return _config_from_scratch(arguments, {"vocab_size": arguments.vocab_size}, {})
+    if arguments.image_size is not None:
+        config.vision_config.image_size = arguments.image_size
+    return config
+
+
 def _own_config(name: str) -> MMGEMConfig:
     config = AutoConfig.from_pretrained(name)
     if config.model_type != "mmgem":
@@ -79,25 +99,13 @@ def _from_scratch(
 ) -> tuple[MMGEMModel, MMGEMProcessor]:
     captions = (caption for captions in train_dataset.captions() for caption in captions)
     tokenizer = to_mmgem_tokenizer(train_tokenizer(captions, arguments.vocab_size))
-    vision: dict[str, Any] = {"model_type": "clip_vision_model", **arguments.vision_config}  # type: ignore[dict-item]
-    if arguments.image_size is not None:
-        vision["image_size"] = arguments.image_size
-    text: dict[str, Any] = {
-        "model_type": "llama",
-        **arguments.text_config,  # type: ignore[dict-item]
+    text = {
         "vocab_size": len(tokenizer),
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
     }
-    config = MMGEMConfig(
-        vision_config=vision,
-        text_config=text,
-        projection_dim=arguments.projection_dim,
-        **special_token_ids(tokenizer),
-    )
-    # Keeps the variance. At 0.02 five small matrices in a row stand between a picture and the word for it.
-    config.initializer_range = config.text_config.hidden_size**-0.5
+    config = _config_from_scratch(arguments, text, special_token_ids(tokenizer))
     model = MMGEMModel(config)
     configure_generation(model, tokenizer)
     side = config.vision_config.image_size
@@ -108,6 +116,21 @@ def _from_scratch(
     _whiten_patches(model.vision_model, image_processor, train_dataset)
     _set_sinusoidal_positions(model.vision_model, side // config.vision_config.patch_size)
     return model, MMGEMProcessor(image_processor, tokenizer, max_length=max_length)
+
+
+def _config_from_scratch(arguments: ModelArguments, text: dict[str, Any], token_ids: dict[str, int]) -> MMGEMConfig:
+    vision: dict[str, Any] = {"model_type": "clip_vision_model", **arguments.vision_config}  # type: ignore[dict-item]
+    if arguments.image_size is not None:
+        vision["image_size"] = arguments.image_size
+    config = MMGEMConfig(
+        vision_config=vision,
+        text_config={"model_type": "llama", **arguments.text_config, **text},  # type: ignore[dict-item]
+        projection_dim=arguments.projection_dim,
+        **token_ids,
+    )
+    # Keeps the variance. At 0.02 five small matrices in a row stand between a picture and the word for it.
+    config.initializer_range = config.text_config.hidden_size**-0.5
+    return config
 
 
 def _pixel_statistics(dataset: PairDataset | ShardStream) -> tuple[list[float], list[float]]:

@@ -39,9 +39,9 @@ def check_packing(model: MMGEMModel, accelerator: Accelerator) -> None:
         )
 
 
-def check_parallelism(args: MMGEMTrainingArguments, sharded: bool) -> None:
+def check_parallelism(args: MMGEMTrainingArguments, fsdp: bool = False, deepspeed: bool = False) -> None:
     """
-    Refuses what would not train on the gradients of the whole batch.
+    Refuses what would not train on the gradients of the whole batch, or not at all.
 
     Raises:
         ValueError: naming it, with the remedy.
@@ -51,7 +51,16 @@ def check_parallelism(args: MMGEMTrainingArguments, sharded: bool) -> None:
             f"This one process sees {args.n_gpu} GPUs, and would split each batch without its negatives; start one "
             "process per GPU (accelerate launch), or set CUDA_VISIBLE_DEVICES."
         )
-    if sharded:
-        raise ValueError("Stage 1 is made for DistributedDataParallel; FSDP and DeepSpeed are not supported yet.")
+    if deepspeed:
+        raise ValueError("DeepSpeed is not supported; several GPUs train by DistributedDataParallel or FSDP2.")
+    if fsdp and args.kept_optimizer:
+        raise ValueError(
+            f"{args.kept_optimizer} looks at whole matrices, of which each process has a part under FSDP; choose "
+            "--optim adamw_torch, or DistributedDataParallel."
+        )
+    if fsdp and args.eval_strategy != "no":
+        raise ValueError("Under FSDP there is no evaluation while training; pass --eval_strategy no.")
+    if fsdp and args.lora_rank:
+        raise ValueError("LoRA's weights are merged where they are whole: train it without FSDP.")
     if args.world_size > 1 and not args.average_tokens_across_devices:
         raise ValueError("Captions are averaged over the tokens of all processes: keep average_tokens_across_devices.")

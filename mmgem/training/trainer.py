@@ -90,7 +90,7 @@ class MMGEMTrainer(Trainer):
             processing_class=processor,
             **kwargs,
         )
-        check_parallelism(args, sharded=self.is_fsdp_enabled or self.is_deepspeed_enabled)
+        check_parallelism(args, self.is_fsdp_enabled, self.is_deepspeed_enabled)
         self.processor = processor
         self.max_bad_fraction = max_bad_fraction
         self.loss_is_scaled_for_ga = True

@@ -102,8 +102,8 @@ def test_gradient_checkpointing_gives_the_same_gradient(processor):
     for checkpointing in (False, True):
         model = make_model(processor).train()
         if checkpointing:
-            model.gradient_checkpointing_enable()
-            assert model.is_gradient_checkpointing
+            model.activation_checkpointing_enable()
+            assert model.is_activation_checkpointing
         model(**batch, return_loss=True).loss.backward()
         gradients.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
     assert gradients[0].keys() == gradients[1].keys()

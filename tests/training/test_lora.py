@@ -30,7 +30,7 @@ def make_trainer(processor, folder, changes=None, **options):
 @pytest.mark.parametrize("name", LANGUAGE_MODELS)
 def test_trains_adapter_projections_and_new_rows_and_ends_as_one_plain_model(processor, tmp_path, name):
     before = make_model(processor, **LANGUAGE_MODELS[name]).state_dict()
-    trainer = make_trainer(processor, tmp_path, LANGUAGE_MODELS[name], gradient_checkpointing=name == "llama")
+    trainer = make_trainer(processor, tmp_path, LANGUAGE_MODELS[name], activation_checkpointing=name == "llama")
     trainer.train()
     saved = load_file(tmp_path / "checkpoint-6" / "adapter_model.safetensors")
     kept = {key.removeprefix("base_model.model.").split(".")[0] for key in saved}

@@ -270,16 +270,20 @@ def test_caption_choice_depends_on_epoch_and_index_alone():
     "changes, message",
     [
         ({"n_gpu": 2}, "accelerate launch"),
-        ({"sharded": True}, "DistributedDataParallel"),
+        ({"deepspeed": True}, "DeepSpeed is not supported"),
+        ({"fsdp": True, "kept_optimizer": "Lamb"}, "Lamb looks at whole matrices"),
+        ({"fsdp": True, "eval_strategy": "steps"}, "--eval_strategy no"),
+        ({"fsdp": True, "lora_rank": 4}, "without FSDP"),
         ({"world_size": 2, "average_tokens_across_devices": False}, "average_tokens_across_devices"),
     ],
 )
 def test_parallelism_that_would_train_on_other_gradients_is_refused(changes, message):
-    sharded = changes.pop("sharded", False)
-    plain = {"n_gpu": 0, "world_size": 1, "average_tokens_across_devices": True}
-    check_parallelism(SimpleNamespace(**plain), sharded=False)
+    sharding = {name: changes.pop(name, False) for name in ("fsdp", "deepspeed")}
+    plain = {"n_gpu": 0, "world_size": 1, "average_tokens_across_devices": True, "kept_optimizer": None}
+    plain |= {"eval_strategy": "no", "lora_rank": 0}
+    check_parallelism(SimpleNamespace(**plain), fsdp=sharding["fsdp"])
     with pytest.raises(ValueError, match=message):
-        check_parallelism(SimpleNamespace(**plain | changes), sharded)
+        check_parallelism(SimpleNamespace(**plain | changes), **sharding)
 
 
 def test_language_model_that_mixes_packed_sequences_is_refused(processor, tmp_path):

@@ -1,0 +1,308 @@
+"""What a run will take of each device, told before it starts: two training steps on tensors without memory."""
+
+import contextlib
+import gc
+import time
+import weakref
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import psutil
+import torch
+from torch import nn
+from torch._subclasses import FakeTensorMode
+from torch.utils import flop_counter
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers.initialization import no_init_weights
+
+from ..configuration import MMGEMConfig
+from ..modeling_mmgem import MMGEMModel, caption_loss, contrastive_loss
+from ..modeling_mmgem.losses_mmgem import BLOCK_SIZE
+from .arguments import DataArguments, DryRunArguments, MMGEMTrainingArguments
+from .gradient_cache import Embeddings, cached_backward
+from .lora import add_lora
+from .stages import freeze_parameters, make_optimizer
+
+
+FILL = 0.95  # of packed rows
+GIB = 2**30
+CUDA_CONTEXT = GIB  # roughly what CUDA and its libraries take
+
+
+@dataclass
+class Estimate:
+    """Parameters in numbers, bytes by part at the moment when most are taken, floating-point operations per step."""
+
+    parameters: int
+    trained: int
+    memory: dict[str, int]
+    flops: int
+
+
+def estimate(
+    config: MMGEMConfig, args: MMGEMTrainingArguments, data_args: DataArguments, dry_run: DryRunArguments
+) -> Estimate:
+    """
+    One device's share of a run with these options. Nothing is read or computed: tensors have shapes, types and
+    lifetimes only, and an operation's cost is counted where it would run.
+
+    Every mini-batch of a batch costs the same, so two of them are gone through.
+    """
+    batch_size = args.per_device_train_batch_size
+    mini_batch_size = min(args.mini_batch_size or batch_size, batch_size)
+    mini_batches = -(-batch_size // mini_batch_size)
+    simulated = min(mini_batches, 2)
+    attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    attention_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+    formulas = {
+        attention: lambda query, key, value, *_, **__: flop_counter.sdpa_flop_count(query, key, value),
+        attention_backward: lambda gradient, query, key, value, *_, **__: flop_counter.sdpa_backward_flop_count(
+            gradient, query, key, value
+        ),
+    }
+    flops = flop_counter.FlopCounterMode(display=False, custom_mapping=formulas)
+    live = LiveTensors(config.text_config.vocab_size)
+    with torch.device("meta"), no_init_weights():
+        model = MMGEMModel(config).train()
+        parameters = model.num_parameters()
+        if args.lora_rank:
+            add_lora(model, args.lora_rank, args.lora_alpha)
+    freeze_parameters(model, args.objective, args.freeze)
+    if args.activation_checkpointing:
+        model.activation_checkpointing_enable()
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        _move_from_meta(model)
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        optimizer = make_optimizer(args, model)
+        side = config.vision_config.image_size
+        pixels = torch.empty(batch_size, config.vision_config.num_channels, side, side)
+        live.add(pixels, "inputs")
+        for parameter in model.parameters():
+            live.add(parameter, "weights")
+        for parameter in trained:
+            parameter.register_post_accumulate_grad_hook(lambda p: live.add(p.grad, "gradients"))
+        # DistributedDataParallel's buckets.
+        buckets = [torch.empty_like(parameter) for parameter in trained if dry_run.dry_run_devices > 1]
+        for bucket in buckets:
+            live.add(bucket, "gradients")
+        step = _Step(model, args, data_args, dry_run, pixels[:mini_batch_size], -(-mini_batches // simulated))
+        for _ in range(2):  # from the second on the optimiser's state is there
+            live.peak.clear()
+            with live, flops:
+                step.backward(simulated)
+                optimizer.step()
+                optimizer.zero_grad()
+            for value in tree_leaves(list(optimizer.state.values())):
+                if isinstance(value, torch.Tensor):
+                    live.add(value, "optimizer")
+    contrastive = 0
+    if args.objective != "caption":  # two products of matrices; backward twice that, and blocks once more
+        similarities = batch_size * batch_size * dry_run.dry_run_devices
+        contrastive = 4 * similarities * config.projection_dim * (4 if similarities > BLOCK_SIZE else 3)
+    per_mini_batch = (flops.get_total_flops() - contrastive) // simulated  # of the second step alone
+    return Estimate(
+        parameters=parameters,
+        trained=sum(parameter.numel() for parameter in trained),
+        memory=dict(live.peak),
+        flops=(per_mini_batch * mini_batches + contrastive) * args.gradient_accumulation_steps,
+    )
+
+
+def _move_from_meta(model: nn.Module) -> None:
+    """To what tensors are made of here; what was shared stays shared."""
+    moved: dict[torch.Tensor, torch.Tensor] = {}
+    for module in model.modules():
+        for tensors in (module._parameters, module._buffers):
+            for name, old in tensors.items():
+                if old is not None and old not in moved:
+                    new = torch.empty(old.shape, dtype=old.dtype)
+                    moved[old] = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
+                if old is not None:
+                    tensors[name] = moved[old]  # type: ignore[assignment]
+
+
+class _Step:
+    """Forward and backward of mini-batches with the shapes that the collator would give them."""
+
+    def __init__(
+        self,
+        model: MMGEMModel,
+        args: MMGEMTrainingArguments,
+        data_args: DataArguments,
+        dry_run: DryRunArguments,
+        pixels: torch.Tensor,
+        contrastive_repeats: int,
+    ):
+        self.model = model
+        self.args = args
+        self.pixels = pixels
+        self.devices = dry_run.dry_run_devices
+        self.tokens = min(dry_run.dry_run_caption_tokens, data_args.max_length)
+        self.max_length = data_args.max_length
+        self.pack_length = data_args.pack_length if data_args.packing else 0
+        self.contrastive_repeats = contrastive_repeats
+
+    def backward(self, mini_batches: int) -> None:
+        """As the Trainer goes about it."""
+        objective = self.args.objective
+        if self.args.mini_batch_size:
+            cached_backward(
+                [{}] * mini_batches,
+                lambda _: self.forward(with_captions=False)[0],
+                self.contrastive,
+                lambda _: self.forward(with_captions=objective == "joint"),
+                lambda loss: loss.backward(),
+                contextlib.nullcontext,
+            )
+            return
+        embeddings, loss = self.forward(with_captions=objective != "contrastive")
+        losses = [] if loss is None else [loss]
+        if objective != "caption":
+            losses.append(self.contrastive(*embeddings))
+        torch.stack(losses).sum().backward()
+
+    def forward(self, with_captions: bool) -> tuple[Embeddings, torch.Tensor | None]:
+        """As the model's own, without what depends on the values of its inputs."""
+        model, size = self.model, len(self.pixels)
+        rows, width = self.rows(with_captions)
+        precision = torch.float16 if self.args.fp16 else torch.bfloat16
+        with torch.autocast("cpu", precision, enabled=self.args.bf16 or self.args.fp16):
+            images: Any = model.get_image_features(self.pixels).pooler_output
+            inputs_embeds = model.get_input_embeddings()(torch.zeros(rows, width, dtype=torch.long))
+            if with_captions:
+                places = torch.zeros(rows, width, 1, dtype=torch.bool)
+                tokens = model.caption_projection(images).to(inputs_embeds.dtype)
+                inputs_embeds = inputs_embeds.masked_scatter(places, tokens)
+            positions = torch.zeros(rows, width, dtype=torch.long) if self.pack_length else None
+            hidden_states = model._language_hidden_states(inputs_embeds, None, positions).last_hidden_state
+            hidden_states = hidden_states.flatten(0, 1)
+            texts = model.text_projection(hidden_states[:size])
+            scale = model.logit_scale(torch.ones(()))
+            loss = None
+            if with_captions:
+                targets = torch.zeros(size * (self.tokens - 1), dtype=torch.long)
+                loss = caption_loss(model._logits(hidden_states[: len(targets)]), targets)
+        return (nn.functional.normalize(texts, dim=-1), nn.functional.normalize(images, dim=-1), scale), loss
+
+    def rows(self, with_captions: bool) -> tuple[int, int]:
+        """Number and length of the rows that hold a mini-batch."""
+        sentences = 0 if self.args.objective == "caption" else len(self.pixels)
+        captions = len(self.pixels) if with_captions else 0
+        if not self.pack_length:
+            return sentences + captions, self.max_length
+        tokens = sentences * self.tokens + captions * (self.tokens + 1)
+        return max(1, round(tokens / FILL / self.pack_length)), self.pack_length
+
+    def contrastive(self, texts: torch.Tensor, images: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        """L_Emb of the whole batch, of which these are a part, over all devices."""
+        texts, images = (x.float().repeat(self.contrastive_repeats, 1) for x in (texts, images))
+        ids = torch.zeros(len(texts), 2, dtype=torch.long)
+        everyone = [torch.cat([x] * self.devices) if self.devices > 1 else x for x in (texts, images, ids)]
+        return contrastive_loss(texts, images, scale, *everyone[:2], pair_ids=ids, all_pair_ids=everyone[2])
+
+
+class LiveTensors(TorchDispatchMode):
+    """
+    The bytes of all tensors that are alive, by kind, and of the moment when they were most. What was not added as
+    something else counts as activations, and as logits where its last dimension is the vocabulary.
+    """
+
+    def __init__(self, vocab_size: int):
+        super().__init__()
+        self.vocab_size = vocab_size
+        self.sizes: dict[int, tuple[str, int]] = {}
+        self.live: Counter[str] = Counter()
+        self.peak: Counter[str] = Counter()
+
+    def __enter__(self) -> "LiveTensors":
+        gc.freeze()  # what is there already need not be looked through for cycles
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        gc.unfreeze()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor) and id(tensor.untyped_storage()) not in self.sizes:
+                is_logits = tensor.ndim == 2 and tensor.shape[-1] == self.vocab_size
+                self.add(tensor, "logits" if is_logits else "activations")
+        if self.live.total() > self.peak.total():
+            gc.collect()  # cycles of ours and of gradient checkpointing's, which hold no memory in a real run
+            if self.live.total() > self.peak.total():
+                self.peak = self.live.copy()
+        return result
+
+    def add(self, tensor: torch.Tensor, kind: str) -> None:
+        """Counts the tensor's memory as `kind`, whatever it counted as before."""
+        storage = tensor.untyped_storage()
+        if id(storage) in self.sizes:
+            self.live[self.sizes[id(storage)][0]] -= storage.nbytes()
+        else:
+            weakref.finalize(storage, self._forget, id(storage))
+        self.sizes[id(storage)] = (kind, storage.nbytes())
+        self.live[kind] += storage.nbytes()
+
+    def _forget(self, key: int) -> None:
+        kind, size = self.sizes.pop(key)
+        self.live[kind] -= size
+
+
+def dry_run_report(
+    config: MMGEMConfig, args: MMGEMTrainingArguments, data_args: DataArguments, dry_run: DryRunArguments
+) -> str:
+    """The estimate as text: sizes, what is taken of a device, speed, and a warning where it will not fit."""
+    plan = estimate(config, args, data_args, dry_run)
+    on_cuda = torch.cuda.is_available()
+    memory = {
+        kind: plan.memory.get(kind, 0) for kind in ("weights", "gradients", "optimizer", "activations", "logits")
+    }
+    memory["inputs"] = plan.memory.get("inputs", 0)
+    memory["CUDA" if on_cuda else "Python and libraries"] = (
+        CUDA_CONTEXT if on_cuda else psutil.Process().memory_info().rss
+    )
+    total = sum(memory.values())
+    there = dry_run.dry_run_memory * GIB if dry_run.dry_run_memory else _memory_of_this_device()
+    tflops = dry_run.dry_run_tflops or _measured_tflops("cuda" if on_cuda else "cpu", args)
+    seconds = plan.flops / (tflops * 1e12 * dry_run.dry_run_mfu)
+    pairs = args.per_device_train_batch_size * dry_run.dry_run_devices * args.gradient_accumulation_steps
+    lines = [
+        f"{plan.parameters / 1e6:,.1f} M parameters, {plan.trained / 1e6:,.1f} M trained",
+        f"{dry_run.dry_run_devices} device(s), {pairs:,} pairs a step, captions of "
+        f"{dry_run.dry_run_caption_tokens} tokens",
+        "",
+        f"{'memory per device':24}{'GiB':>8}",
+        *(f"  {kind:22}{size / GIB:8.2f}" for kind, size in memory.items()),
+        f"  {'total':22}{total / GIB:8.2f}  of {there / GIB:.1f}",
+        "",
+        f"{plan.flops / 1e12:,.2f} TFLOP per step and device; {86400 / seconds:,.0f} steps per day at "
+        f"{dry_run.dry_run_mfu:.0%} of {tflops:,.2f} TFLOP/s",
+    ]
+    if total > there:
+        lines.append(
+            f"It will not fit: {total / GIB:.1f} GiB of {there / GIB:.1f}. Lower --mini_batch_size (or set it, lower "
+            "than the batch), turn on --activation_checkpointing, train with --lora_rank, or freeze a tower."
+        )
+    return "\n".join(lines)
+
+
+def _memory_of_this_device() -> int:
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_properties(0).total_memory
+    return psutil.virtual_memory().total
+
+
+def _measured_tflops(device: str, args: MMGEMTrainingArguments) -> float:
+    """Of a product of large matrices on this device, in the precision of the run."""
+    precision = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
+    size = 8192 if device == "cuda" else 1024
+    matrix = torch.randn(size, size, device=device, dtype=precision)
+    best = float("inf")
+    for _ in range(5):
+        start = time.perf_counter()
+        (matrix @ matrix).sum().item()
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best / 1e12
