@@ -3,6 +3,7 @@
 import copy
 import hashlib
 import io
+import math
 import os
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -17,6 +18,7 @@ from .scenes import ScenesDataset
 
 MAX_PIXELS = 2**26  # 67 megapixels, 200 MB decoded
 MAX_ASPECT_RATIO = 50
+MAX_STRETCH = 4 / 3  # of random crops
 # Not all that Pillow reads: some of it starts other programs.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "JPEG2000", "PPM")
 
@@ -27,8 +29,8 @@ class BadDataError(ValueError):
 
 class PairDataset(torch.utils.data.Dataset):
     """
-    Map-style pairs. Example i is `{"image": RGB picture, "image_id": hash of its pixels before
-    augmentation, "caption": str, "captions": [str, …], "bad": {index: reason}}`.
+    Map-style pairs. Example i is `{"image": RGB picture, "image_id": hash of its file (of its
+    pixels, where there is no file), "caption": str, "captions": [str, …], "bad": {index: reason}}`.
 
     Where a picture has several captions, `caption` is one of them, drawn anew each epoch. Whatever is random (the
     caption, augmentation) is a function of (seed, epoch, index) alone, so a resumed run sees what the uninterrupted
@@ -60,6 +62,7 @@ class PairDataset(torch.utils.data.Dataset):
         self.augmentation_scale = augmentation_scale
         self.seed = seed
         self.root = root
+        self.least_side = 0  # pixels that the image processor needs of each side; 0 decodes whatever there is
         # Shared with the loader's worker processes, which are started before the epoch is known.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 
@@ -116,10 +119,9 @@ class PairDataset(torch.utils.data.Dataset):
         if not captions:
             raise ValueError("it has no caption")
         rng = np.random.default_rng([self.seed, int(self._epoch), row])
-        image = to_rgb(open_image(columns[self.image_column], self.root))
-        image_id = digest(image.tobytes())
-        if self.augmentation_scale < 1:
-            image = random_crop(image, self.augmentation_scale, rng)
+        content = encoded(columns[self.image_column], self.root)
+        image_id = digest(content if isinstance(content, bytes) else content.tobytes())
+        image = augmented_image(content, self.augmentation_scale, self.least_side, rng)
         caption = captions[rng.integers(len(captions))]
         return {"image": image, "image_id": image_id, "caption": caption, "captions": captions}
 
@@ -142,25 +144,46 @@ def as_captions(value: Any) -> list[str]:
     return [caption.strip() for caption in values if caption and caption.strip()]
 
 
-def open_image(value: Any, root: str = "") -> Image.Image:
-    """A picture from PIL, bytes, a path, or `datasets`' `{"bytes", "path"}`, fully decoded."""
-    if isinstance(value, Image.Image):
-        return value
+def encoded(value: Any, root: str = "") -> bytes | Image.Image:
+    """The file's bytes, from bytes, a path, or `datasets`' `{"bytes", "path"}`; a PIL picture as it is."""
     if isinstance(value, dict):
         value = value["bytes"] if value.get("bytes") is not None else value["path"]
-    source = io.BytesIO(value) if isinstance(value, bytes) else os.path.join(root, value)
-    image = Image.open(source, formats=FORMATS)
+    if isinstance(value, bytes | Image.Image):
+        return value
+    with open(os.path.join(root, value), "rb") as file:
+        return file.read()
+
+
+def augmented_image(
+    content: bytes | Image.Image, augmentation_scale: float, least_side: int, rng: np.random.Generator
+) -> Image.Image:
+    """
+    The decoded picture, or a random crop of at least `augmentation_scale` of its area. A JPEG is decoded at a half, a
+    quarter or an eighth of its size where that leaves the smallest crop `least_side` pixels per side.
+    """
+    smallest = math.sqrt(augmentation_scale / MAX_STRETCH) if augmentation_scale < 1 else 1.0
+    image = to_rgb(open_image(content, math.ceil(least_side / smallest)))
+    return random_crop(image, augmentation_scale, rng) if augmentation_scale < 1 else image
+
+
+def open_image(content: bytes | Image.Image, least_side: int = 0) -> Image.Image:
+    """A picture, fully decoded; a JPEG, with `least_side`, no larger than it must be for that many pixels per side."""
+    if isinstance(content, Image.Image):
+        return content
+    image = Image.open(io.BytesIO(content), formats=FORMATS)
     if image.width * image.height > MAX_PIXELS:
         raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels, more than {MAX_PIXELS}")
     if max(image.size) > MAX_ASPECT_RATIO * min(image.size):  # a crop of it, resized, would fill the memory
         raise ValueError(f"{image.width} x {image.height} pixels, longer than {MAX_ASPECT_RATIO} times its width")
+    if least_side:
+        image.draft(None, (least_side, least_side))  # type: ignore[arg-type]
     image.load()
     return image
 
 
 def random_crop(image: Image.Image, scale: float, rng: np.random.Generator) -> Image.Image:
     """A random part of the picture: at least `scale` of its area, stretched by 4:3 at most against the whole."""
-    area, ratio = rng.uniform(scale, 1), np.exp(rng.uniform(-1, 1) * np.log(4 / 3))
+    area, ratio = rng.uniform(scale, 1), np.exp(rng.uniform(-1, 1) * np.log(MAX_STRETCH))
     width = min(1.0, float(np.sqrt(area * ratio))) * image.width
     height = min(1.0, float(np.sqrt(area / ratio))) * image.height
     left, top = rng.uniform(0, image.width - width), rng.uniform(0, image.height - height)

@@ -16,8 +16,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ..processing.regions_mmgem import to_rgb
-from .pairs import BadDataError, digest, open_image, random_crop
+from .pairs import BadDataError, augmented_image, digest
 
 
 MAX_MEMBER_BYTES = 64 * 2**20
@@ -83,6 +82,7 @@ class ShardStream(torch.utils.data.IterableDataset):
         self.seed = seed
         self.window = window
         self.rank, self.world_size = rank, world_size
+        self.least_side = 0  # as of PairDataset
         self.batches = 0
         self.positions: dict[int, dict[str, Any]] = {}
 
@@ -157,15 +157,12 @@ class ShardStream(torch.utils.data.IterableDataset):
         if content is None:
             raise BadSampleError(f"no picture: only {', '.join(sample.members)}")
         try:
-            image = to_rgb(open_image(content))
+            image = augmented_image(content, self.augmentation_scale, self.least_side, rng)
         except Image.DecompressionBombError as error:
             raise BadSampleError(f"too many pixels: {error}") from error
         except Exception as error:  # Pillow's readers raise whatever they stumble over
             raise BadSampleError(f"unreadable picture: {type(error).__name__}: {error}") from error
-        image_id = digest(image.tobytes())
-        if self.augmentation_scale < 1:
-            image = random_crop(image, self.augmentation_scale, rng)
-        return {"image": image, "image_id": image_id, "caption": caption, "captions": [caption]}
+        return {"image": image, "image_id": digest(content), "caption": caption, "captions": [caption]}
 
     def captions(self, limit: int = 10_000) -> list[list[str]]:
         """The captions of the first samples, without decoding a picture."""

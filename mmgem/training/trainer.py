@@ -79,6 +79,9 @@ class MMGEMTrainer(Trainer):
             # How many rows, captions' tokens and [EMB] there are differs from step to step: one graph for all.
             torch._dynamo.config.capture_dynamic_output_shape_ops = True
             torch._dynamo.config.capture_scalar_outputs = True
+        sizes = (processor.image_processor.size, getattr(processor.image_processor, "crop_size", None) or {})
+        sides = [size.get(name) or 0 for size in sizes for name in ("shortest_edge", "height", "width")]
+        train_dataset.least_side = max(sides)
         lora = add_lora(model, args.lora_rank, args.lora_alpha) if args.lora_rank else None
         freeze_parameters(model, args.objective, args.freeze)
         super().__init__(

@@ -5,6 +5,9 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from transformers.models.bit import BitImageProcessorPil
+from transformers.models.clip import CLIPImageProcessorPil
+from transformers.models.siglip import SiglipImageProcessorPil
 
 from mmgem import MMGEMProcessor
 from mmgem.data.collator import PairCollator, pack
@@ -136,6 +139,16 @@ def test_mini_batches_are_the_batch_in_parts(processor):
         assert all(sequence[-1] == emb for sequence in alone)
         pairs = zip(part["sentences"]["text_index"], part["text_index"], strict=True)
         assert all(alone[i] == mixed[j] for i, j in pairs)
+
+
+@pytest.mark.parametrize("image_processor", [CLIPImageProcessorPil, SiglipImageProcessorPil, BitImageProcessorPil])
+@pytest.mark.parametrize("options", [{}, {"do_normalize": False}, {"do_rescale": False}])
+def test_pictures_are_what_the_image_processor_makes_of_them(processor, image_processor, options):
+    image_processor = image_processor(image_mean=[0.5, 0.4, 0.3], image_std=[0.3, 0.2, 0.4], **options)
+    own = MMGEMProcessor(image_processor, processor.tokenizer)
+    examples = [{"image": make_picture(i), "image_id": i, "caption": "a dog", "bad": {}} for i in range(3)]
+    expected = image_processor([example["image"] for example in examples], return_tensors="pt")["pixel_values"]
+    torch.testing.assert_close(PairCollator(own)(examples)["pixel_values"], expected.float(), atol=2e-5, rtol=1e-5)
 
 
 def test_rows_too_short_for_a_sequence_are_refused(processor):

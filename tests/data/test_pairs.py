@@ -9,7 +9,7 @@ from datasets import Dataset, DatasetDict, Features, Image, Sequence, Value
 from PIL import Image as PILImage
 
 from mmgem.data.loading import load_pairs
-from mmgem.data.pairs import BadDataError, PairDataset, as_captions, random_crop
+from mmgem.data.pairs import BadDataError, PairDataset, as_captions, augmented_image, random_crop
 from mmgem.training.arguments import DataArguments
 from tests.conftest import make_picture
 
@@ -174,6 +174,20 @@ def test_crops_of_one_picture_keep_its_id():
     assert (
         first["image_id"] == second["image_id"] != PairDataset([{**table[0], "image": make_picture(1)}])[0]["image_id"]
     )
+
+
+@pytest.mark.parametrize("scale, side", [(1.0, 200), (0.5, 400)])
+def test_large_jpegs_are_decoded_no_larger_than_they_must_be(scale, side):
+    """800 x 600 at 150 pixels a side: a quarter holds them; a half, where a crop may have 0.61 of a side."""
+    content = encoded(make_picture(0, (800, 600)), "JPEG", quality=95)
+    small = augmented_image(content, scale, 150, np.random.default_rng(0))
+    whole = augmented_image(content, scale, 0, np.random.default_rng(0))
+    assert whole.width > 2 * small.width * 0.99 and min(small.size) >= 150
+    assert (scale < 1) or (small.width, small.height) == (side, side * 3 // 4)
+    difference = np.asarray(whole.resize((150, 150), 3), float) - np.asarray(small.resize((150, 150), 3), float)
+    assert np.abs(difference).mean() < 1.5  # of 255
+    png = encoded(make_picture(0, (800, 600)))
+    assert augmented_image(png, 1.0, 150, np.random.default_rng(0)).size == (800, 600)
 
 
 def test_slivers_are_refused_and_the_smallest_picture_can_be_cropped():

@@ -71,7 +71,7 @@ def test_a_stream_goes_on_exactly_where_it_stood(folder, workers):
 def test_resume_decodes_nothing_of_what_lies_before(folder, monkeypatch):
     position = take(stream(folder), 30)[-1]["position"]
     opened = []
-    monkeypatch.setattr(shards, "open_image", lambda content: opened.append(1) or make_picture(0))
+    monkeypatch.setattr(shards, "augmented_image", lambda *args: opened.append(1) or make_picture(0))
     again = stream(folder)
     again.start_from(30, dict([position]))
     take(again, 2)
