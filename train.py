@@ -67,8 +67,9 @@ def main() -> None:
         trainer.save_model()
     except (OSError, SafetensorError) as error:
         sys.exit(f"error: the trained model could not be written to {args.output_dir}: {error}")
+    is_first = trainer.is_world_process_zero()  # outside of the group everyone is
     trainer.leave_process_group()
-    if eval_dataset is None or not trainer.is_world_process_zero():
+    if eval_dataset is None or not is_first:
         return
     model = MMGEMModel.from_pretrained(args.output_dir).to(args.device)  # what others will load
     metrics, outputs = evaluate_model(

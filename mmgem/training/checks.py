@@ -1,5 +1,6 @@
 """What is refused before a run starts, because it would train on something else than it says."""
 
+import os
 from typing import Any
 
 import torch
@@ -46,6 +47,12 @@ def check_parallelism(args: MMGEMTrainingArguments, fsdp: bool = False, deepspee
     Raises:
         ValueError: naming it, with the remedy.
     """
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if started > args.world_size:
+        raise ValueError(
+            f"{started} processes were started, but each would train as one of {args.world_size}; on CPU pass --use_cpu "
+            "true."
+        )
     if args.n_gpu > 1:
         raise ValueError(
             f"This one process sees {args.n_gpu} GPUs, and would split each batch without its negatives; start one "

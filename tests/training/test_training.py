@@ -286,6 +286,13 @@ def test_parallelism_that_would_train_on_other_gradients_is_refused(changes, mes
         check_parallelism(SimpleNamespace(**plain | changes), **sharding)
 
 
+def test_processes_that_would_each_train_alone_are_refused(processor, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")  # as torchrun does, where Trainer takes no notice of it
+    args = training_arguments(tmp_path, max_steps=1)
+    with pytest.raises(ValueError, match=r"2 processes .* one of 1; on CPU pass --use_cpu true"):
+        check_parallelism(args)
+
+
 def test_language_model_that_mixes_packed_sequences_is_refused(processor, tmp_path):
     # OPT counts its positions by the attention mask, whatever position_ids say.
     options = {"ffn_dim": 64, "max_position_embeddings": 512, "word_embed_proj_dim": 32}
