@@ -50,8 +50,8 @@ def check_parallelism(args: MMGEMTrainingArguments, fsdp: bool = False, deepspee
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if started > args.world_size:
         raise ValueError(
-            f"{started} processes were started, but each would train as one of {args.world_size}; on CPU pass --use_cpu "
-            "true."
+            f"{started} processes were started, but each would train as one of {args.world_size}; on CPU pass "
+            "--use_cpu true."
         )
     if args.n_gpu > 1:
         raise ValueError(

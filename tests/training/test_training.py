@@ -287,8 +287,8 @@ def test_parallelism_that_would_train_on_other_gradients_is_refused(changes, mes
 
 
 def test_processes_that_would_each_train_alone_are_refused(processor, tmp_path, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")  # as torchrun does, where Trainer takes no notice of it
     args = training_arguments(tmp_path, max_steps=1)
+    monkeypatch.setenv("WORLD_SIZE", "2")  # as torchrun does, where Trainer takes no notice of it
     with pytest.raises(ValueError, match=r"2 processes .* one of 1; on CPU pass --use_cpu true"):
         check_parallelism(args)
 
