@@ -169,7 +169,7 @@ class MMGEMTrainingArguments(TrainingArguments):
             "projections, and nothing else; 0: everything. What is saved in the end is one plain model."
         },
     )
-    lora_alpha: float | None = field(default=None, metadata={"help": "LoRA's scale; twice the rank by default."})
+    lora_alpha: int | None = field(default=None, metadata={"help": "LoRA's scale; twice the rank by default."})
     freeze: list[str] = field(
         default_factory=list,
         metadata={"help": "Parameters not to train: names or beginnings of names, such as vision_model."},
@@ -256,6 +256,8 @@ def parse_arguments(
     single = {name: value for name, value in settings.items() if value is not None and not isinstance(value, list)}
     parser.set_defaults(**{name: value for name, value in settings.items() if name not in single})
     words = [f"--{name}={_as_word(value)}" for name, value in single.items()]
+    if any(word.partition("=")[0] == "--dry_run" for word in rest):
+        words.append("--use_cpu=true")  # what GPUs will do can be asked on a machine without
     *parsed, remaining = parser.parse_args_into_dataclasses(words + rest, return_remaining_strings=True)
     unknown = [word.removeprefix("--").split("=")[0] for word in remaining if word.startswith("--")]
     _refuse_unknown(unknown, known | {"config"}, "on the command line")

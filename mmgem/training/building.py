@@ -118,7 +118,7 @@ def _from_scratch(
     return model, MMGEMProcessor(image_processor, tokenizer, max_length=max_length)
 
 
-def _config_from_scratch(arguments: ModelArguments, text: dict[str, Any], token_ids: dict[str, int]) -> MMGEMConfig:
+def _config_from_scratch(arguments: ModelArguments, text: dict[str, Any], token_ids: dict[str, Any]) -> MMGEMConfig:
     vision: dict[str, Any] = {"model_type": "clip_vision_model", **arguments.vision_config}  # type: ignore[dict-item]
     if arguments.image_size is not None:
         vision["image_size"] = arguments.image_size

@@ -199,8 +199,10 @@ class _Step:
         """L_Emb of the whole batch, of which these are a part, over all devices."""
         texts, images = (x.float().repeat(self.contrastive_repeats, 1) for x in (texts, images))
         ids = torch.zeros(len(texts), 2, dtype=torch.long)
-        everyone = [torch.cat([x] * self.devices) if self.devices > 1 else x for x in (texts, images, ids)]
-        return contrastive_loss(texts, images, scale, *everyone[:2], pair_ids=ids, all_pair_ids=everyone[2])
+        all_texts, all_images, all_ids = texts, images, ids
+        if self.devices > 1:
+            all_texts, all_images, all_ids = (torch.cat([x] * self.devices) for x in (texts, images, ids))
+        return contrastive_loss(texts, images, scale, all_texts, all_images, 0, ids, all_ids)
 
 
 class LiveTensors(TorchDispatchMode):

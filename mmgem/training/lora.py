@@ -10,7 +10,7 @@ from ..modeling_mmgem import MMGEMModel
 from .stages import PROJECTIONS
 
 
-def add_lora(model: MMGEMModel, rank: int, alpha: float | None = None) -> PeftModel:
+def add_lora(model: MMGEMModel, rank: int, alpha: int | None = None) -> PeftModel:
     """
     The model with an adapter: low-rank matrices beside every linear map of the language model, the new tokens' rows
     ([EMB], [CAP]) of its embedding, and the projections. These train and are saved; all else is frozen.

@@ -99,8 +99,7 @@ class MMGEMTrainer(Trainer):
         self.loss_is_scaled_for_ga = True
         self.bad_examples: dict[int | str, str] = {}
         self.bad_kinds: Counter[str] = Counter()
-        is_stream = isinstance(train_dataset, ShardStream)
-        self.progress = StreamProgress(train_dataset, args) if is_stream else None
+        self.progress = StreamProgress(train_dataset, args) if isinstance(train_dataset, ShardStream) else None
         self.truncated = self.seen = 0
         self._sums: dict[str, torch.Tensor] = {}
         self._logit_scale: torch.Tensor | None = None
@@ -300,7 +299,7 @@ class MMGEMTrainer(Trainer):
         )
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
-        with writing(os.path.join(self.args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")):
+        with writing(os.path.join(str(self.args.output_dir), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")):
             super()._save_checkpoint(model, trial)
 
     def _save_rng_state(self, output_dir: str) -> None:

@@ -8,7 +8,7 @@ from mmgem.training.arguments import parse_arguments
 def test_options_come_from_yaml_and_the_command_line_wins(tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text(f"dataset_name: scenes\nmax_steps: 5\noutput_dir: {tmp_path}\nvision_config: {{hidden_size: 8}}\n")
-    model_args, data_args, args = parse_arguments(
+    model_args, data_args, args, _ = parse_arguments(
         ["--config", str(path), "--max_steps", "7", "--objective", "caption"]
     )
     assert (args.max_steps, args.objective, data_args.dataset_name) == (7, "caption", "scenes")
@@ -17,7 +17,7 @@ def test_options_come_from_yaml_and_the_command_line_wins(tmp_path):
         f"dataset_name: scenes\noutput_dir: {tmp_path}\nlearning_rate: 1e-3\nfreeze: vision_model\npacking: false\n"
         "max_eval_samples: null\nlr_scheduler_kwargs: {num_cycles: 0.3}\n"
     )
-    _, data_args, args = parse_arguments(["--config", str(path)])
+    _, data_args, args, _ = parse_arguments(["--config", str(path)])
     assert (args.learning_rate, args.freeze, data_args.packing) == (1e-3, ["vision_model"], False)
     assert data_args.max_eval_samples is None and args.lr_scheduler_kwargs == {"num_cycles": 0.3}
     path.write_text("dataset_name: scenes\nlearning_rat: 1\n")
