@@ -36,6 +36,7 @@ def prepare() -> tuple[DataArguments, MMGEMTrainer]:
     if eval_dataset is not None:
         eval_dataset[0]  # where nothing of it can be read, better now than after training
     model, processor = build_model_and_processor(model_args, train_dataset, data_args.max_length)
+    parameters = model.num_parameters()
     trainer = MMGEMTrainer(
         model,
         args,
@@ -47,7 +48,7 @@ def prepare() -> tuple[DataArguments, MMGEMTrainer]:
     )
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     size = f"{len(train_dataset)} pairs" if isinstance(train_dataset, PairDataset) else "streamed pairs"
-    print(f"{model.num_parameters() / 1e6:.2f} M parameters, {trained / 1e6:.2f} M trained; {size}")
+    print(f"{parameters / 1e6:.2f} M parameters, {trained / 1e6:.2f} M trained; {size}")
     return data_args, trainer
 
 

@@ -27,10 +27,6 @@ MEAN, STD = [0.4815, 0.4578, 0.4082], [0.2686, 0.2613, 0.2758]
 SIZES = (None, 640, 1024, 2048)  # of the longer side; None: as they are
 
 
-class Table(list):
-    """Rows as a dataset of pictures gives them."""
-
-
 class PlainDataset(torch.utils.data.Dataset):
     """What one writes with Pillow and numpy."""
 
@@ -80,7 +76,7 @@ def main() -> None:
     ratios = []
     for longer in SIZES:
         contents = [resized(content, longer) for content in files]
-        own = PairDataset(Table({"image": content, "caption": "a dog on a beach"} for content in contents))
+        own = PairDataset([{"image": content, "caption": "a dog on a beach"} for content in contents])
         own.least_side = SIDE
         loaders = {
             "mmgem": torch.utils.data.DataLoader(own, BATCH_SIZE, collate_fn=collator),

@@ -32,28 +32,10 @@ def run(processes: int) -> float:
         command += ["--vision_config", vision, "--text_config", text, "--vocab_size", "512", "--output_dir", folder]
         command += ["--per_device_train_batch_size", str(BATCH_SIZE // processes), "--max_steps", str(STEPS)]
         command += ["--max_train_samples", "1024", "--max_eval_samples", "4", "--per_device_eval_batch_size", "4"]
-        command += [
-            "--use_cpu",
-            "true",
-            "--disable_tqdm",
-            "true",
-            "--caption_samples",
-            "0",
-            "--logging_steps",
-            "1",
-            "--save_strategy",
-            "no",
-            "--report_to",
-            "none",
-        ]
+        command += ["--use_cpu", "true", "--disable_tqdm", "true", "--caption_samples", "0"]
+        command += ["--logging_steps", "1", "--save_strategy", "no", "--report_to", "none"]
         environment = {**os.environ, "OMP_NUM_THREADS": str(2 // processes)}
-        finished = subprocess.run(
-            [*command, "--use_cpu", "true", "--disable_tqdm", "true"],
-            env=environment,
-            check=True,
-            capture_output=True,
-            text=True,
-        )
+        finished = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
     rates = [float(rate) for rate in re.findall(r"'samples_per_second': '([\d.]+)'", finished.stdout)]
     if len(rates) != STEPS:
         raise RuntimeError(f"{len(rates)} of {STEPS} steps were logged: {finished.stdout}\n{finished.stderr}")

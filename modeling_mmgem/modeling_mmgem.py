@@ -358,7 +358,7 @@ class MMGEMModel(PreTrainedModel, GenerationMixin):
             return caption_loss(self._logits(hidden_states[predicts]), targets[predicts], count)
 
         rows = max(1, MAX_LOGITS // (targets.shape[1] * self.config.text_config.vocab_size))
-        if len(targets) <= rows:
+        if len(targets) <= rows or torch.compiler.is_compiling():  # each number of parts would be another graph
             return loss(hidden_states, targets)
         parts = zip(hidden_states.split(rows), targets.split(rows))
         return torch.stack([checkpoint(loss, *part, use_reentrant=False) for part in parts]).sum()

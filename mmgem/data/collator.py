@@ -97,9 +97,8 @@ class PairCollator:
         factor = image_processor.rescale_factor if image_processor.do_rescale else 1.0
         pixels = pixels.float().mul_(factor)
         if image_processor.do_normalize:
-            mean, std = (
-                torch.tensor(x)[:, None, None] for x in (image_processor.image_mean, image_processor.image_std)
-            )
+            moments = (image_processor.image_mean, image_processor.image_std)
+            mean, std = (torch.as_tensor(moment, dtype=torch.float32).view(-1, 1, 1) for moment in moments)
             pixels.sub_(mean).div_(std)
         return pixels
 

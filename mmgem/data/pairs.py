@@ -120,7 +120,8 @@ class PairDataset(torch.utils.data.Dataset):
             raise ValueError("it has no caption")
         rng = np.random.default_rng([self.seed, int(self._epoch), row])
         content = encoded(columns[self.image_column], self.root)
-        image_id = digest(content if isinstance(content, bytes) else content.tobytes())
+        pixels = content if isinstance(content, bytes) else repr(content.size).encode() + to_rgb(content).tobytes()
+        image_id = digest(pixels)
         image = augmented_image(content, self.augmentation_scale, self.least_side, rng)
         caption = captions[rng.integers(len(captions))]
         return {"image": image, "image_id": image_id, "caption": caption, "captions": captions}

@@ -126,7 +126,13 @@ class DryRunArguments:
     dry_run_tflops: float | None = field(
         default=None, metadata={"help": "Peak of each device in TFLOP/s; measured on this machine by default."}
     )
-    dry_run_mfu: float = field(default=0.4, metadata={"help": "Share of the peak that training reaches."})
+    dry_run_mfu: float = field(
+        default=0.4, metadata={"help": "Share of the peak that training reaches, what is computed twice included."}
+    )
+    dry_run_sharded: bool = field(
+        default=False,
+        metadata={"help": "Weights, gradients and optimiser divided among the devices, as FSDP does."},
+    )
     dry_run_caption_tokens: int = field(
         default=20, metadata={"help": "Tokens of an average caption, BOS and [EMB] included."}
     )
@@ -256,7 +262,7 @@ def parse_arguments(
     single = {name: value for name, value in settings.items() if value is not None and not isinstance(value, list)}
     parser.set_defaults(**{name: value for name, value in settings.items() if name not in single})
     words = [f"--{name}={_as_word(value)}" for name, value in single.items()]
-    if any(word.partition("=")[0] == "--dry_run" for word in rest):
+    if parser.parse_known_args(words + rest)[0].dry_run:
         words.append("--use_cpu=true")  # what GPUs will do can be asked on a machine without
     *parsed, remaining = parser.parse_args_into_dataclasses(words + rest, return_remaining_strings=True)
     unknown = [word.removeprefix("--").split("=")[0] for word in remaining if word.startswith("--")]

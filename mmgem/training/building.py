@@ -70,13 +70,11 @@ def planned_config(arguments: ModelArguments) -> MMGEMConfig:
     if arguments.init_from is not None:
         config = _own_config(arguments.init_from)
     elif arguments.vision_model_name_or_path and arguments.text_model_name_or_path:
+        vision = vision_config_of(arguments.vision_model_name_or_path).to_dict()
         text = AutoConfig.from_pretrained(arguments.text_model_name_or_path).to_dict()
+        vision["dtype"] = text["dtype"] = "float32"  # as both are loaded, whatever they are stored in
         text["vocab_size"] += len(TOKEN_IDS)
-        config = MMGEMConfig(
-            vision_config=vision_config_of(arguments.vision_model_name_or_path).to_dict(),
-            text_config=text,
-            projection_dim=arguments.projection_dim,
-        )
+        config = MMGEMConfig(vision_config=vision, text_config=text, projection_dim=arguments.projection_dim)
     else:
         return _config_from_scratch(arguments, {"vocab_size": arguments.vocab_size}, {})
     if arguments.image_size is not None:

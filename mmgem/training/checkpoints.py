@@ -25,16 +25,18 @@ def writing(checkpoint: str) -> Iterator[None]:
         CheckpointError: where it cannot be written, as on a full disk, with the last that is whole. What was written
             of it is removed.
     """
-    with suppress(FileNotFoundError):  # of an earlier run in this folder
-        os.remove(os.path.join(checkpoint, TRAINER_STATE_NAME))
     try:
+        with suppress(FileNotFoundError):  # of an earlier run in this folder
+            os.remove(os.path.join(checkpoint, TRAINER_STATE_NAME))
         yield
     except (OSError, RuntimeError, SafetensorError) as error:  # torch.save has RuntimeError for a full disk
+        if _is_whole(checkpoint):  # what failed came after
+            raise
         shutil.rmtree(checkpoint, ignore_errors=True)
         folder = os.path.dirname(checkpoint)
-        free = shutil.disk_usage(folder).free / 2**20
+        free = shutil.disk_usage(folder if os.path.isdir(folder) else ".").free / 2**20
         try:
-            rest = f"{find_checkpoint(folder)} is whole: go on from there with --resume_from_checkpoint"
+            rest = f"{find_checkpoint(folder)} is whole: go on from there with --resume_from_checkpoint true"
         except CheckpointError:
             rest = "there is no earlier one"
         raise CheckpointError(

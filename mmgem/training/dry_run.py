@@ -15,11 +15,13 @@ from torch._subclasses import FakeTensorMode
 from torch.utils import flop_counter
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
 from transformers.initialization import no_init_weights
 
 from ..configuration import MMGEMConfig
 from ..modeling_mmgem import MMGEMModel, caption_loss, contrastive_loss
 from ..modeling_mmgem.losses_mmgem import BLOCK_SIZE
+from ..modeling_mmgem.modeling_mmgem import MAX_LOGITS
 from .arguments import DataArguments, DryRunArguments, MMGEMTrainingArguments
 from .gradient_cache import Embeddings, cached_backward
 from .lora import add_lora
@@ -84,7 +86,8 @@ def estimate(
         for parameter in trained:
             parameter.register_post_accumulate_grad_hook(lambda p: live.add(p.grad, "gradients"))
         # DistributedDataParallel's buckets.
-        buckets = [torch.empty_like(parameter) for parameter in trained if dry_run.dry_run_devices > 1]
+        has_buckets = dry_run.dry_run_devices > 1 and not dry_run.dry_run_sharded
+        buckets = [torch.empty_like(parameter) for parameter in trained if has_buckets]
         for bucket in buckets:
             live.add(bucket, "gradients")
         step = _Step(model, args, data_args, dry_run, pixels[:mini_batch_size], -(-mini_batches // simulated))
@@ -97,16 +100,23 @@ def estimate(
             for value in tree_leaves(list(optimizer.state.values())):
                 if isinstance(value, torch.Tensor):
                     live.add(value, "optimizer")
-    contrastive = 0
-    if args.objective != "caption":  # two products of matrices; backward twice that, and blocks once more
-        similarities = batch_size * batch_size * dry_run.dry_run_devices
-        contrastive = 4 * similarities * config.projection_dim * (4 if similarities > BLOCK_SIZE else 3)
-    per_mini_batch = (flops.get_total_flops() - contrastive) // simulated  # of the second step alone
+    memory = dict(live.peak)
+    if dry_run.dry_run_sharded:
+        for kind in ("weights", "gradients", "optimizer"):
+            memory[kind] = memory.get(kind, 0) // dry_run.dry_run_devices
+
+    def contrastive(pairs: int) -> int:
+        """Two products of matrices; backward twice that, and blocks once more."""
+        similarities = pairs * pairs * dry_run.dry_run_devices if args.objective != "caption" else 0
+        return 4 * similarities * config.projection_dim * (4 if similarities > BLOCK_SIZE else 3)
+
+    pairs = simulated * mini_batch_size
+    counted = flops.get_total_flops() - contrastive(pairs * step.contrastive_repeats)  # of the second step alone
     return Estimate(
         parameters=parameters,
         trained=sum(parameter.numel() for parameter in trained),
-        memory=dict(live.peak),
-        flops=(per_mini_batch * mini_batches + contrastive) * args.gradient_accumulation_steps,
+        memory=memory,
+        flops=(counted * batch_size // pairs + contrastive(batch_size)) * args.gradient_accumulation_steps,
     )
 
 
@@ -183,8 +193,20 @@ class _Step:
             loss = None
             if with_captions:
                 targets = torch.zeros(size * (self.tokens - 1), dtype=torch.long)
-                loss = caption_loss(model._logits(hidden_states[: len(targets)]), targets)
+                parts = -(-rows * (width - 1) * model.config.text_config.vocab_size // MAX_LOGITS)
+                loss = self.caption_loss(hidden_states[: len(targets)], targets, parts)
         return (nn.functional.normalize(texts, dim=-1), nn.functional.normalize(images, dim=-1), scale), loss
+
+    def caption_loss(self, hidden_states: torch.Tensor, targets: torch.Tensor, parts: int) -> torch.Tensor:
+        """Many logits in parts, as the model has it."""
+
+        def loss(hidden_states: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+            return caption_loss(self.model._logits(hidden_states), targets)
+
+        if parts == 1:
+            return loss(hidden_states, targets)
+        chunks = zip(hidden_states.tensor_split(parts), targets.tensor_split(parts))
+        return torch.stack([checkpoint(loss, *chunk, use_reentrant=False) for chunk in chunks]).sum()
 
     def rows(self, with_captions: bool) -> tuple[int, int]:
         """Number and length of the rows that hold a mini-batch."""

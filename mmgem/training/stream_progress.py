@@ -4,8 +4,6 @@ import json
 import os
 from typing import Any
 
-from transformers.trainer import TRAINER_STATE_NAME
-
 from ..data.pairs import digest
 from ..data.shards import ShardStream
 from .arguments import MMGEMTrainingArguments
@@ -40,16 +38,13 @@ class StreamProgress:
         Has the stream go on where it was.
 
         Raises:
-            CheckpointError: where it would be another stream, or the run is at its end.
+            CheckpointError: where it would be another stream.
         """
         try:
             with open(self._file(checkpoint), encoding="utf-8") as file:
                 state = json.load(file)
         except FileNotFoundError as error:
             raise CheckpointError(f"{checkpoint} does not say how far a stream was: {error}") from error
-        with open(os.path.join(checkpoint, TRAINER_STATE_NAME), encoding="utf-8") as file:
-            if json.load(file)["global_step"] >= self.args.max_steps:
-                raise CheckpointError(f"{checkpoint} is the end of this run; raise --max_steps to go on.")
         if state["data"] != self._data():
             raise CheckpointError(
                 f"{checkpoint} read other data, or otherwise: go on with the same train_shards, shard_weights, "

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from peft import PeftModel
-from transformers import Trainer, TrainerCallback
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers import Trainer, TrainerCallback, TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 from transformers.utils import logging
 
 from ..data.collator import PairCollator
@@ -81,7 +82,7 @@ class MMGEMTrainer(Trainer):
             torch._dynamo.config.capture_scalar_outputs = True
         sizes = (processor.image_processor.size, getattr(processor.image_processor, "crop_size", None) or {})
         sides = [size.get(name) or 0 for size in sizes for name in ("shortest_edge", "height", "width")]
-        train_dataset.least_side = max(sides)
+        train_dataset.least_side = max(sides) if processor.image_processor.do_resize else 0
         lora = add_lora(model, args.lora_rank, args.lora_alpha) if args.lora_rank else None
         freeze_parameters(model, args.objective, args.freeze)
         super().__init__(
@@ -93,7 +94,8 @@ class MMGEMTrainer(Trainer):
             processing_class=processor,
             **kwargs,
         )
-        check_parallelism(args, self.is_fsdp_enabled, self.is_deepspeed_enabled)
+        fsdp_version = self.accelerator.state.fsdp_plugin.fsdp_version if self.is_fsdp_enabled else 0
+        check_parallelism(args, fsdp_version, self.is_deepspeed_enabled)
         self.processor = processor
         self.max_bad_fraction = max_bad_fraction
         self.loss_is_scaled_for_ga = True
@@ -269,6 +271,11 @@ class MMGEMTrainer(Trainer):
             resume_from_checkpoint = find_checkpoint(str(folder))
             if self.progress is not None:
                 self.progress.resume(resume_from_checkpoint)
+                state = TrainerState.load_from_json(os.path.join(resume_from_checkpoint, TRAINER_STATE_NAME))
+                if state.global_step >= self.args.max_steps:  # Trainer would go on, in a stream that has no end
+                    self.state = state
+                    self._load_from_checkpoint(resume_from_checkpoint)
+                    return TrainOutput(state.global_step, 0.0, {})
         result = super().train(resume_from_checkpoint, *args, **kwargs)
         if self.bad_examples:
             logger.warning(f"{self._describe_bad_examples()}; the next stood in for each.")

@@ -176,6 +176,14 @@ def test_crops_of_one_picture_keep_its_id():
     )
 
 
+def test_pictures_without_a_file_are_known_by_their_pixels():
+    """Two of one colour each, of which the palettes alone differ."""
+    pictures = [PILImage.new("RGB", (8, 8), colour).quantize() for colour in ("red", "blue", "red")]
+    pairs = PairDataset([{"image": picture, "caption": "one colour"} for picture in pictures])
+    red, blue, again = (pairs[i]["image_id"] for i in range(3))
+    assert red == again != blue
+
+
 @pytest.mark.parametrize("scale, side", [(1.0, 200), (0.5, 400)])
 def test_large_jpegs_are_decoded_no_larger_than_they_must_be(scale, side):
     """800 x 600 at 150 pixels a side: a quarter holds them; a half, where a crop may have 0.61 of a side."""

@@ -29,6 +29,14 @@ def test_options_come_from_yaml_and_the_command_line_wins(tmp_path):
         parse_arguments([])
 
 
+def test_an_estimate_for_gpus_can_be_asked_for_without_one(tmp_path):
+    command = ["--dataset_name", "scenes", "--output_dir", str(tmp_path)]
+    assert parse_arguments([*command, "--dry_run"])[2].use_cpu
+    (tmp_path / "run.yaml").write_text("dry_run: true")
+    assert parse_arguments([*command, "--config", str(tmp_path / "run.yaml")])[2].use_cpu
+    assert not parse_arguments([*command, "--dry_run", "false"])[2].use_cpu
+
+
 def test_lists_and_nothing_in_yaml(tmp_path):
     path = tmp_path / "run.yaml"
     lines = [

@@ -1,17 +1,21 @@
 """The estimate before a run, beside what the run's own tensors and operations are."""
 
+import json
 import random
+import runpy
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from mmgem.data.pairs import PairDataset
-from mmgem.training.arguments import DataArguments, DryRunArguments
+from mmgem.training.arguments import DataArguments, DryRunArguments, ModelArguments
+from mmgem.training.building import planned_config
 from mmgem.training.dry_run import LiveTensors, estimate
 from mmgem.training.stages import make_optimizer
 from mmgem.training.trainer import MMGEMTrainer
-from tests.conftest import Table, make_model, make_picture
+from tests.conftest import TEXT, VISION, Table, make_model, make_picture
+from tests.training.test_cli import ROOT, TOWERS
 from tests.training.test_training import CAPTIONS, training_arguments
 
 
@@ -58,9 +62,13 @@ def real_step(processor, args, packing):
         ({"objective": "contrastive"}, True),
         ({"objective": "caption", "activation_checkpointing": True}, True),
         ({"freeze": ["vision_model"], "optim": "lamb"}, True),
+        ({"logits_in_parts": True, "freeze": ["vision_model"], "objective": "caption"}, True),
     ],
 )
-def test_memory_and_operations_of_a_real_step(processor, tmp_path, options, packing):
+def test_memory_and_operations_of_a_real_step(processor, tmp_path, monkeypatch, options, packing):
+    if options.pop("logits_in_parts", False):
+        for module in ("modeling_mmgem.modeling_mmgem", "training.dry_run"):
+            monkeypatch.setattr(f"mmgem.{module}.MAX_LOGITS", 3 * 127 * len(processor.tokenizer))
     args = training_arguments(tmp_path, per_device_train_batch_size=BATCH, max_steps=1, **options)
     peak, flops, tokens, longest = real_step(processor, args, packing)
     # Padded rows count as max_length long; here they are as long as the longest caption behind its picture.
@@ -90,3 +98,41 @@ def test_shares_of_many_devices_and_long_batches(processor, tmp_path):
     assert many.memory["inputs"] == 160 * pictures
     assert sum(many.memory.values()) - many.memory["inputs"] < 1.1 * sum(one.memory.values())
     assert plan(16, gradient_accumulation_steps=3).flops == 3 * one.flops
+    assert plan(20).flops == pytest.approx(20 / 16 * one.flops, rel=0.05)  # the last mini-batch is half a one
+
+
+def test_sharded_among_devices(processor, tmp_path):
+    config = make_model(processor).config
+    args = training_arguments(tmp_path)
+    plans = [
+        estimate(config, args, DataArguments(dataset_name="scenes"), DryRunArguments(dry_run_devices=4, **options))
+        for options in ({}, {"dry_run_sharded": True})
+    ]
+    assert plans[1].memory["weights"] == plans[0].memory["weights"] // 4
+    assert plans[1].memory["activations"] == plans[0].memory["activations"]
+
+
+def test_towers_count_as_they_are_loaded_not_as_they_are_stored(processor, tmp_path):
+    text = {**TEXT, "vocab_size": 320, "dtype": "bfloat16"}
+    for name, config in {"vision": VISION, "text": text}.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps(config))
+    towers = ModelArguments(
+        vision_model_name_or_path=str(tmp_path / "vision"), text_model_name_or_path=str(tmp_path / "text")
+    )
+    args = training_arguments(tmp_path)
+    plan = estimate(planned_config(towers), args, DataArguments(dataset_name="scenes"), DryRunArguments())
+    assert plan.memory["weights"] == pytest.approx(4 * plan.parameters, rel=0.01)
+
+
+def test_says_when_it_will_not_fit_without_data_or_a_gpu(tmp_path, monkeypatch, capsys):
+    """A recipe for GPUs, on whatever machine this is."""
+    command = ["train.py", "--train_shards", "not/there.tar", *TOWERS, "--output_dir", str(tmp_path / "none")]
+    command += ["--bf16", "true", "--dry_run", "--dry_run_memory", "0.001", "--dry_run_tflops", "1"]
+    monkeypatch.setattr("sys.argv", command)
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
+    assert not end.value.code
+    output = capsys.readouterr().out
+    assert "It will not fit" in output and "steps per day at 40% of 1.00 TFLOP/s" in output
+    assert not (tmp_path / "none").exists()

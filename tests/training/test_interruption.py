@@ -77,7 +77,7 @@ def test_killed_three_times_ends_like_the_uninterrupted_run(start, tmp_path, dat
     arguments += ["--output_dir", killed]
     rng = random.Random(workers)
     # One of the three when a checkpoint is about to be written.
-    moments = [rng.randrange(SAVE_STEPS + 1, 90), SAVE_STEPS * rng.randint(5, 8), rng.randrange(165, STEPS)]
+    moments = [rng.randrange(SAVE_STEPS + 1, 90), SAVE_STEPS * rng.randint(5, 8), rng.randrange(165, 190)]
     for k, moment in enumerate(moments):
         log = tmp_path / f"killed-{k}.log"
         resume = ["--resume_from_checkpoint", "true"] if k > 0 else []
@@ -151,6 +151,19 @@ def test_full_disk_ends_the_run_with_the_last_good_checkpoint(processor, tmp_pat
     assert not (tmp_path / "checkpoint-4").exists()
     trainer().train(resume_from_checkpoint=True)
     MMGEMModel.from_pretrained(tmp_path / "checkpoint-6")
+
+
+def test_what_fails_after_a_checkpoint_leaves_it(processor, tmp_path, monkeypatch):
+    """Such as the deletion of older ones, which may have gone half the way."""
+
+    def rotate(**kwargs):
+        raise OSError("directory not empty")
+
+    monkeypatch.setattr("transformers.trainer.rotate_checkpoints", rotate)
+    args = training_arguments(tmp_path, max_steps=2, save_strategy="steps", save_steps=2)
+    with pytest.raises(OSError, match="not empty"):
+        MMGEMTrainer(make_model(processor), args, processor, eight_pictures()).train()
+    assert find_checkpoint(str(tmp_path)) == str(tmp_path / "checkpoint-2")
 
 
 def test_resume_from_a_folder_without_checkpoint_says_so(tmp_path):

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 from transformers import TrainerCallback
+from transformers.utils import logging
 
 from mmgem import MMGEMModel
 from mmgem.data.pairs import PairDataset
@@ -110,15 +111,16 @@ def test_compiled_twice_at_most_in_a_hundred_steps_of_any_number_of_rows(process
         assert len(numbers) >= 3
         return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
+    # Logits come in parts here, but for the graph, where each number of parts would make another.
+    monkeypatch.setattr("mmgem.modeling_mmgem.modeling_mmgem.MAX_LOGITS", 2 * 64 * len(processor.tokenizer))
     torch._dynamo.reset()
     counters.clear()
     plain = curve("plain")
     assert counters["stats"]["unique_graphs"] == 0
     # What the Trainer sets is undone after the test.
     monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "no")
-    monkeypatch.setattr(torch._dynamo.config, "capture_dynamic_output_shape_ops", False)
-    monkeypatch.setattr(torch._dynamo.config, "capture_scalar_outputs", False)
-    compiled = curve("compiled", torch_compile=True, torch_compile_backend="eager")
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=False, capture_scalar_outputs=False):
+        compiled = curve("compiled", torch_compile=True, torch_compile_backend="eager")
     assert 1 <= counters["stats"]["unique_graphs"] <= 2
     assert not counters["graph_break"]
     torch.testing.assert_close(compiled[:20], plain[:20], rtol=1e-4, atol=0)
@@ -256,6 +258,18 @@ def test_unreadable_pictures_are_skipped_counted_and_limited(processor, tmp_path
         MMGEMTrainer(make_model(processor), args, processor, dataset, max_bad_fraction=0.1).train()
 
 
+@pytest.mark.parametrize("bound", [0, 2])
+def test_the_log_says_when_data_is_the_bottleneck(processor, tmp_path, monkeypatch, caplog, bound):
+    monkeypatch.setattr("mmgem.training.trainer.DATA_BOUND", bound)
+    logging.get_logger().warning_once.cache_clear()
+    args = training_arguments(tmp_path, max_steps=3, logging_steps=1)
+    trainer = MMGEMTrainer(make_model(processor), args, processor, eight_pictures())
+    logging.enable_propagation()
+    trainer.train()
+    logging.disable_propagation()
+    assert ("Data is the bottleneck" in caplog.text) == (bound == 0)
+
+
 def test_caption_choice_depends_on_epoch_and_index_alone():
     rows = Table({"image": make_picture(0), "caption": [f"caption {k}" for k in range(50)]} for _ in range(8))
     dataset = PairDataset(rows, seed=1)
@@ -271,17 +285,19 @@ def test_caption_choice_depends_on_epoch_and_index_alone():
     [
         ({"n_gpu": 2}, "accelerate launch"),
         ({"deepspeed": True}, "DeepSpeed is not supported"),
-        ({"fsdp": True, "kept_optimizer": "Lamb"}, "Lamb looks at whole matrices"),
-        ({"fsdp": True, "eval_strategy": "steps"}, "--eval_strategy no"),
-        ({"fsdp": True, "lora_rank": 4}, "without FSDP"),
+        ({"fsdp_version": 1}, "fsdp_version: 2"),
+        ({"fsdp_version": 2, "kept_optimizer": "Lamb"}, "Lamb looks at whole matrices"),
+        ({"fsdp_version": 2, "eval_strategy": "steps"}, "--eval_strategy no"),
+        ({"fsdp_version": 2, "lora_rank": 4}, "without FSDP"),
         ({"world_size": 2, "average_tokens_across_devices": False}, "average_tokens_across_devices"),
     ],
 )
 def test_parallelism_that_would_train_on_other_gradients_is_refused(changes, message):
-    sharding = {name: changes.pop(name, False) for name in ("fsdp", "deepspeed")}
+    sharding = {name: changes.pop(name) for name in ("fsdp_version", "deepspeed") if name in changes}
     plain = {"n_gpu": 0, "world_size": 1, "average_tokens_across_devices": True, "kept_optimizer": None}
     plain |= {"eval_strategy": "no", "lora_rank": 0}
-    check_parallelism(SimpleNamespace(**plain), fsdp=sharding["fsdp"])
+    check_parallelism(SimpleNamespace(**plain))
+    check_parallelism(SimpleNamespace(**plain), fsdp_version=2)
     with pytest.raises(ValueError, match=message):
         check_parallelism(SimpleNamespace(**plain | changes), **sharding)
 
