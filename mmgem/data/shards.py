@@ -231,7 +231,7 @@ def read_samples(path: str, start: int = 0) -> Iterator[RawSample]:
             for number, (key, members) in enumerate(itertools.groupby(_members(tar, file, faults), key=_key)):
                 if number >= start:
                     yield _read(tar, os.path.join(path, key), members)
-    except (tarfile.TarError, OSError, EOFError) as error:
+    except Exception as error:  # file systems, remote ones above all, raise whatever they stumble over
         faults.append(error)
     if faults and number + 1 >= start:
         yield RawSample(path, fault=f"broken shard: {type(faults[0]).__name__}: {faults[0]}")
@@ -284,14 +284,19 @@ def expand_shards(pattern: str) -> list[str]:
 
     Raises:
         FileNotFoundError: where a glob finds nothing, or a local shard is not there.
+        OSError: where the place cannot be reached.
     """
     if match := re.search(r"\{(\d+)\.\.(\d+)\}", pattern):
         first, last = match.groups()
         numbers = [str(n).zfill(len(first)) for n in range(int(first), int(last) + 1)]
         return [p for n in numbers for p in expand_shards(pattern[: match.start()] + n + pattern[match.end() :])]
-    files, path = fsspec.core.url_to_fs(pattern)
     if "*" in pattern:
-        found = sorted(files.unstrip_protocol(name) if "://" in pattern else name for name in files.glob(path))
+        try:
+            files, path = fsspec.core.url_to_fs(pattern)
+            names = files.glob(path)
+        except Exception as error:  # of a remote file system, whatever it has
+            raise OSError(f"{pattern} could not be listed: {type(error).__name__}: {error}") from error
+        found = sorted(files.unstrip_protocol(name) if "://" in pattern else name for name in names)
         if not found:
             raise FileNotFoundError(f"No shard matches {pattern}.")
         return found

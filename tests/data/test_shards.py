@@ -213,6 +213,18 @@ def test_a_cut_shard_is_said_to_be_broken_once(tmp_path, length):
     assert list(read_samples(str(tmp_path / "0.tar"), len(samples))) == []
 
 
+def test_whatever_a_file_system_raises_is_a_broken_shard(monkeypatch):
+    def refuse(*args, **kwargs):
+        raise RuntimeError("connection reset")
+
+    monkeypatch.setattr("fsspec.open", refuse)
+    (sample,) = shards.read_samples("hf://datasets/org/name/0.tar")
+    assert sample.fault == "broken shard: RuntimeError: connection reset"
+    monkeypatch.setattr("fsspec.core.url_to_fs", refuse)
+    with pytest.raises(OSError, match=r"name/\*.tar could not be listed: RuntimeError: connection reset"):
+        expand_shards("hf://datasets/org/name/*.tar")
+
+
 def test_large_members_are_not_read(tmp_path, monkeypatch):
     monkeypatch.setattr(shards, "MAX_MEMBER_BYTES", 100)
     write_shard(tmp_path / "0.tar", [("a", make_picture(0), "caption")])
