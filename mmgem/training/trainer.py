@@ -1,8 +1,10 @@
 """The Trainer of stage 1: transformers' own, with the joint loss over all processes."""
 
+import json
 import os
 import time
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -105,9 +107,10 @@ class MMGEMTrainer(Trainer):
         self.truncated = self.seen = 0
         self._sums: dict[str, torch.Tensor] = {}
         self._logit_scale: torch.Tensor | None = None
+        self._resumed_from: str | None = None
         self._steps_since_log = 0
         self._interval = {"start": time.perf_counter(), "data": 0.0, "samples": 0}
-        self.add_callback(_Stage1Callback(model, train_dataset))
+        self.add_callback(_Stage1Callback(model, train_dataset, self._resume_log))
         if pack_length:
             check_packing(model, self.accelerator)
 
@@ -268,7 +271,7 @@ class MMGEMTrainer(Trainer):
         """As [`Trainer.train`]; resumes from the last whole checkpoint and reports what was skipped or cut."""
         if resume_from_checkpoint:
             folder = self.args.output_dir if resume_from_checkpoint is True else resume_from_checkpoint
-            resume_from_checkpoint = find_checkpoint(str(folder))
+            resume_from_checkpoint = self._resumed_from = find_checkpoint(str(folder))
             if self.progress is not None:
                 self.progress.resume(resume_from_checkpoint)
                 state = TrainerState.load_from_json(os.path.join(resume_from_checkpoint, TRAINER_STATE_NAME))
@@ -310,12 +313,29 @@ class MMGEMTrainer(Trainer):
             super()._save_checkpoint(model, trial)
 
     def _save_rng_state(self, output_dir: str) -> None:
-        """Beside each process's random state, how far it is in its stream."""
+        """Beside each process's random state, how far it is in its stream, and in the interval of the log."""
         super()._save_rng_state(output_dir)
+        interval = {"loss": self._tr_loss.item(), "logged_at": self._globalstep_last_logged}
+        sums = {name: value.item() for name, value in self._sums.items()}
+        with open(self._log_state(output_dir), "w", encoding="utf-8") as file:
+            json.dump({**interval, "steps": self._steps_since_log, "sums": sums}, file)
         if self.progress is not None:
             self.progress.save(output_dir)
         # What makes a checkpoint whole, trainer_state.json, comes after this: nobody may lag behind.
         self.accelerator.wait_for_everyone()
+
+    def _log_state(self, checkpoint: str) -> str:
+        return os.path.join(checkpoint, f"log_{self.args.process_index}.json")
+
+    def _resume_log(self) -> None:
+        """So that what is logged next is the mean over its whole interval, as of the uninterrupted run."""
+        if self._resumed_from is None or not os.path.isfile(self._log_state(self._resumed_from)):
+            return
+        with open(self._log_state(self._resumed_from), encoding="utf-8") as file:
+            state = json.load(file)
+        self._tr_loss += state["loss"]
+        self._globalstep_last_logged, self._steps_since_log = state["logged_at"], state["steps"]
+        self._sums = {name: torch.tensor(value, device=self.args.device) for name, value in state["sums"].items()}
 
     def merge_lora(self) -> None:
         """Makes one plain model of LoRA's adapter and what it was trained beside."""
@@ -348,9 +368,13 @@ class MMGEMTrainer(Trainer):
 class _Stage1Callback(TrainerCallback):
     """Tells the data which epoch it is, and holds tau at its lower bound of 0.01."""
 
-    def __init__(self, model: MMGEMModel, train_dataset: PairDataset | ShardStream):
+    def __init__(self, model: MMGEMModel, train_dataset: PairDataset | ShardStream, resume_log: Callable[[], None]):
         self.model = model
         self.train_dataset = train_dataset
+        self.resume_log = resume_log
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.resume_log()
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if isinstance(self.train_dataset, PairDataset):

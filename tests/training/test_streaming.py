@@ -27,6 +27,13 @@ def shards(tmp_path_factory):
     return expand_shards(str(folder / "{0..3}.tar"))
 
 
+def losses(trainer):
+    names = ("step", "epoch", "loss", "caption_loss", "contrastive_loss", "tau")
+    logged = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert [entry["step"] for entry in logged] == [4, 8]
+    return [[entry[name] for name in names] for entry in logged]
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_resumed_stream_trains_to_the_same_weights(processor, tmp_path, shards, workers, caplog):
     def trainer(folder):
@@ -36,6 +43,7 @@ def test_resumed_stream_trains_to_the_same_weights(processor, tmp_path, shards, 
             max_steps=11,
             save_strategy="steps",
             save_steps=3,
+            logging_steps=4,
             dataloader_num_workers=workers,
         )
         dataset = ShardStream([shards], augmentation_scale=0.5, window=5)
@@ -52,6 +60,7 @@ def test_resumed_stream_trains_to_the_same_weights(processor, tmp_path, shards, 
         resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{step}"))
         for name, tensor in whole.model.state_dict().items():
             assert torch.equal(tensor, resumed.model.state_dict()[name]), (step, name)
+        assert losses(resumed) == losses(whole)  # also where a checkpoint is in the middle of an interval of the log
 
 
 def test_a_stream_goes_on_with_the_readers_it_had(processor, tmp_path, shards):
