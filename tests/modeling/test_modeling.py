@@ -111,6 +111,17 @@ def test_gradient_checkpointing_gives_the_same_gradient(processor):
         torch.testing.assert_close(gradient, gradients[1][name], msg=name)
 
 
+def test_checkpointing_sends_no_gradient_through_a_frozen_vision_tower(processor):
+    """The library's hook on the inputs of every tower would: a backward pass, and its memory, for nothing."""
+    model = make_model(processor).train()
+    model.vision_model.requires_grad_(False)
+    model.activation_checkpointing_enable()
+    pictures = processor(images=[make_picture(0)], return_tensors="pt")
+    assert not model.vision_model(**pictures).last_hidden_state.requires_grad
+    embeds = model.get_input_embeddings().requires_grad_(False)(torch.zeros(1, 3, dtype=torch.long))
+    assert embeds.requires_grad  # which frozen language models with adapters need
+
+
 @pytest.mark.parametrize("num_items", [None, 40])
 def test_many_logits_come_in_parts_with_the_same_loss_and_gradient(processor, monkeypatch, num_items):
     texts = ["a dog on a beach", "the cat", "snow on a mountain", "two people"]
