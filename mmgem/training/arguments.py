@@ -106,6 +106,11 @@ class DataArguments:
             raise ValueError(
                 "validation_file goes with train_file or train_shards; a dataset_name brings its own splits."
             )
+        if self.train_shards is not None and (self.max_train_samples or self.image_column != "image"):
+            raise ValueError(
+                "max_train_samples and image_column are for tables: a stream ends with --max_steps, and its pictures "
+                "are what is named jpg, png or webp."
+            )
         if self.shuffle_window < 1:
             raise ValueError(f"shuffle_window must be 1 or more, got {self.shuffle_window}.")
         if not 0 < self.augmentation_scale <= 1:

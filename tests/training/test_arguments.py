@@ -37,6 +37,12 @@ def test_an_estimate_for_gpus_can_be_asked_for_without_one(tmp_path):
     assert not parse_arguments([*command, "--dry_run", "false"])[2].use_cpu
 
 
+@pytest.mark.parametrize("option", [["--max_train_samples", "9"], ["--image_column", "picture"]])
+def test_options_of_tables_are_refused_for_streams(option):
+    with pytest.raises(ValueError, match="are for tables"):
+        parse_arguments(["--train_shards", "a.tar", "--output_dir", "out", *option])
+
+
 def test_lists_and_nothing_in_yaml(tmp_path):
     path = tmp_path / "run.yaml"
     lines = [
