@@ -94,6 +94,13 @@ def model(processor) -> MMGEMModel:
     return make_model(processor)
 
 
+def write_shards(folder) -> None:
+    """Four shards of twelve samples each, 0.tar to 3.tar, every caption of a shard ending in its number."""
+    for s in range(4):
+        samples = [(f"{i:03}", make_picture(12 * s + i), f"{CORPUS[i % 4]} {s}") for i in range(12)]
+        write_shard(folder / f"{s}.tar", samples)
+
+
 def write_shard(path, samples) -> None:
     """A tar of (key, picture, caption), in img2dataset's layout."""
     with tarfile.open(path, "w") as tar:

@@ -18,7 +18,7 @@ from transformers import TrainerCallback
 from mmgem import MMGEMModel
 from mmgem.training.checkpoints import CheckpointError, find_checkpoint
 from mmgem.training.trainer import MMGEMTrainer
-from tests.conftest import CORPUS, make_model, make_picture, write_shard
+from tests.conftest import make_model, write_shards
 from tests.training.test_cli import ROOT, TOWERS
 from tests.training.test_training import eight_pictures, training_arguments
 
@@ -60,9 +60,7 @@ def curve(folder: Path) -> list[dict]:
 @pytest.mark.parametrize("data", ["table", "shards"])
 def test_killed_three_times_ends_like_the_uninterrupted_run(start, tmp_path, data, workers):
     if data == "shards":
-        for s in range(4):
-            samples = [(f"{i:03}", make_picture(12 * s + i), f"{CORPUS[i % 4]} {s}") for i in range(12)]
-            write_shard(tmp_path / f"{s}.tar", samples)
+        write_shards(tmp_path)
         source = ["--train_shards", tmp_path / "{0..3}.tar", "--shuffle_window", 5]
     else:
         source = ["--dataset_name", "scenes", "--max_train_samples", 100, "--caption_samples", 0]

@@ -8,17 +8,15 @@ from transformers.utils import logging
 from mmgem.data.shards import ShardStream, expand_shards
 from mmgem.training.checkpoints import CheckpointError
 from mmgem.training.trainer import MMGEMTrainer
-from tests.conftest import CORPUS, make_model, make_picture, write_shard
+from tests.conftest import make_model, write_shards
 from tests.training.test_training import training_arguments
 
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory):
-    """Four shards of twelve samples; in the first, one picture in three cannot be read."""
+    """Four shards; in the first, one picture in three cannot be read."""
     folder = tmp_path_factory.mktemp("shards")
-    for s in range(4):
-        samples = [(f"{i:03}", make_picture(12 * s + i), f"{CORPUS[i % 4]} {s}") for i in range(12)]
-        write_shard(folder / f"{s}.tar", samples)
+    write_shards(folder)
     data = bytearray((folder / "0.tar").read_bytes())
     for i in range(0, 12, 3):  # breaks the beginning of a JPEG
         start = data.index(f"{i:03}.jpg".encode()) + 512
