@@ -10,6 +10,9 @@ Symbols are those of "Multi-Modal Generative Embedding Model" (arXiv 2405.19333)
 the summaries at hand leave something open, this is our reading: V_in comes from V_Emb before it is normalised; V is
 taken after the ViT's final norm, without CLS and registers; a prompt is "<bos> <image> [CAP]", with BOS where the
 tokenizer has one; a region gives k x k visual tokens; tau is learned as the logarithm of 1 / tau.
+
+Stage 2 trains caption_projection and soft_prompts, or region_projection, as adapters beside all other weights: see
+`adapters_mmgem.py`.
 """
 
 from dataclasses import dataclass
@@ -18,7 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoModel, GenerationMixin, PreTrainedModel
+from transformers import AutoModel, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ModelOutput
@@ -27,6 +30,8 @@ from transformers.utils import torch_compilable_check
 from transformers.utils.generic import can_return_tuple
 
 from ..configuration.configuration_mmgem import MMGEMConfig
+from .adapters_mmgem import RegionAdapterMixin
+from .generation_mmgem import CaptionGenerationMixin
 from .losses_mmgem import caption_loss, contrastive_loss, similarity_logits
 from .pooling_mmgem import PoolAggregator
 
@@ -81,7 +86,7 @@ class LogitScale(nn.Module):
         return similarities * self.weight[0].float().clamp(max=self.max_value).exp()
 
 
-class MMGEMModel(PreTrainedModel, GenerationMixin):
+class MMGEMModel(RegionAdapterMixin, CaptionGenerationMixin, PreTrainedModel):
     """
     MM-GEM: the same language model embeds a text and captions a picture, an image's box or a mask of it.
 
@@ -136,6 +141,7 @@ class MMGEMModel(PreTrainedModel, GenerationMixin):
         self.region_projection = nn.Linear(dim, dim)  # h4
         # [CAP_i] minus [CAP]: zero is "a copy of [CAP]", whatever [CAP] has become.
         self.soft_prompts = nn.Embedding(config.num_soft_prompts, text_config.hidden_size)
+        self.register_adapter_buffers()
         self.logit_scale = LogitScale(float(config.logit_scale_init_value), config.logit_scale_max_value)
         embeddings = self.language_model.get_input_embeddings()
         name = next(name for name, module in self.language_model.named_modules() if module is embeddings)
@@ -157,8 +163,11 @@ class MMGEMModel(PreTrainedModel, GenerationMixin):
         if module is self.region_projection:
             init.eye_(module.weight)
             init.zeros_(module.bias)
+            init.zeros_(module.trained_on)
         elif module is self.soft_prompts:
             init.zeros_(module.weight)
+            init.zeros_(module.trained_on)
+            init.constant_(module.grid_size, self.config.region_grid_size)
         elif isinstance(module, LogitScale):
             init.constant_(module.weight, module.init_value)
         else:
@@ -207,7 +216,10 @@ class MMGEMModel(PreTrainedModel, GenerationMixin):
     ) -> torch.Tensor:
         """V_Emb, `(B, D)`, or `(B, R, D)` through h4 for regions (equations 5 and 7)."""
         embeds = self.visual_projection(self.pool_aggregator(features, grid, boxes, masks))
-        return embeds[:, 0] if boxes is None and masks is None else self.region_projection(embeds)
+        if boxes is None and masks is None:
+            return embeds[:, 0]
+        self.check_base_of(self.region_projection)
+        return self.region_projection(embeds)
 
     def _visual_tokens(
         self,
@@ -218,7 +230,11 @@ class MMGEMModel(PreTrainedModel, GenerationMixin):
         region_mask: torch.Tensor | None,
     ) -> torch.Tensor:
         """V_in `(N, H)`: one token per picture, k x k per region, in row-major order (equations 5 and 6)."""
-        pooled = self.pool_aggregator(features, grid, boxes, masks, self.config.region_grid_size)
+        grid_size = 1
+        if boxes is not None or masks is not None:
+            self.check_base_of(self.soft_prompts)
+            grid_size = self._active_grid_size()
+        pooled = self.pool_aggregator(features, grid, boxes, masks, grid_size)
         tokens = self.caption_projection(self.visual_projection(pooled))
         if region_mask is not None:
             tokens = tokens.unflatten(1, (region_mask.shape[1], -1))[region_mask]
@@ -379,40 +395,18 @@ class MMGEMModel(PreTrainedModel, GenerationMixin):
         self, inputs_embeds: torch.Tensor, input_ids: torch.Tensor, tokens: torch.Tensor
     ) -> torch.Tensor:
         """V_in at the `<image>` placeholders; no placeholder at all beside [EMB] is CLIP's use of the model."""
+        self._check_placeholders(input_ids, tokens)
         is_image = input_ids.eq(self.config.image_token_id)
-        placeholders = is_image.sum()
+        return inputs_embeds.masked_scatter(is_image[..., None], tokens.to(inputs_embeds.dtype))
+
+    def _check_placeholders(self, input_ids: torch.Tensor, tokens: torch.Tensor) -> None:
+        placeholders = input_ids.eq(self.config.image_token_id).sum()
         torch_compilable_check(
             placeholders.eq(len(tokens)) | (placeholders.eq(0) & input_ids.eq(self.config.emb_token_id).any()),
             f"The pictures or regions give {len(tokens)} visual tokens, but input_ids hold another number of <image> "
-            f"placeholders (id {self.config.image_token_id}); let the processor write the prompt.",
+            f"placeholders (id {self.config.image_token_id}); let the processor write the prompt. Of regions it must "
+            "be for the k of the active adapter: processor.region_grid_size = model.region_grid_size.",
         )
-        return inputs_embeds.masked_scatter(is_image[..., None], tokens.to(inputs_embeds.dtype))
-
-    @torch.no_grad()
-    def generate(  # type: ignore[override]
-        self, inputs: torch.Tensor | None = None, **kwargs: Any
-    ) -> Any:
-        """
-        Captions: [`GenerationMixin.generate`] after `<bos> <image> [CAP]`, as the processor's `task="caption"` writes
-        it. The pictures are encoded once, before beams and `num_return_sequences` multiply the rows.
-
-        Returns:
-            `torch.LongTensor` of shape `(B * num_return_sequences, T)`: prompt and caption, as every decoder of the
-            library; `processor.batch_decode(ids, skip_special_tokens=True)` leaves the caption.
-        """
-        picture = {name: kwargs.pop(name, None) for name in ("pixel_values", "boxes", "masks", "region_mask")}
-        input_ids = kwargs.get("input_ids") if inputs is None else inputs
-        if picture["pixel_values"] is None:
-            return super().generate(inputs, **kwargs)  # type: ignore[misc]
-        if input_ids is None or not bool(input_ids.eq(self.config.image_token_id).any()):
-            raise ValueError(
-                "The pictures have no <image> placeholder in input_ids, so no caption would see them; use "
-                'processor(images=…, task="caption").'
-            )
-        features, grid = self._patch_features(picture.pop("pixel_values"))
-        tokens = self._visual_tokens(features, grid, **picture)
-        embeds = self._place_visual_tokens(self._embed_tokens(input_ids), input_ids, tokens)
-        return super().generate(inputs, inputs_embeds=embeds, **kwargs)  # type: ignore[misc]
 
     @can_return_tuple
     def forward(
@@ -424,6 +418,7 @@ class MMGEMModel(PreTrainedModel, GenerationMixin):
         boxes: torch.Tensor | None = None,
         masks: torch.Tensor | None = None,
         region_mask: torch.Tensor | None = None,
+        patch_features: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         return_loss: bool | None = None,
         past_key_values: Cache | None = None,
@@ -445,6 +440,8 @@ class MMGEMModel(PreTrainedModel, GenerationMixin):
             attention_mask (`torch.Tensor` of shape `(B, T)`, *optional*): 0 on padding.
             position_ids (`torch.LongTensor` of shape `(B, T)`, *optional*).
             pixel_values, boxes, masks, region_mask: see [`get_image_features`].
+            patch_features (`torch.FloatTensor` of shape `(B, rows, columns, C)`, *optional*): V of pictures that went
+                through the ViT before, instead of `pixel_values`.
             labels (`torch.LongTensor` of shape `(B, T)`, *optional*): the caption's tokens in their own places, -100
                 elsewhere; the shift by one happens here. While training, the head then runs on these positions alone
                 and `logits` is `None`.
@@ -460,12 +457,16 @@ class MMGEMModel(PreTrainedModel, GenerationMixin):
             ValueError: neither texts nor pictures; pictures that do not match the placeholders; `return_loss` where
             texts and pictures differ in number.
         """
-        if input_ids is None and inputs_embeds is None and pixel_values is None:
+        has_pictures = pixel_values is not None or patch_features is not None
+        if input_ids is None and inputs_embeds is None and not has_pictures:
             raise ValueError("Pass input_ids (or inputs_embeds), pixel_values, or both.")
         logit_scale = self.logit_scale(torch.ones((), device=self.logit_scale.weight.device))
         image_embeds = text_embeds = logits = logits_per_text = contrastive = caption = outputs = None
-        if pixel_values is not None:
-            features, grid = self._patch_features(pixel_values)
+        if has_pictures:
+            if patch_features is None:
+                features, grid = self._patch_features(pixel_values)
+            else:
+                features, grid = patch_features.flatten(1, 2), (patch_features.shape[1], patch_features.shape[2])
             image_embeds = self._image_features(features, grid, boxes, masks)
             if region_mask is not None:
                 image_embeds = image_embeds * region_mask[..., None].to(image_embeds.dtype)
@@ -473,7 +474,7 @@ class MMGEMModel(PreTrainedModel, GenerationMixin):
 
         if inputs_embeds is None and input_ids is not None:
             inputs_embeds = self._embed_tokens(input_ids)
-            if pixel_values is not None:
+            if has_pictures:
                 tokens = self._visual_tokens(features, grid, boxes, masks, region_mask)
                 inputs_embeds = self._place_visual_tokens(inputs_embeds, input_ids, tokens)
             elif past_key_values is None or past_key_values.get_seq_length() == 0:

@@ -4,6 +4,9 @@ import torch
 from torch import nn
 
 
+MAX_WEIGHTS = 2**24  # of A that exist at a time: 64 MiB in float32
+
+
 def box_weights(
     start: torch.Tensor, end: torch.Tensor, cells: int, bins: int, sampling_ratio: int | None = None
 ) -> torch.Tensor:
@@ -31,6 +34,26 @@ def box_weights(
     distance = points.clamp(0, cells - 1)[..., None] - torch.arange(cells, device=start.device, dtype=start.dtype)
     hat = (1 - distance.abs()).clamp(min=0) * on_map[..., None]
     return hat.unflatten(-2, (bins, samples)).mean(-2)
+
+
+def bin_overlaps(is_inside: torch.Tensor, bins: int) -> torch.Tensor:
+    """
+    The interval from the first to the last True along an axis, cut into equal bins.
+
+    Args:
+        is_inside (`torch.BoolTensor` of shape `(..., length)`): pixels along the axis.
+
+    Returns:
+        `torch.FloatTensor` of shape `(..., bins, length)`: the share of each pixel that lies in each bin.
+    """
+    length = is_inside.shape[-1]
+    first = is_inside.int().argmax(-1)
+    last = length - is_inside.flip(-1).int().argmax(-1)
+    steps = torch.arange(bins + 1, device=is_inside.device) / bins
+    edges = first[..., None] + (last - first)[..., None] * steps
+    pixels = torch.arange(length, device=is_inside.device)
+    ends = torch.minimum(edges[..., 1:, None], pixels + 1)
+    return (ends - torch.maximum(edges[..., :-1, None], pixels)).clamp(0, 1)
 
 
 class PoolAggregator(nn.Module):
@@ -61,27 +84,34 @@ class PoolAggregator(nn.Module):
             grid: patches along height and width; their product is P.
             boxes (`torch.FloatTensor` of shape `(B, R, 4)`, *optional*): `[x0, y0, x1, y1]` in pixels.
             masks (`torch.Tensor` of shape `(B, R, height, width)`, *optional*): a region's weight per pixel.
-            grid_size (`int`): k, a box gives k x k vectors.
+            grid_size (`int`): k, a region gives k x k vectors.
 
         Returns:
-            `torch.FloatTensor` of shape `(B, 1, C)` for whole images, `(B, R * k * k, C)` for boxes (region by region,
-            then row by row of its k x k grid), `(B, R, C)` for masks.
+            `torch.FloatTensor` of shape `(B, 1, C)` for whole images, `(B, R * k * k, C)` for regions (one by one,
+            each row by row of its k x k grid). Many regions are pooled in parts, so that A never exists whole.
 
         Raises:
-            ValueError: for boxes and masks at once, or masks with k above 1.
+            ValueError: for boxes and masks at once.
         """
         if boxes is None and masks is None:
             return patch_features.mean(1, keepdim=True)
         if boxes is not None and masks is not None:
             raise ValueError("A region is a box or a mask: pass `boxes` or `masks`, not both.")
-        if boxes is not None:
-            weights = self.weights_of_boxes(boxes, grid, grid_size)
+        regions = masks if boxes is None else boxes
+        assert regions is not None
+        at_a_time = max(1, MAX_WEIGHTS // (patch_features.shape[:2].numel() * grid_size**2))
+        if regions.shape[1] <= at_a_time or torch.compiler.is_compiling():  # each number of parts is another graph
+            parts = [regions]
         else:
-            if grid_size != 1:
-                raise ValueError(f"A mask pools into one vector, but region_grid_size is {grid_size}; pass boxes.")
-            assert masks is not None
-            weights = self.weights_of_masks(masks)
-        return weights.to(patch_features.dtype) @ patch_features
+            parts = list(regions.split(at_a_time, dim=1))
+        pooled = []
+        for part in parts:
+            if boxes is None:
+                weights = self.weights_of_masks(part, grid_size)
+            else:
+                weights = self.weights_of_boxes(part, grid, grid_size)
+            pooled.append(weights.to(patch_features.dtype) @ patch_features)
+        return torch.cat(pooled, 1)
 
     def weights_of_boxes(self, boxes: torch.Tensor, grid: tuple[int, int], grid_size: int = 1) -> torch.Tensor:
         """RoIAlign as a matrix, A = Wy (x) Wx: `(B, R, 4)` pixels to `(B, R * k * k, P)`, computed in float32."""
@@ -91,11 +121,26 @@ class PoolAggregator(nn.Module):
         weights = torch.einsum("brih,brjw->brijhw", rows, columns)
         return weights.flatten(4).flatten(1, 3)
 
-    def weights_of_masks(self, masks: torch.Tensor) -> torch.Tensor:
-        """Area of the mask per patch, normalised: `(B, R, height, width)` to `(B, R, P)`; an empty mask gives 0."""
+    def weights_of_masks(self, masks: torch.Tensor, grid_size: int = 1) -> torch.Tensor:
+        """
+        Area of the mask per patch, normalised: `(B, R, height, width)` to `(B, R * k * k, P)`; an empty mask gives 0.
+
+        With k above 1 the box around the mask is cut into k x k bins, each with the part of the mask that it holds; a
+        bin that holds nothing of it stands for the whole mask.
+        """
         masks = masks if masks.is_floating_point() else masks.float()
-        area = nn.functional.avg_pool2d(masks, self.patch_size).flatten(2)
-        return area / area.sum(-1, keepdim=True).clamp(min=torch.finfo(area.dtype).tiny)
+        area = nn.functional.avg_pool2d(masks, self.patch_size).flatten(2)[..., None, :]
+        weights = area / area.sum(-1, keepdim=True).clamp(min=torch.finfo(area.dtype).tiny)
+        if grid_size > 1:
+            rows = bin_overlaps(masks.any(-1), grid_size).to(masks.dtype)
+            columns = bin_overlaps(masks.any(-2), grid_size).to(masks.dtype)
+            strips = (masks[..., None, :, :] * columns[..., None, :]).unflatten(-1, (-1, self.patch_size)).sum(-1)
+            strips = strips.unflatten(-2, (-1, self.patch_size))  # (B, R, k, patches, pixels of a patch, patches)
+            area = torch.einsum("brjpsq,brips->brijpq", strips, rows.unflatten(-1, (-1, self.patch_size)))
+            area = area.flatten(4).flatten(2, 3)
+            total = area.sum(-1, keepdim=True)
+            weights = torch.where(total > 0, area / total.clamp(min=torch.finfo(area.dtype).tiny), weights)
+        return weights.flatten(1, 2)
 
 
-__all__ = ["PoolAggregator", "box_weights"]
+__all__ = ["PoolAggregator", "bin_overlaps", "box_weights"]

@@ -79,7 +79,7 @@ class PairCollator:
         texts = [i for i in order if i < len(sentences)]
         pictures = [i - len(sentences) for i in order if i >= len(sentences)] or texts
         images = [examples[i]["image"] for i in pictures]
-        batch["pixel_values"] = self._pixel_values(images)
+        batch["pixel_values"] = self.pixel_values(images)
         if sentences:
             batch["text_index"] = _places(texts, pictures)
             pair_ids = [[digest(examples[i]["caption"].encode()), examples[i]["image_id"]] for i in pictures]
@@ -90,7 +90,7 @@ class PairCollator:
             batch["sentences"] = {**self._tensors(sentences, rows), "text_index": _places(texts, pictures)}
         return batch
 
-    def _pixel_values(self, images: list[Any]) -> torch.Tensor:
+    def pixel_values(self, images: list[Any]) -> torch.Tensor:
         """As the image processor's own, but rescaled and normalised at once, which takes half the time."""
         image_processor: Any = self.processor.image_processor
         pixels = image_processor(images, do_rescale=False, do_normalize=False, return_tensors="pt")["pixel_values"]
@@ -107,10 +107,10 @@ class PairCollator:
         cut = [row if len(row) <= max_length else [*row[: max_length - 1], row[-1]] for row in ids]
         return [(row, [-100] * len(row)) for row in cut]
 
-    def _captions(self, ids: list[list[int]]) -> list[TokenSequence]:
+    def _captions(self, ids: list[list[int]], prompt: Sequence[str] = (IMAGE_TOKEN, CAP_TOKEN)) -> list[TokenSequence]:
         tokenizer, max_length = self.processor.tokenizer, self.processor.max_length
         start = int(bool(self.processor.bos))
-        opening = [*ids[0][:start], *tokenizer.convert_tokens_to_ids([IMAGE_TOKEN, CAP_TOKEN])]
+        opening = [*ids[0][:start], *tokenizer.convert_tokens_to_ids(list(prompt))]
         sequences = []
         for row in ids:
             words = row[start : min(len(row), max_length) - 1]

@@ -6,11 +6,14 @@ from typing import Any
 import datasets
 
 from ..training.arguments import DataArguments
+from .annotations import AnnotationTable, read_annotations
 from .pairs import PairDataset
+from .regions import RegionDataset
 from .scenes import ScenesDataset
 from .shards import ShardStream, expand_shards
 
 
+Table = tuple[Any, str]  # rows, and the file they were read from
 FORMATS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv"}
 
 
@@ -25,24 +28,8 @@ def load_pairs(
             unknown format.
         FileNotFoundError: for a file or shard that is not there.
     """
-    if arguments.dataset_name == "scenes":
-        train: Any = ScenesDataset("train", arguments.max_train_samples or 20_000, image_size, seed)
-        # The held-out scenes are the same whatever the training seed.
-        held_out: Any = ScenesDataset("test", arguments.max_eval_samples or 500, image_size)
-        scale = arguments.augmentation_scale
-        return PairDataset(train, augmentation_scale=scale, seed=seed), PairDataset(held_out)
-    if arguments.dataset_name is not None:
-        splits = datasets.load_dataset(arguments.dataset_name, arguments.dataset_config_name)
-        if "train" not in splits:
-            raise ValueError(f"{arguments.dataset_name} has no train split, only {', '.join(splits)}.")
-        held_out = splits.get("validation", splits.get("test"))
-        eval_pairs = None if held_out is None else _pairs(held_out, arguments, seed, held_out=True)
-        return _pairs(splits["train"], arguments, seed), eval_pairs
-    eval_pairs = None
-    if arguments.validation_file:
-        held_out = _read_file(arguments.validation_file, "validation")
-        eval_pairs = _pairs(held_out, arguments, seed, arguments.validation_file, held_out=True)
     if arguments.train_shards:
+        held_out = _read_held_out(arguments)
         stream = ShardStream(
             [expand_shards(pattern) for pattern in arguments.train_shards],
             arguments.shard_weights,
@@ -51,23 +38,104 @@ def load_pairs(
             seed,
             arguments.shuffle_window,
         )
-        return stream, eval_pairs
+        return stream, None if held_out is None else _pairs(held_out, arguments, seed, held_out=True)
+    train, held_out = _load_tables(arguments, image_size, seed)
+    eval_pairs = None if held_out is None else _pairs(held_out, arguments, seed, held_out=True)
+    return _pairs(train, arguments, seed), eval_pairs
+
+
+def load_regions(arguments: DataArguments, image_size: int, seed: int) -> tuple[RegionDataset, RegionDataset | None]:
+    """
+    The pictures with regions to train stage 2 on, and those to evaluate on.
+
+    Raises:
+        ValueError, FileNotFoundError: as [`load_pairs`]; for a table that has neither regions nor captions.
+    """
+    if arguments.train_shards:
+        raise ValueError("Shards hold no regions; stage 2 takes a table, annotations, or 'scenes'.")
+    datasets_ = []
+    for table, held_out in zip(_load_tables(arguments, image_size, seed), (False, True)):
+        if table is None:
+            datasets_.append(None)
+            continue
+        rows, file = table
+        if isinstance(rows, datasets.Dataset):
+            rows = _checked(rows, arguments, [arguments.image_column], held_out)
+            if not {arguments.regions_column, arguments.caption_column} & {*rows.column_names}:
+                raise ValueError(
+                    f"The dataset has no column {arguments.regions_column!r}; its columns are "
+                    f"{', '.join(rows.column_names)}. Set --regions_column."
+                )
+        datasets_.append(
+            RegionDataset(
+                rows,
+                arguments.image_column,
+                _caption_column(rows, arguments),
+                arguments.regions_column,
+                0 if held_out else arguments.max_regions,
+                arguments.whole_image_weight,
+                seed,
+                root=os.path.dirname(file),
+            )
+        )
+    return tuple(datasets_)  # type: ignore[return-value]
+
+
+def _load_tables(arguments: DataArguments, image_size: int, seed: int) -> tuple[Table, Table | None]:
+    """Tables to train and to evaluate on, each with the file that it was read from."""
+    if arguments.dataset_name == "scenes":
+        train = ScenesDataset("train", arguments.max_train_samples or 20_000, image_size, seed)
+        # The held-out scenes are the same whatever the training seed.
+        return (train, ""), (ScenesDataset("test", arguments.max_eval_samples or 500, image_size), "")
+    if arguments.dataset_name is not None:
+        splits = datasets.load_dataset(arguments.dataset_name, arguments.dataset_config_name)
+        if "train" not in splits:
+            raise ValueError(f"{arguments.dataset_name} has no train split, only {', '.join(splits)}.")
+        held_out = splits.get("validation", splits.get("test"))
+        return (splits["train"], ""), None if held_out is None else (held_out, "")
+    if arguments.train_annotations:
+        rows = read_annotations(arguments.train_annotations, arguments.image_folders)
+        return (rows.first(arguments.max_train_samples), ""), _read_held_out(arguments)
     assert arguments.train_file is not None
-    table = _read_file(arguments.train_file, "train")
-    return _pairs(table, arguments, seed, arguments.train_file), eval_pairs
+    return (_read_file(arguments.train_file, "train"), arguments.train_file), _read_held_out(arguments)
 
 
-def _pairs(
-    table: datasets.Dataset, arguments: DataArguments, seed: int, file: str | None = None, held_out: bool = False
-) -> PairDataset:
+def _read_held_out(arguments: DataArguments) -> Table | None:
+    if arguments.validation_annotations:
+        rows = read_annotations(arguments.validation_annotations, arguments.image_folders)
+        return rows.first(arguments.max_eval_samples), ""
+    if arguments.validation_file:
+        return _read_file(arguments.validation_file, "validation"), arguments.validation_file
+    return None
+
+
+def _pairs(table: Table, arguments: DataArguments, seed: int, held_out: bool = False) -> PairDataset:
     """A table with its columns checked; pictures that it names by relative paths lie beside its file."""
-    for column in (arguments.image_column, arguments.caption_column):
+    rows, file = table
+    scale = 1.0 if held_out else arguments.augmentation_scale
+    if isinstance(rows, AnnotationTable):
+        rows = rows.with_captions()
+    if isinstance(rows, datasets.Dataset):
+        rows = _checked(rows, arguments, [arguments.image_column, arguments.caption_column], held_out)
+    return PairDataset(
+        rows, arguments.image_column, _caption_column(rows, arguments), scale, seed, root=os.path.dirname(file)
+    )
+
+
+def _caption_column(rows: Any, arguments: DataArguments) -> str:
+    return "captions" if isinstance(rows, AnnotationTable) else arguments.caption_column
+
+
+def _checked(
+    table: datasets.Dataset, arguments: DataArguments, columns: list[str], held_out: bool
+) -> datasets.Dataset:
+    for column in columns:
         if column not in table.column_names:
             raise ValueError(
                 f"The dataset has no column {column!r}; its columns are {', '.join(table.column_names)}. Set "
                 "--image_column and --caption_column."
             )
-    caption_type = table.features[arguments.caption_column]
+    caption_type = table.features.get(arguments.caption_column, datasets.Value("string"))
     if getattr(getattr(caption_type, "feature", caption_type), "dtype", None) not in ("string", "large_string"):
         raise ValueError(
             f"Column {arguments.caption_column!r} must hold texts, or lists of texts, but is {caption_type}; set "
@@ -78,9 +146,7 @@ def _pairs(
     if isinstance(table.features[arguments.image_column], datasets.Image):
         # Decoded by us, so that one corrupt picture does not end the run.
         table = table.cast_column(arguments.image_column, datasets.Image(decode=False))
-    scale = 1.0 if held_out else arguments.augmentation_scale
-    root = os.path.dirname(file) if file else ""
-    return PairDataset(table, arguments.image_column, arguments.caption_column, scale, seed, root)
+    return table
 
 
 def _read_file(path: str, split: str) -> datasets.Dataset:

@@ -55,10 +55,16 @@ def evaluate_model(
 
 
 @torch.inference_mode()
-def embed_pairs(model: MMGEMModel, processor: MMGEMProcessor, dataset: PairDataset, batch_size: int) -> dict[str, Any]:
+def embed_pairs(
+    model: MMGEMModel,
+    processor: MMGEMProcessor,
+    dataset: PairDataset,
+    batch_size: int,
+    whole_image_box: bool = False,
+) -> dict[str, Any]:
     """
     Unit-norm embeddings of every picture that can be read (`indices`) and of its captions, on the CPU; `text_to_image`
-    says which belong together.
+    says which belong together. With `whole_image_box` a picture is the region that covers it, through h4.
     """
     indices: list[int] = []
     images = []
@@ -69,8 +75,9 @@ def embed_pairs(model: MMGEMModel, processor: MMGEMProcessor, dataset: PairDatas
                 pictures.append(dataset.read(i)["image"])
                 indices.append(i)
         if pictures:
-            inputs = processor(images=pictures, return_tensors="pt").to(model.device)
-            images.append(model.get_embedding(**inputs).float().cpu())
+            boxes = [[[0, 0, *picture.size]] for picture in pictures] if whole_image_box else None
+            inputs = processor(images=pictures, boxes=boxes, return_tensors="pt").to(model.device)
+            images.append(model.get_embedding(**inputs).float().cpu().view(len(pictures), -1))
     if not indices:
         raise BadDataError(f"None of the {len(dataset)} examples to evaluate on could be read.")
     readable = dataset.select(indices).captions()

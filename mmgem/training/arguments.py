@@ -34,6 +34,9 @@ class ModelArguments:
         default=None, metadata={"help": "Pixels per side; position embeddings are interpolated where it is new."}
     )
     projection_dim: int = field(default=512, metadata={"help": "D, the size of the embedding space."})
+    region_grid_size: int | None = field(
+        default=None, metadata={"help": "k: a region becomes k x k visual tokens; by default the checkpoint's own."}
+    )
 
     def __post_init__(self) -> None:
         self.vision_config = _as_mapping(self.vision_config, "vision_config")
@@ -95,13 +98,42 @@ class DataArguments:
     augmentation_scale: float = field(
         default=1.0, metadata={"help": "Least share of the area that a random crop keeps in training; 1: no crop."}
     )
+    train_annotations: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "COCO's captions_*.json and instances_*.json, Visual Genome's region_descriptions.json: joined by "
+            "picture."
+        },
+    )
+    validation_annotations: list[str] | None = field(default=None, metadata={"help": "The same, to evaluate on."})
+    image_folders: list[str] = field(
+        default_factory=list, metadata={"help": "Where the pictures of the annotations lie."}
+    )
+    regions_column: str = field(
+        default="regions", metadata={"help": "Stage 2: lists of {box: [x0, y0, x1, y1], phrase}, in pixels."}
+    )
+    max_regions: int = field(default=16, metadata={"help": "Stage 2: regions of a picture in a step, drawn anew."})
+    whole_image_weight: float = field(
+        default=0.2,
+        metadata={
+            "help": "Stage 2: probability that a picture with regions comes with a caption too, for the region that "
+            "covers it. Pictures without regions always do."
+        },
+    )
     max_bad_fraction: float = field(
         default=0.01, metadata={"help": "Stop when more than this share of the training set cannot be read."}
     )
 
     def __post_init__(self) -> None:
-        if sum(source is not None for source in (self.dataset_name, self.train_file, self.train_shards)) != 1:
-            raise ValueError("Give dataset_name, train_file or train_shards, one of the three.")
+        sources = (self.dataset_name, self.train_file, self.train_shards, self.train_annotations)
+        if sum(source is not None for source in sources) != 1:
+            raise ValueError("Give dataset_name, train_file, train_shards or train_annotations, one of the four.")
+        if (self.train_annotations or self.validation_annotations) and not self.image_folders:
+            raise ValueError("Annotations name pictures only; say where these lie with --image_folders.")
+        if self.max_regions < 1:
+            raise ValueError(f"max_regions must be 1 or more, got {self.max_regions}.")
+        if not 0 <= self.whole_image_weight <= 1:
+            raise ValueError(f"whole_image_weight is a probability, got {self.whole_image_weight}.")
         if self.dataset_name is not None and self.validation_file is not None:
             raise ValueError(
                 "validation_file goes with train_file or train_shards; a dataset_name brings its own splits."
@@ -146,8 +178,23 @@ class DryRunArguments:
 @dataclass
 class MMGEMTrainingArguments(TrainingArguments):
     """
-    transformers' TrainingArguments, plus what stage 1 needs. `learning_rate` is the backbones' rate.
+    transformers' TrainingArguments, plus what the stages need. `learning_rate` is the backbones' rate in stage 1, that
+    of the adapter in stage 2.
     """
+
+    stage: Literal["1", "region-caption", "region-retrieval"] = field(
+        default="1",
+        metadata={
+            "help": "1 trains everything on pictures with captions. Stage 2 trains an adapter on regions, beside the "
+            "frozen model of --init_from: h3 and soft prompts (region-caption) or h4 (region-retrieval)."
+        },
+    )
+    cache_features: bool = field(
+        default=False,
+        metadata={
+            "help": "Stage 2: run the ViT once over all pictures, and read its features from a file in output_dir."
+        },
+    )
 
     optim: str = field(
         default="adamw_torch",
@@ -210,6 +257,10 @@ class MMGEMTrainingArguments(TrainingArguments):
             raise ValueError(
                 "mini_batch_size is for the contrastive loss; a caption loss alone needs accumulation only."
             )
+        if self.stage == "1" and self.cache_features:
+            raise ValueError("cache_features is for stage 2; in stage 1 the ViT itself is trained.")
+        if self.stage != "1":
+            self._set_up_stage_2()
         # On the command line this option is a string, also where a truth value is meant.
         switch = str(self.resume_from_checkpoint).lower()
         if switch in ("true", "false"):
@@ -217,6 +268,16 @@ class MMGEMTrainingArguments(TrainingArguments):
         super().__post_init__()
         self.remove_unused_columns = False
         self.dataloader_drop_last = True  # a ragged last batch would change the number of negatives
+
+    def _set_up_stage_2(self) -> None:
+        """The objective follows from the stage, and there is one learning rate."""
+        for name in ("objective", "mini_batch_size", "lora_rank", "freeze"):
+            field_ = type(self).__dataclass_fields__[name]
+            default = field_.default_factory() if callable(field_.default_factory) else field_.default
+            if getattr(self, name) != default:
+                raise ValueError(f"{name} is for stage 1; --stage {self.stage} trains its adapter and nothing else.")
+        self.objective = "caption" if self.stage == "region-caption" else "contrastive"
+        self.projection_lr_multiplier = 1.0
 
 
 def _parse_options(options: str | None) -> dict[str, Any]:

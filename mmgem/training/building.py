@@ -1,6 +1,7 @@
 """The model and processor that a run starts from."""
 
 import math
+import os
 from typing import Any
 
 import numpy as np
@@ -48,6 +49,8 @@ def build_model_and_processor(
         model = MMGEMModel.from_pretrained(arguments.init_from)
         processor = MMGEMProcessor.from_pretrained(arguments.init_from)
         processor.max_length = max_length
+        if arguments.region_grid_size is not None:
+            processor.region_grid_size = arguments.region_grid_size
         if arguments.image_size not in (None, model.config.vision_config.image_size):
             model.vision_model = interpolate_positions(model.vision_model, arguments.image_size)
             model.config.vision_config = model.vision_model.config
@@ -83,6 +86,10 @@ def planned_config(arguments: ModelArguments) -> MMGEMConfig:
 
 
 def _own_config(name: str) -> MMGEMConfig:
+    if os.path.isfile(os.path.join(name, "adapter_config.json")) and not os.path.isfile(
+        os.path.join(name, "config.json")
+    ):
+        raise ValueError(f"{name} is an adapter; give --init_from the model that it was trained on.")
     config = AutoConfig.from_pretrained(name)
     if config.model_type != "mmgem":
         raise ValueError(

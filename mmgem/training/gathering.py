@@ -25,3 +25,14 @@ class GatherWithGradient(torch.autograd.Function):
         total = gradient.clone(memory_format=torch.contiguous_format)  # autograd's own buffer must stay
         dist.all_reduce(total)
         return total.chunk(dist.get_world_size())[dist.get_rank()]
+
+
+def gather_ragged(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """`(n_i, …)` on each of W processes to the list of all W of them, with gradient; the n_i may differ."""
+    size = torch.tensor([len(tensor)], device=tensor.device)
+    sizes = [torch.empty_like(size) for _ in range(dist.get_world_size())]
+    dist.all_gather(sizes, size)
+    longest = max(int(size) for size in sizes)
+    padding = tensor.new_zeros(longest - len(tensor), *tensor.shape[1:])
+    gathered: Any = GatherWithGradient.apply(torch.cat([tensor, padding]))
+    return [part[: int(size)] for part, size in zip(gathered.chunk(len(sizes)), sizes)]

@@ -1,4 +1,4 @@
-"""The Trainer of stage 1: transformers' own, with the joint loss over all processes."""
+"""The Trainer of stage 1: transformers' own, with the joint loss over all processes. Stage 2 builds on it."""
 
 import json
 import os
@@ -33,6 +33,10 @@ from .stream_progress import StreamProgress
 
 logger = logging.get_logger(__name__)
 
+MODEL_INPUTS = (
+    *("input_ids", "attention_mask", "position_ids", "labels"),
+    *("pixel_values", "patch_features", "boxes", "region_mask"),
+)
 DATA_BOUND = 1 / 3  # share of the time spent waiting for data from which on the log says so
 
 
@@ -85,12 +89,10 @@ class MMGEMTrainer(Trainer):
         sizes = (processor.image_processor.size, getattr(processor.image_processor, "crop_size", None) or {})
         sides = [size.get(name) or 0 for size in sizes for name in ("shortest_edge", "height", "width")]
         train_dataset.least_side = max(sides) if processor.image_processor.do_resize else 0
-        lora = add_lora(model, args.lora_rank, args.lora_alpha) if args.lora_rank else None
-        freeze_parameters(model, args.objective, args.freeze)
         super().__init__(
-            model=model if lora is None else lora,  # type: ignore[arg-type]
+            model=self.make_trainable(model, args),  # type: ignore[arg-type]
             args=args,
-            data_collator=PairCollator(processor, args.objective, pack_length, args.mini_batch_size),
+            data_collator=self.make_collator(processor, args, pack_length),
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processor,
@@ -110,9 +112,18 @@ class MMGEMTrainer(Trainer):
         self._resumed_from: str | None = None
         self._steps_since_log = 0
         self._interval = {"start": time.perf_counter(), "data": 0.0, "samples": 0}
-        self.add_callback(_Stage1Callback(model, train_dataset, self._resume_log))
+        self.add_callback(_TrainingCallback(model, train_dataset, self._resume_log))
         if pack_length:
             check_packing(model, self.accelerator)
+
+    def make_trainable(self, model: MMGEMModel, args: MMGEMTrainingArguments) -> MMGEMModel | PeftModel:
+        """Freezes what this stage does not train; returns the model, or PEFT's around it."""
+        lora = add_lora(model, args.lora_rank, args.lora_alpha) if args.lora_rank else None
+        freeze_parameters(model, args.objective, args.freeze)
+        return model if lora is None else lora
+
+    def make_collator(self, processor: MMGEMProcessor, args: MMGEMTrainingArguments, pack_length: int) -> PairCollator:
+        return PairCollator(processor, args.objective, pack_length, args.mini_batch_size)
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
@@ -133,7 +144,8 @@ class MMGEMTrainer(Trainer):
                 assert self.progress is not None
                 self.progress.advance(*batch.pop("position"))
             self.truncated += batch.pop("truncated")
-            samples = sum(len(part["pixel_values"]) for part in batch.get("mini_batches", [batch]))
+            pictures = "patch_features" if "patch_features" in batch else "pixel_values"
+            samples = sum(len(part[pictures]) for part in batch.get("mini_batches", [batch]))
             self.seen += samples
             self._interval["samples"] += samples * self.args.world_size
         return batches, num_items
@@ -173,10 +185,13 @@ class MMGEMTrainer(Trainer):
         self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
     ) -> tuple[Embeddings, Any, torch.Tensor | None]:
         """Embeddings in pairs, the model's output, and the weighted caption loss (None without labels)."""
-        names = ("input_ids", "attention_mask", "position_ids", "pixel_values", "labels")
-        model_inputs = {name: inputs[name] for name in names if name in inputs}
+        model_inputs = {name: inputs[name] for name in MODEL_INPUTS if name in inputs}
         outputs = model(**model_inputs, num_items_in_batch=num_items_in_batch, return_loss=False, logits_to_keep=1)
-        texts: Any = outputs.text_embeds[inputs["text_index"]] if "text_index" in inputs else None
+        texts, images = outputs.text_embeds, outputs.image_embeds
+        if "text_index" in inputs:
+            texts = texts[inputs["text_index"]]
+        if "region_mask" in inputs:
+            images = images[inputs["region_mask"]]
         self._logit_scale = outputs.logit_scale.detach() if self.args.objective != "caption" else None
         loss = None
         if outputs.caption_loss is not None:
@@ -184,7 +199,7 @@ class MMGEMTrainer(Trainer):
             caption = outputs.caption_loss * self.args.world_size
             self._add_to_log("caption_loss", caption)
             loss = self.args.caption_loss_weight * caption
-        return (texts, outputs.image_embeds, outputs.logit_scale), outputs, loss
+        return (texts, images, outputs.logit_scale), outputs, loss
 
     def _contrastive_loss(
         self, texts: torch.Tensor, images: torch.Tensor, logit_scale: torch.Tensor, pair_ids: torch.Tensor
@@ -339,7 +354,7 @@ class MMGEMTrainer(Trainer):
 
     def merge_lora(self) -> None:
         """Makes one plain model of LoRA's adapter and what it was trained beside."""
-        if isinstance(self.model, PeftModel):
+        if self.args.lora_rank and isinstance(self.model, PeftModel):
             self.model = self.model.merge_and_unload()  # type: ignore[assignment,operator]
 
     def evaluate(
@@ -349,6 +364,9 @@ class MMGEMTrainer(Trainer):
         dataset: Any = self.eval_dataset if eval_dataset is None else eval_dataset
         model = self.accelerator.unwrap_model(self.model)
         metrics = evaluate_model(model, self.processor, dataset, self.args.per_device_eval_batch_size)[0]
+        return self._log_metrics(metrics, metric_key_prefix)
+
+    def _log_metrics(self, metrics: dict[str, float], metric_key_prefix: str) -> dict[str, float]:
         logs = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         self.log(logs)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, logs)
@@ -365,7 +383,7 @@ class MMGEMTrainer(Trainer):
         self.accelerator.end_training()
 
 
-class _Stage1Callback(TrainerCallback):
+class _TrainingCallback(TrainerCallback):
     """Tells the data which epoch it is, and holds tau at its lower bound of 0.01."""
 
     def __init__(self, model: MMGEMModel, train_dataset: PairDataset | ShardStream, resume_log: Callable[[], None]):

@@ -1,0 +1,190 @@
+"""An adapter beside the stage 1 that it was trained on: figures, captioned regions, heat maps."""
+
+import json
+import os
+import re
+from typing import Any
+
+import torch
+from PIL import Image, ImageDraw, ImageOps
+
+from ..data.regions import RegionDataset
+from ..modeling_mmgem import MMGEMModel
+from ..processing import MMGEMProcessor
+from ..processing.regions_mmgem import geometry_of
+from .evaluator import embed_pairs
+from .regions import evaluate_regions, heat_map
+from .report import BLACK, CELL, GREEN, GREY, LINE, _paste, _write
+from .retrieval import retrieval_metrics
+
+
+BOX_COLOURS = ("#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#008080", "#9a6324", "#808000")
+HEADINGS = {"region-caption": "Region captions", "region-retrieval": "Region retrieval"}
+
+
+def evaluate_adapter(
+    model: MMGEMModel, processor: MMGEMProcessor, dataset: RegionDataset, stage: str, batch_size: int = 64
+) -> tuple[dict[str, float], dict[str, Any]]:
+    """
+    The metrics of [`evaluate_regions`] with the adapter switched off, under names that begin with `stage_1_`, and
+    with it. For "region-retrieval", where there are captions, also retrieval of whole pictures by them, without a box
+    (which no adapter changes) and with the box that covers the picture, through h4 (`whole_box_…`; the paper's path
+    for long captions).
+
+    Args:
+        model: with the adapter loaded; it is active afterwards.
+
+    Returns:
+        the metrics, and per region what [`evaluate_regions`] gives: `stage_1` and `stage_2`.
+    """
+    metrics: dict[str, float] = {}
+    outputs: dict[str, Any] = {}
+    for name, switch in (("stage_1", model.disable_adapters), ("stage_2", model.enable_adapters)):
+        switch()
+        prefix = "stage_1_" if name == "stage_1" else ""
+        of_regions, found = evaluate_regions(model, processor, dataset, stage, batch_size)
+        metrics.update({prefix + key: value for key, value in of_regions.items()})
+        outputs[name] = found["regions"]
+        if stage == "region-retrieval" and all(dataset.captions()):
+            for kind in ("", "whole_box_"):
+                pairs = embed_pairs(model, processor, dataset, batch_size, whole_image_box=bool(kind))
+                ranks = retrieval_metrics(pairs["text_embeds"], pairs["image_embeds"], pairs["text_to_image"])
+                metrics.update({f"{prefix}{kind}{key}": value for key, value in ranks.items() if "R@" in key})
+    return metrics, outputs
+
+
+def write_region_report(
+    output_dir: str,
+    metrics: dict[str, float],
+    setting: dict[str, Any],
+    outputs: dict[str, Any],
+    model: MMGEMModel,
+    processor: MMGEMProcessor,
+    dataset: RegionDataset,
+) -> str:
+    """
+    Writes `results.json`, `report.md` and `regions.png` (region-caption) or `heat_maps.png` (region-retrieval); where
+    `output_dir` lies in the folder of the base, its report gets a section. Returns the report's path.
+
+    Args:
+        metrics, outputs: what [`evaluate_adapter`] returns.
+        setting: as for [`write_report`], with `stage` and `base`.
+    """
+    setting = {**setting, "size": len(dataset), "regions": len(outputs["stage_2"]), "k": model.region_grid_size}
+    with open(os.path.join(output_dir, "results.json"), "w", encoding="utf-8") as file:
+        json.dump({"metrics": metrics, "setting": setting}, file, indent=2, ensure_ascii=False)
+        file.write("\n")
+    stage = setting["stage"]
+    lines = ["| metric | stage 1 | with the adapter |", "|---|---|---|"]
+    for name, value in metrics.items():
+        if not name.startswith("stage_1_"):
+            lines.append(f"| {name} | {metrics[f'stage_1_{name}']:.4g} | {value:.4g} |")
+    if stage == "region-caption":
+        region_sheet(dataset, outputs).save(os.path.join(output_dir, "regions.png"))
+        lines += [
+            "",
+            "Grey: the reference. Then what stage 1 wrote, and what the adapter wrote (green: as the reference).",
+        ]
+        lines += ["", "![](regions.png)", ""]
+    else:
+        heat_sheet(dataset, outputs, model, processor).save(os.path.join(output_dir, "heat_maps.png"))
+        lines += ["", "A sentence, the picture with its box, and where stage 1 and the adapter see what it says."]
+        lines += ["", "![](heat_maps.png)", ""]
+    rows = [f"| {name} | {value} |" for name, value in setting.items()]
+    path = os.path.join(output_dir, "report.md")
+    with open(path, "w", encoding="utf-8") as file:
+        file.write("\n".join([f"# {HEADINGS[stage]}", "", *lines, "| setting | |", "|---|---|", *rows, ""]))
+    _add_section(str(setting["base"]), output_dir, HEADINGS[stage], "\n".join(lines))
+    return path
+
+
+def _add_section(base: str, output_dir: str, heading: str, text: str) -> None:
+    """To the report of the base, or in place of the same section of an earlier run."""
+    report, folder = os.path.join(base, "report.md"), os.path.relpath(output_dir, base)
+    if not os.path.isfile(report) or folder.startswith(os.pardir):
+        return
+    with open(report, encoding="utf-8") as file:
+        old = file.read()
+    section = f"## {heading}\n\n" + text.replace("![](", f"![]({folder}/") + "\n"
+    kept = re.sub(rf"^## {heading}\n.*?(?=^## |\Z)", "", old, flags=re.MULTILINE | re.DOTALL)
+    with open(report, "w", encoding="utf-8") as file:
+        file.write(kept.rstrip("\n") + "\n\n" + section)
+
+
+def region_sheet(dataset: RegionDataset, outputs: dict[str, Any], count: int = 10) -> Image.Image:
+    """Pictures with their boxes, and beside them what was written about each."""
+    pictures: dict[int, list[int]] = {}
+    for i, region in enumerate(outputs["stage_2"]):
+        pictures.setdefault(region["index"], []).append(i)
+    chosen = list(pictures.items())[:count]
+    width, height = CELL + 320, CELL + 16
+    sheet = Image.new("RGB", (2 * width, -(-len(chosen) // 2) * height), "white")
+    draw = ImageDraw.Draw(sheet)
+    for cell, (index, regions) in enumerate(chosen):
+        left, top = cell % 2 * width + 8, cell // 2 * height + 8
+        regions = regions[: len(BOX_COLOURS) // 2]
+        boxes = [outputs["stage_2"][i]["box"] for i in regions]
+        _paste(sheet, with_boxes(dataset.read(index)["image"], boxes), left, top)
+        below = top
+        for colour, i in zip(BOX_COLOURS, regions):
+            before, after = outputs["stage_1"][i]["caption"], outputs["stage_2"][i]
+            draw.rectangle((left + CELL + 8, below + 2, left + CELL + 14, below + 3 * LINE - 4), fill=colour)
+            below = _write(sheet, after["phrase"], left + CELL + 20, below, GREY, 44, 1)
+            below = _write(sheet, before or "(nothing)", left + CELL + 20, below, BLACK, 44, 1)
+            right = GREEN if after["caption"] == after["phrase"] else BLACK
+            below = _write(sheet, after["caption"] or "(nothing)", left + CELL + 20, below, right, 44, 1)
+    return sheet
+
+
+def heat_sheet(
+    dataset: RegionDataset, outputs: dict[str, Any], model: MMGEMModel, processor: MMGEMProcessor, count: int = 10
+) -> Image.Image:
+    """Sentences with their picture and box, and the heat maps of stage 1 and of the adapter."""
+    regions = outputs["stage_2"]
+    chosen = torch.linspace(0, len(regions) - 1, min(count, len(regions))).long().tolist()
+    width, height = 3 * (CELL + 8) + 16, CELL + 2 * LINE + 8
+    sheet = Image.new("RGB", (2 * width, -(-len(chosen) // 2) * height), "white")
+    for cell, i in enumerate(chosen):
+        left, top = cell % 2 * width + 8, cell // 2 * height + 4
+        image, phrase, box = dataset.read(regions[i]["index"])["image"], regions[i]["phrase"], regions[i]["box"]
+        _write(sheet, f"{phrase}   (box, stage 1, with the adapter)", left, top, BLACK, 80, 1)
+        _paste(sheet, with_boxes(image, [box]), left, top + LINE + 4)
+        for column, switch in enumerate((model.disable_adapters, model.enable_adapters), 1):
+            switch()
+            heated = draw_heat_map(image, heat_map(model, processor, image, phrase), processor)
+            _paste(sheet, with_boxes(heated, [box]), left + column * (CELL + 8), top + LINE + 4)
+    return sheet
+
+
+def with_boxes(image: Image.Image, boxes: list[list[float]]) -> Image.Image:
+    """The picture, enlarged where it is small, with coloured frames."""
+    scale = max(1.0, CELL / max(image.size))
+    size = (round(image.width * scale), round(image.height * scale))
+    drawn = image.resize(size, Image.Resampling.BICUBIC)
+    draw = ImageDraw.Draw(drawn)
+    for colour, box in zip(BOX_COLOURS, boxes):
+        x0, y0, x1, y1 = (corner * scale for corner in box)
+        draw.rectangle((x0, y0, max(x1 - 1, x0), max(y1 - 1, y0)), outline=colour, width=max(1, max(size) // CELL + 1))
+    return drawn
+
+
+def draw_heat_map(image: Image.Image, heat: torch.Tensor, processor: MMGEMProcessor) -> Image.Image:
+    """
+    A heat map of [`heat_map`] over the picture, from blue (its least value) to yellow (its largest). What the image
+    processor cuts away stays grey.
+    """
+    geometry = geometry_of(processor.image_processor, *image.size)
+    heat = (heat - heat.min()) / (heat.max() - heat.min()).clamp(min=1e-6)
+    small = Image.fromarray((255 * heat).round().to(torch.uint8).numpy())
+    window = [round(side / scale) for side, scale in zip(geometry.window, geometry.scale)]
+    corner = [round(offset / scale) for offset, scale in zip(geometry.offset, geometry.scale)]
+    grey = image.convert("L").convert("RGB")
+    colours = ImageOps.colorize(
+        small.resize((max(window[0], 1), max(window[1], 1)), Image.Resampling.BICUBIC),
+        black="#10106a",
+        mid="#d8452f",
+        white="#ffec66",
+    )
+    heated = grey.copy()
+    heated.paste(colours, (corner[0], corner[1]))
+    return Image.blend(grey, heated, 0.6)

@@ -1,0 +1,209 @@
+"""Regions: which phrase belongs to which box, what the model writes about a box, and where it sees a sentence."""
+
+import contextlib
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.nn.functional import normalize
+
+from ..data.pairs import BadDataError
+from ..data.region_collator import regions_inside
+from ..data.regions import RegionDataset
+from ..data.scenes import COLOURS, SHAPES, SIZES, ScenesDataset
+from ..modeling_mmgem import MMGEMModel
+from ..processing import MMGEMProcessor
+from .captioning import cider_d
+from .retrieval import retrieval_metrics
+
+
+def evaluate_regions(
+    model: MMGEMModel, processor: MMGEMProcessor, dataset: RegionDataset, stage: str, batch_size: int = 64
+) -> tuple[dict[str, float], dict[str, Any]]:
+    """
+    What a stage is for, with whichever adapters are active. Pictures that cannot be read, and regions that the centre
+    crop cuts away, are left out.
+
+    - "region-retrieval": R@k of each region's phrase among all distinct phrases and the other way round, where any
+      region with that phrase is right (an item as near as the right one counts as nearer); and the pointing game
+      (Zhang et al., 2016): how often the patch most similar to a phrase lies, with its centre, in a box that it
+      describes, beside `pointing_game_chance`, the share of the picture that these boxes cover.
+    - "region-caption": CIDEr-D of greedy captions and the share that equals the phrase exactly; on scenes also how
+      often size, colour and shape are named right.
+
+    Returns:
+        the metrics, fractions except CIDEr, and what they come from, per region in the order of the dataset: `index`
+        of the example and `box`, `phrase`, and `caption` or `hit`.
+    """
+    was_training = model.training
+    model.eval()
+    try:
+        if stage == "region-caption":
+            regions = caption_regions(model, processor, dataset, batch_size)
+            metrics = region_caption_metrics(regions, isinstance(dataset.table, ScenesDataset))
+        else:
+            metrics, regions = _retrieve_regions(model, processor, dataset, batch_size)
+    finally:
+        model.train(was_training)
+    return metrics, {"regions": regions}
+
+
+@torch.inference_mode()
+def caption_regions(
+    model: MMGEMModel, processor: MMGEMProcessor, dataset: RegionDataset, batch_size: int = 64, **generation: Any
+) -> list[dict[str, Any]]:
+    """`{"index", "box", "phrase", "caption"}` of every region; greedy unless `generation` says otherwise."""
+    options = {"do_sample": False, "max_new_tokens": processor.max_length, **generation}
+    processor = copy.copy(processor)
+    processor.region_grid_size = model.region_grid_size
+    regions: list[dict[str, Any]] = []
+    for examples in _batches(dataset, processor, batch_size):
+        images, boxes = [e["image"] for e in examples], [e["boxes"] for e in examples]
+        inputs = processor(images=images, boxes=boxes, task="region-caption", return_tensors="pt").to(model.device)
+        ids = model.generate(**inputs, **options)
+        captions = processor.batch_decode(ids, skip_special_tokens=True)
+        regions += [
+            {**region, "caption": caption.strip()}
+            for region, caption in zip(_regions(examples), captions, strict=True)
+        ]
+    return regions
+
+
+def region_caption_metrics(regions: list[dict[str, Any]], are_scenes: bool) -> dict[str, float]:
+    """See [`evaluate_regions`]; `regions` as [`caption_regions`] returns them."""
+    pairs = [(region["caption"], region["phrase"]) for region in regions]
+    metrics = {
+        "region_caption_exact": _share(caption == phrase for caption, phrase in pairs),
+        "region_caption_cider": cider_d([caption for caption, _ in pairs], [[phrase] for _, phrase in pairs])[0],
+    }
+    if are_scenes:
+        for name, words in {"size": SIZES, "colour": COLOURS, "shape": SHAPES}.items():
+            named = ([{w for w in text.split() if w in words} for text in pair] for pair in pairs)
+            metrics[f"region_caption_{name}"] = _share(caption == phrase for caption, phrase in named)
+    return metrics
+
+
+@torch.inference_mode()
+def _retrieve_regions(
+    model: MMGEMModel, processor: MMGEMProcessor, dataset: RegionDataset, batch_size: int
+) -> tuple[dict[str, float], list[dict[str, Any]]]:
+    regions: list[dict[str, Any]] = []
+    embeds: list[torch.Tensor] = []
+    texts: dict[str, torch.Tensor] = {}
+    covered = 0.0
+    for examples in _batches(dataset, processor, batch_size):
+        images, boxes = [e["image"] for e in examples], [e["boxes"] for e in examples]
+        inputs = processor(images=images, boxes=boxes, return_tensors="pt").to(model.device)
+        features: Any = model.get_image_features(**inputs)
+        embeds.append(normalize(features.pooler_output[inputs["region_mask"]].float(), dim=-1).cpu())
+        batch = _regions(examples)
+        new = sorted({region["phrase"] for region in batch} - texts.keys())
+        texts.update(zip(new, embed_texts(model, processor, new, batch_size)))
+        queries = torch.stack([texts[region["phrase"]] for region in batch])
+        owners = inputs["region_mask"].nonzero()[:, 0].cpu()
+        patches = patch_embeddings(model, features.last_hidden_state).cpu()
+        similarity = torch.stack([patches[owner] @ query for owner, query in zip(owners, queries)])
+        right = _same_phrase(batch, patches_inside(model, inputs)[inputs["region_mask"]].cpu())
+        hits = right.gather(1, similarity.argmax(1, keepdim=True))[:, 0]
+        regions += [{**region, "hit": bool(hit)} for region, hit in zip(batch, hits)]
+        covered += right.float().mean(1).sum().item()
+    phrases = sorted(texts)
+    number = {phrase: i for i, phrase in enumerate(phrases)}
+    of_region = torch.tensor([number[region["phrase"]] for region in regions])
+    # A region has one right phrase, a phrase any number of right regions: as texts and pictures elsewhere.
+    ranks = retrieval_metrics(torch.cat(embeds), torch.stack([texts[p] for p in phrases]), of_region, ks=(1, 5))
+    metrics = {
+        name.replace("text_to_image", "region_to_phrase").replace("image_to_text", "phrase_to_region"): value
+        for name, value in ranks.items()
+    }
+    metrics["pointing_game"] = _share(region["hit"] for region in regions)
+    metrics["pointing_game_chance"] = covered / len(regions)
+    return metrics, regions
+
+
+def patch_embeddings(model: MMGEMModel, patch_features: torch.Tensor) -> torch.Tensor:
+    """V `(B, P, C)` through h1 and h4, each patch a region of its own: unit norm, `(B, P, D)`, float32."""
+    return normalize(model.region_projection(model.visual_projection(patch_features)).float(), dim=-1)
+
+
+def patches_inside(model: MMGEMModel, inputs: Any) -> torch.Tensor:
+    """`(B, R, P)`: whether the centre of each patch lies in each box; a box that holds none has the nearest one."""
+    size, (height, width) = model.pool_aggregator.patch_size, inputs["pixel_values"].shape[-2:]
+    device = inputs["pixel_values"].device
+    x, y = (size * (torch.arange(side // size, device=device) + 0.5) for side in (width, height))
+    x0, y0, x1, y1 = inputs["boxes"][..., None].unbind(-2)
+
+    def within(centres: torch.Tensor, start: torch.Tensor, end: torch.Tensor) -> torch.Tensor:
+        nearest = torch.nn.functional.one_hot((((start + end) / 2)[..., 0] / size).long(), len(centres) + 1)
+        contained = (centres >= start) & (centres <= end)
+        return torch.where(contained.any(-1, keepdim=True), contained, nearest[..., : len(centres)].bool())
+
+    return (within(y, y0, y1)[..., None] & within(x, x0, x1)[..., None, :]).flatten(-2)
+
+
+@torch.inference_mode()
+def heat_map(model: MMGEMModel, processor: MMGEMProcessor, image: Any, sentence: str) -> torch.Tensor:
+    """
+    Where the model sees what a sentence says: its cosine similarity with every patch through h1 and h4, `(rows,
+    columns)` float32, of the part of the picture that the image processor keeps. Stage 1 has learned no more than the
+    mean over all patches; "region-retrieval" has learned parts.
+    """
+    pixels = processor(images=[image], return_tensors="pt").to(model.device)["pixel_values"]
+    features: Any = model.get_image_features(pixels)
+    text = embed_texts(model, processor, [sentence])[0]
+    similarity = patch_embeddings(model, features.last_hidden_state)[0].cpu() @ text
+    return similarity.view(-1, pixels.shape[-1] // model.pool_aggregator.patch_size)
+
+
+@torch.inference_mode()
+def embed_texts(model: MMGEMModel, processor: MMGEMProcessor, texts: list[str], batch_size: int = 64) -> torch.Tensor:
+    """`(N, D)`, unit norm, float32, on the CPU."""
+    embeds = [torch.zeros(0, model.config.projection_dim)]
+    for start in range(0, len(texts), batch_size):
+        inputs = processor(text=texts[start : start + batch_size], return_tensors="pt").to(model.device)
+        embeds.append(model.get_embedding(**inputs).float().cpu())
+    return torch.cat(embeds)
+
+
+def _batches(dataset: RegionDataset, processor: MMGEMProcessor, batch_size: int) -> Iterator[list[dict[str, Any]]]:
+    """Examples that can be read, with their `index` and the regions that the centre crop keeps, as far as any."""
+    batch = []
+    found = False
+    for index in range(len(dataset)):
+        with contextlib.suppress(BadDataError):
+            example = dataset.read(index)
+            kept = regions_inside(processor.image_processor, example)
+            if kept:
+                boxes, phrases = ([example[name][i] for i, _ in kept] for name in ("boxes", "phrases"))
+                batch.append({**example, "index": index, "boxes": boxes, "phrases": phrases})
+                found = True
+        if len(batch) == batch_size:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+    if not found:
+        raise BadDataError(f"None of the {len(dataset)} pictures to evaluate on could be read and has a region.")
+
+
+def _regions(examples: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [
+        {"index": example["index"], "box": box, "phrase": phrase}
+        for example in examples
+        for box, phrase in zip(example["boxes"], example["phrases"])
+    ]
+
+
+def _same_phrase(regions: list[dict[str, Any]], inside: torch.Tensor) -> torch.Tensor:
+    """`(N, P)`: the union of the boxes of one picture that share a phrase."""
+    union: dict[tuple[int, str], torch.Tensor] = {}
+    keys = [(region["index"], region["phrase"]) for region in regions]
+    for key, patches in zip(keys, inside):
+        union[key] = union[key] | patches if key in union else patches
+    return torch.stack([union[key] for key in keys])
+
+
+def _share(truths: Any) -> float:
+    values = list(truths)
+    return sum(values) / len(values)

@@ -1,0 +1,125 @@
+"""Patch features of a frozen ViT, computed once and read from a file that is mapped into memory."""
+
+import os
+import shutil
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from tqdm import tqdm
+
+from ..data.collator import PairCollator
+from ..data.pairs import BadDataError
+from ..data.regions import RegionDataset
+from ..modeling_mmgem import MMGEMModel
+
+
+class FeatureDataset(torch.utils.data.Dataset):
+    """
+    A [`RegionDataset`] after the ViT: its examples hold `patch_features` `(rows, columns, C)` instead of a picture.
+    """
+
+    def __init__(self, dataset: RegionDataset, examples: list[dict[str, Any]], features: torch.Tensor):
+        self.dataset = dataset
+        self.examples = examples
+        self.features = features
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        example = self.examples[index]
+        example = self.dataset.draw(example, self.dataset.rows[example["index"]])
+        return {**example, "patch_features": self.features[example["index"]], "bad": {}}
+
+
+class _Described(torch.utils.data.Dataset):
+    """Every `step`-th example of a dataset with all its regions, or why it cannot be read."""
+
+    def __init__(self, dataset: RegionDataset, start: int, step: int):
+        self.dataset = dataset
+        self.indices = range(start, len(dataset), step)
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, i: int) -> tuple[int, dict[str, Any] | str]:
+        index = self.indices[i]
+        try:
+            return index, self.dataset.describe(self.dataset.rows[index])
+        except Exception as error:  # Pillow's readers raise whatever they stumble over
+            return index, f"{type(error).__name__}: {error}"
+
+
+@torch.no_grad()
+def cache_features(
+    model: MMGEMModel,
+    dataset: RegionDataset,
+    collator: PairCollator,
+    accelerator: Accelerator,
+    path: str,
+    quiet: bool = False,
+    **loader: Any,
+) -> tuple[FeatureDataset, dict[int, str]]:
+    """
+    Runs the ViT over all pictures. The processes of a machine share the work and the file.
+
+    Args:
+        path: of the file: pictures x patches x C numbers. The caller removes it in the end.
+        quiet: no progress bar.
+        **loader: of the DataLoader that reads the pictures: `batch_size`, `num_workers`, …
+
+    Returns:
+        the dataset of what could be read, and the reasons of the rest by index.
+
+    Raises:
+        BadDataError: where no picture can be read.
+        ValueError: where the file does not fit on its disk, with both sizes.
+    """
+    local_rank = accelerator.local_process_index
+    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if accelerator.num_processes > 1 else 1
+    if local_rank == 0 and os.path.exists(path):  # of a run that was killed
+        os.remove(path)
+    accelerator.wait_for_everyone()
+    batches = torch.utils.data.DataLoader(_Described(dataset, local_rank, local_size), collate_fn=list, **loader)
+    described: dict[int, dict[str, Any]] = {}
+    bad: dict[int, str] = {}
+    features, form = None, None
+    for batch in tqdm(batches, desc="Patch features", disable=quiet or not accelerator.is_main_process):
+        bad.update({index: reason for index, reason in batch if isinstance(reason, str)})
+        readable = {index: example for index, example in batch if not isinstance(example, str)}
+        if not readable:
+            continue
+        pixels = collator.pixel_values([example.pop("image") for example in readable.values()])
+        with accelerator.autocast():
+            patches, grid = model._patch_features(pixels.to(model.device))
+        if features is None:
+            form = ((len(dataset), *grid, patches.shape[-1]), patches.dtype)
+            features = _mapped(path, *form)
+        features[list(readable)] = patches.unflatten(1, grid).cpu()
+        described.update({index: {**example, "index": index} for index, example in readable.items()})
+    if accelerator.num_processes > 1:
+        shares: list[Any] = [None] * accelerator.num_processes
+        dist.all_gather_object(shares, (described, bad, form))
+        for other_described, other_bad, other_form in shares:
+            described.update(other_described)
+            bad.update(other_bad)
+            form = form or other_form
+    if form is None:
+        raise BadDataError(f"None of the {len(dataset)} pictures could be read: {next(iter(bad.values()))}")
+    if features is None:  # all of this process's share was bad
+        features = _mapped(path, *form)
+    return FeatureDataset(dataset, [described[index] for index in sorted(described)], features), bad
+
+
+def _mapped(path: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """A tensor whose memory is the file; processes that map the same file share it."""
+    size = torch.Size(shape).numel()
+    needed, free = size * dtype.itemsize, shutil.disk_usage(os.path.dirname(path) or ".").free
+    if needed > free and not os.path.exists(path):
+        raise ValueError(
+            f"--cache_features needs {needed / 2**30:.1f} GiB in {os.path.dirname(path)}, where {free / 2**30:.1f} "
+            "GiB are free; leave it out, or choose another --output_dir."
+        )
+    return torch.from_file(path, shared=True, size=size, dtype=dtype).view(shape)

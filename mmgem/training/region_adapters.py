@@ -1,0 +1,30 @@
+"""The adapters of stage 2, to be trained."""
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+
+from ..modeling_mmgem import MMGEMModel
+from ..modeling_mmgem.adapters_mmgem import REGION_ADAPTERS
+
+
+def add_region_adapter(model: MMGEMModel, stage: str, grid_size: int) -> PeftModel:
+    """
+    The model with the new adapter of a stage, which alone trains and is saved: h3 and [CAP_i] start as those of stage
+    1, h4 as the identity.
+
+    Args:
+        stage: "region-caption" or "region-retrieval".
+        grid_size: k, of the prompts that the adapter is trained with.
+    """
+    modules = list(REGION_ADAPTERS[stage])
+    # No LoRA at all: PEFT asks for modules to put it on, and lets one name mean none.
+    peft_model = get_peft_model(model, LoraConfig(target_modules="dummy-target-modules", modules_to_save=modules))
+    assert isinstance(peft_model, PeftModel)
+    with torch.no_grad():
+        for name in modules:
+            buffers = dict(getattr(model, name).modules_to_save["default"].named_buffers())
+            if "trained_on" in buffers:
+                buffers["trained_on"].copy_(model.base_signature())
+            if "grid_size" in buffers:
+                buffers["grid_size"].fill_(grid_size)
+    return peft_model
