@@ -14,6 +14,7 @@ from transformers import (
 
 from ._version import __version__
 from .configuration import MMGEMConfig
+from .hub.pipelines import RegionCaptioningPipeline
 from .modeling_mmgem import MMGEMModel, MMGEMOutput, PoolAggregator
 from .processing import MMGEMProcessor
 
@@ -23,4 +24,12 @@ for auto_class in (AutoModel, AutoModelForImageTextToText, AutoModelForZeroShotI
     auto_class.register(MMGEMConfig, MMGEMModel, exist_ok=True)
 AutoProcessor.register(MMGEMConfig, MMGEMProcessor, exist_ok=True)
 
-__all__ = ["MMGEMConfig", "MMGEMModel", "MMGEMOutput", "MMGEMProcessor", "PoolAggregator", "__version__"]
+__all__ = [
+    "MMGEMConfig",
+    "MMGEMModel",
+    "MMGEMOutput",
+    "MMGEMProcessor",
+    "PoolAggregator",
+    "RegionCaptioningPipeline",
+    "__version__",
+]
