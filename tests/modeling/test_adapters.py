@@ -1,0 +1,220 @@
+"""The adapters of stage 2 through PEFT's and through transformers' own doors."""
+
+import copy
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModel
+
+from mmgem import MMGEMModel
+from mmgem.modeling_mmgem.adapters_mmgem import REGION_ADAPTERS
+from mmgem.training.region_adapters import add_region_adapter
+
+from ..conftest import make_model, make_picture
+
+
+BOXES = [[[2.0, 3.0, 20.0, 30.0], [5.0, 5.0, 40.0, 38.0]]]
+
+
+@pytest.fixture(scope="module")
+def folder(processor, tmp_path_factory):
+    """A base, and two adapters that were "trained" on it: k is 2 for the captions."""
+    folder = tmp_path_factory.mktemp("adapters")
+    make_model(processor).save_pretrained(folder / "base")
+    processor.save_pretrained(folder / "base")
+    for seed, stage in enumerate(REGION_ADAPTERS):
+        base = MMGEMModel.from_pretrained(folder / "base")
+        adapter = add_region_adapter(base, stage, grid_size=2)
+        torch.manual_seed(seed)
+        with torch.no_grad():
+            for parameter in adapter.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(torch.randn_like(parameter))
+        adapter.save_pretrained(folder / stage)
+    return folder
+
+
+@pytest.fixture
+def base(folder):
+    return MMGEMModel.from_pretrained(folder / "base").eval()
+
+
+def load_both(model, folder):
+    for stage in REGION_ADAPTERS:
+        model.load_adapter(str(folder / stage), adapter_name=stage)
+    return model
+
+
+def region_inputs(processor, k=1):
+    processor = copy.copy(processor)
+    processor.region_grid_size = k
+    return processor(images=[make_picture(0)], boxes=BOXES, task="region-caption", return_tensors="pt")
+
+
+@torch.no_grad()
+def everything(model, processor, k=1):
+    """Embeddings of a text, a picture and its regions, and the scores that region captions begin with."""
+    inputs = region_inputs(processor, k)
+    output = model(**inputs, logits_to_keep=1)
+    text = model.get_embedding(**processor(text=["a dog"], return_tensors="pt"))
+    picture = model.get_embedding(pixel_values=inputs["pixel_values"])
+    caption = model(**processor(images=[make_picture(0)], task="caption", return_tensors="pt")).logits
+    return {"text": text, "picture": picture, "caption": caption, "regions": output.image_embeds, "of": output.logits}
+
+
+def same(a, b):
+    """Names of what does not differ; the adapters here change things by far more than the last digits."""
+    return {name for name in a if torch.allclose(a[name], b[name], atol=1e-5)}
+
+
+def test_files_hold_their_own_tensors_alone(folder):
+    prefix = "base_model.model."
+    for stage, modules in REGION_ADAPTERS.items():
+        tensors = load_file(folder / stage / "adapter_model.safetensors")
+        assert {name.removeprefix(prefix).split(".")[0] for name in tensors} == set(modules)
+        assert sum(tensor.numel() for tensor in tensors.values()) < 4000
+    names = {name.removeprefix(prefix) for name in load_file(folder / "region-caption" / "adapter_model.safetensors")}
+    assert names == {
+        *("caption_projection.weight", "caption_projection.bias"),
+        *("soft_prompts.weight", "soft_prompts.grid_size", "soft_prompts.trained_on"),
+    }
+
+
+def test_every_door_gives_the_same_model(folder, base, processor):
+    """PeftModel, load_adapter, and AutoModel from the adapter's folder; also on a base that was sharded."""
+    expected = {}
+    for stage, k in (("region-caption", 2), ("region-retrieval", 1)):
+        wrapped = PeftModel.from_pretrained(MMGEMModel.from_pretrained(folder / "base"), folder / stage).eval()
+        expected[stage] = everything(wrapped.get_base_model(), processor, k)
+        by_folder = AutoModel.from_pretrained(folder / stage)
+        assert len(same(everything(by_folder, processor, k), expected[stage])) == 5
+        sharded = folder / "sharded"
+        base.save_pretrained(sharded, max_shard_size="20KB")
+        assert len(list(sharded.glob("*.safetensors"))) > 1
+        other = MMGEMModel.from_pretrained(sharded)
+        other.load_adapter(str(folder / stage))
+        assert len(same(everything(other, processor, k), expected[stage])) == 5
+    plain = everything(base, processor)
+    assert same(expected["region-retrieval"], plain) == {"text", "picture", "caption", "of"}
+    assert same(expected["region-caption"], plain) == {"text", "picture", "regions"}
+
+
+def test_switching_natively(folder, base, processor):
+    plain = everything(base, processor)
+    model = load_both(base, folder)
+    assert model.active_adapters() == ["region-retrieval"], "the newest is active"
+    assert same(everything(model, processor), plain) == {"text", "picture", "caption", "of"}
+    model.set_adapter("region-caption")
+    assert model.active_adapters() == ["region-caption"] and model.region_grid_size == 2
+    captioning = everything(model, processor, 2)
+    assert same(captioning, plain) == {"text", "picture", "regions"}
+    model.set_adapter(["region-caption", "region-retrieval"])
+    both = everything(model, processor, 2)
+    assert same(both, plain) == {"text", "picture"} and same(both, captioning) >= {"caption", "of"}
+    model.disable_adapters()
+    assert model.region_grid_size == 1
+    off = everything(model, processor)
+    assert len(same(off, plain)) == 5
+    for name in ("text", "picture"):
+        assert torch.equal(off[name], plain[name]) and torch.equal(both[name], plain[name]), "bit for bit the base"
+    model.enable_adapters()
+    assert len(same(everything(model, processor, 2), both)) == 5
+    model.delete_adapter("region-caption")
+    assert model.active_adapters() == ["region-retrieval"] and model.region_grid_size == 1
+
+
+def test_switching_by_peft(folder, base, processor):
+    plain = everything(base, processor)
+    wrapped = PeftModel.from_pretrained(base, folder / "region-caption", adapter_name="region-caption").eval()
+    wrapped.load_adapter(folder / "region-retrieval", adapter_name="region-retrieval")
+    model = wrapped.get_base_model()
+    assert same(everything(model, processor, 2), plain) == {"text", "picture", "regions"}
+    wrapped.set_adapter("region-retrieval")
+    assert same(everything(model, processor), plain) == {"text", "picture", "caption", "of"}
+    with wrapped.disable_adapter():
+        assert len(same(everything(model, processor), plain)) == 5
+
+
+def test_saving_again_changes_nothing(folder, base, tmp_path):
+    model = load_both(base, folder)
+    for stage in REGION_ADAPTERS:
+        model.set_adapter(stage)
+        model.save_pretrained(tmp_path / stage)
+        old, new = (load_file(root / stage / "adapter_model.safetensors") for root in (folder, tmp_path))
+        assert old.keys() == new.keys() and all(torch.equal(old[name], new[name]) for name in old)
+    assert not (tmp_path / "region-caption" / "model.safetensors").exists()
+
+
+def test_adapter_follows_its_base_through_bfloat16(folder):
+    model = MMGEMModel.from_pretrained(folder / "base", dtype=torch.bfloat16)
+    model.load_adapter(str(folder / "region-caption"))
+    assert model.region_grid_size == 2
+
+
+def test_k_is_the_adapters_and_another_prompt_is_refused(folder, base, processor):
+    base.load_adapter(str(folder / "region-caption"))
+    ids = base.generate(**region_inputs(processor, 2), max_new_tokens=3)
+    assert len(ids) == 2
+    for k in (1, 3):
+        with pytest.raises(ValueError, match="region_grid_size"):
+            base.generate(**region_inputs(processor, k), max_new_tokens=3)
+        with pytest.raises(ValueError, match="region_grid_size"):
+            base(**region_inputs(processor, k))
+
+
+def test_adapters_load_on_a_compiled_base_which_follows_k(folder, base, processor):
+    """One graph each: the number of visual tokens is a constant of it."""
+    torch._dynamo.reset()
+    compiled = torch.compile(base, backend="eager", fullgraph=True)
+    model = load_both(compiled, folder)
+    model.set_adapter(["region-caption", "region-retrieval"])
+    expected = everything(base, processor, 2)
+    with torch.no_grad():
+        output = compiled(**region_inputs(processor, 2), logits_to_keep=1)
+        assert torch.allclose(output.logits, expected["of"], atol=1e-5)
+        model.disable_adapters()
+        plain = compiled(**region_inputs(processor, 1), logits_to_keep=1)
+        assert torch.allclose(plain.logits, everything(model, processor)["of"], atol=1e-5)
+
+
+def test_adapter_of_another_base_is_refused_by_name(folder, processor, tmp_path):
+    other = make_model(processor, seed=1)  # of the same architecture
+    other.save_pretrained(tmp_path / "other")
+    other = MMGEMModel.from_pretrained(tmp_path / "other").eval()
+    plain = everything(other, processor)
+    for stage in REGION_ADAPTERS:
+        with pytest.raises(ValueError, match="another base") as error:
+            other.load_adapter(str(folder / stage), adapter_name=stage)
+        assert str(folder / "base") in str(error.value) and str(tmp_path / "other") in str(error.value)
+    assert len(same(everything(other, processor), plain)) == 5, "nothing of them stayed"
+    narrow = make_model(processor, config={"projection_dim": 12})
+    with pytest.raises(ValueError, match="does not fit"):
+        narrow.load_adapter(str(folder / "region-caption"))
+    # PEFT loads it without asking; it is noticed when it is used.
+    wrapped = PeftModel.from_pretrained(MMGEMModel.from_pretrained(tmp_path / "other"), folder / "region-caption")
+    with pytest.raises(ValueError, match="another base"):
+        wrapped.get_base_model()(**region_inputs(processor, 2))
+
+
+def test_a_refused_adapter_leaves_the_others_active(folder, base, processor, tmp_path):
+    other = make_model(processor, seed=1)
+    add_region_adapter(other, "region-caption", 1).save_pretrained(tmp_path / "foreign")
+    base.load_adapter(str(folder / "region-retrieval"), adapter_name="region-retrieval")
+    with pytest.raises(ValueError, match="another base"):
+        base.load_adapter(str(tmp_path / "foreign"), adapter_name="foreign")
+    assert list(base.peft_config) == base.active_adapters() == ["region-retrieval"]
+
+
+def test_unknown_adapters_are_named(folder, base):
+    with pytest.raises(ValueError, match="loaded are none"):
+        base.set_adapter("region-caption")
+    with pytest.raises(ValueError, match="No adapter is loaded"):
+        base.disable_adapters()
+    base.load_adapter(str(folder / "region-caption"), adapter_name="region-caption")
+    with pytest.raises(ValueError, match="'region-captoin'; loaded are 'region-caption'"):
+        base.set_adapter("region-captoin")
+    with pytest.raises(OSError):
+        base.load_adapter(str(folder / "nowhere"), adapter_name="nowhere")
+    assert base.active_adapters() == ["region-caption"]
