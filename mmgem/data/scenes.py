@@ -124,7 +124,7 @@ class ScenesDataset(torch.utils.data.Dataset):
         scene = self.scenes[index]
         pixels, masks = draw(scene, self.image_size)
         regions = [
-            {"box": box_of(mask), "mask": mask, "phrase": item.phrase, "label": item.shape}
+            {"box": box_of(mask), "mask": mask, "phrase": f"a {item.phrase}", "label": item.shape}
             for item, mask in zip(scene.objects, masks)
         ]
         return {

@@ -47,6 +47,8 @@ class ModelArguments:
             )
         if self.init_from and (self.vision_model_name_or_path or self.vision_config or self.text_config):
             raise ValueError("init_from brings its own architecture; drop the settings of the towers.")
+        if self.region_grid_size is not None and self.region_grid_size < 1:
+            raise ValueError(f"region_grid_size must be 1 or more, got {self.region_grid_size}.")
 
 
 def _as_mapping(value: dict | str | None, name: str) -> dict:
@@ -335,7 +337,20 @@ def parse_arguments(
     _refuse_unknown(unknown, known | {"config"}, "on the command line")
     if remaining:
         raise ValueError(f"Could not make sense of {' '.join(remaining)!r}: options are written --name value.")
+    model_args, _, args, dry_run_args = parsed
+    if args.stage != "1":
+        _check_stage_2(model_args, args, dry_run_args)
     return tuple(parsed)  # type: ignore[return-value]
+
+
+def _check_stage_2(model_args: Any, args: Any, dry_run_args: Any) -> None:
+    """An adapter is worth nothing without the very model that it was trained on."""
+    if not model_args.init_from:
+        raise ValueError(f"--stage {args.stage} trains an adapter of a stage-1 model: give --init_from FOLDER.")
+    if model_args.image_size is not None:
+        raise ValueError("image_size would change the model that --init_from names, and the adapter would not fit it.")
+    if dry_run_args.dry_run:
+        raise ValueError("The dry run is for stage 1.")
 
 
 def _as_word(value: Any) -> str:

@@ -19,9 +19,14 @@ def single_process_gradients(tmp_path_factory):
 
 
 def run(processes, accumulation_steps, folder, mini_batch_size=0):
+    return launch(processes, "one_step.py", accumulation_steps, mini_batch_size, folder)
+
+
+def launch(processes, script, *arguments):
+    folder = arguments[-1]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    command += [str(ROOT / "tests/training/one_step.py"), str(accumulation_steps), str(mini_batch_size), str(folder)]
+    command += [str(ROOT / "tests/training" / script), *map(str, arguments)]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
     assert result.returncode == 0, result.stderr[-3000:]
     saved = torch.load(folder / "gradients.pt", weights_only=True)
@@ -33,6 +38,7 @@ def run(processes, accumulation_steps, folder, mini_batch_size=0):
 @pytest.mark.parametrize("processes", [2, 4])
 def test_gradient_equals_the_single_process(single_process_gradients, processes, accumulation_steps, tmp_path):
     expected = single_process_gradients[accumulation_steps]
+    assert "logit_scale.weight" in expected["gradients"]
     assert_equal(run(processes, accumulation_steps, tmp_path), expected)
 
 
@@ -45,8 +51,18 @@ def test_gradient_cache_equals_the_whole_batch(
     torch.testing.assert_close(actual["loss"], actual["expected_loss"], atol=1e-4, rtol=1e-5)
 
 
+@pytest.mark.parametrize("stage", ["region-caption", "region-retrieval"])
+def test_stage_2_equals_the_single_process_whatever_number_of_regions_each_has(stage, tmp_path):
+    """Also with the patch features in a file that the processes share."""
+    expected = launch(1, "one_region_step.py", stage, "plain", tmp_path)
+    actual = launch(2, "one_region_step.py", stage, "cached", tmp_path)
+    assert len(expected["gradients"]) == (3 if stage == "region-caption" else 2)
+    assert_equal(actual, expected)
+    torch.testing.assert_close(actual["loss"], expected["loss"], atol=1e-4, rtol=1e-5)
+
+
 def assert_equal(actual, expected):
-    assert actual["gradients"].keys() == expected["gradients"].keys() and "logit_scale.weight" in actual["gradients"]
+    assert actual["gradients"].keys() == expected["gradients"].keys() and actual["gradients"]
     for name, gradient in expected["gradients"].items():
         scale = gradient.abs().max()
         error = (actual["gradients"][name] - gradient).abs().max()
