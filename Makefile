@@ -6,11 +6,14 @@ READY := $(VENV)/.ready
 
 .PHONY: demo test check bench-env clean
 
+TRAIN := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
+	--num_cpu_threads_per_process 2 train.py
+
 demo: $(READY)
-	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
-		--num_cpu_threads_per_process 2 \
-		train.py --config configs/scenes.yaml
-	@echo "Look at outputs/scenes/report.md, captions.png and retrieval.png."
+	$(TRAIN) --config configs/scenes.yaml
+	$(TRAIN) --config configs/scenes-region-caption.yaml
+	$(TRAIN) --config configs/scenes-region-retrieval.yaml
+	@echo "Look at outputs/scenes/report.md: searches, captions, and what two adapters know of regions."
 
 test: $(READY)
 	$(BIN)/python -m pytest

@@ -4,7 +4,8 @@ import pytest
 import torch
 from transformers import pipeline
 
-from mmgem import MMGEMProcessor
+from mmgem import MMGEMModel, MMGEMProcessor
+from mmgem.modeling_mmgem import generation_mmgem
 from tests.conftest import make_model, make_picture
 
 
@@ -127,6 +128,24 @@ def test_every_region_gets_its_own_caption(processor):
             single += new_tokens(model, alone, model.generate(**alone, max_new_tokens=NEW, num_beams=2))
     assert new_tokens(model, inputs, batch) == single
     assert len({tuple(row) for row in single}) > 1
+
+
+def test_many_regions_come_in_parts_with_the_same_captions(model, processor, monkeypatch):
+    """Five regions of two pictures, two at a time, as all at once; the parts may differ in length."""
+    boxes = [[[i, i, 20 + i, 20 + 2 * i] for i in range(4)], [[5, 5, 45, 38]]]
+    inputs = processor(
+        images=[make_picture(0), make_picture(1)], boxes=boxes, task="region-caption", return_tensors="pt"
+    )
+    whole = model.generate(**inputs, max_new_tokens=NEW, do_sample=False)
+    rows = []
+    embed_tokens = MMGEMModel._embed_tokens
+    monkeypatch.setattr(MMGEMModel, "_embed_tokens", lambda s, ids: rows.append(len(ids)) or embed_tokens(s, ids))
+    monkeypatch.setattr(generation_mmgem, "MAX_ROWS", 2)
+    parts = model.generate(**inputs, max_new_tokens=NEW, do_sample=False)
+    assert new_tokens(model, inputs, parts) == new_tokens(model, inputs, whole)
+    assert [count for count in rows if count > 0][:1] == [2] and max(rows) == 2
+    output = model.generate(**inputs, max_new_tokens=2, do_sample=False, return_dict_in_generate=True)
+    assert len(output.sequences) == 5
 
 
 def test_pipelines_of_the_library(model, processor):

@@ -5,11 +5,13 @@ import logging
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from transformers import AutoProcessor, PreTrainedTokenizerFast
 from transformers.models.clip import CLIPImageProcessorPil
 
-from mmgem import MMGEMProcessor
+from mmgem import MMGEMProcessor, PoolAggregator
 from mmgem.processing import to_mmgem_tokenizer
 from mmgem.processing.regions_mmgem import geometry_of, to_rgb
 from tests.conftest import make_picture
@@ -63,8 +65,8 @@ def test_a_path_gives_the_pixels_that_its_picture_gives(processor, tmp_path, mod
     path = tmp_path / ("picture.tiff" if mode == "CMYK" else "picture.png")
     picture.save(path)
     expected = processor(images=[picture], return_tensors="np")["pixel_values"]
-    for given in (path, str(path)):
-        assert np.array_equal(processor(images=[given], return_tensors="np")["pixel_values"], expected)
+    for image in (path, str(path)):
+        assert np.array_equal(processor(images=[image], return_tensors="np")["pixel_values"], expected)
 
 
 def test_truncated_picture_is_named(processor, tmp_path):
@@ -197,6 +199,38 @@ def test_boxes_survive_resize_and_crop(processor, size):
     assert masks.shape == (1, 1, 32, 32)
     agreement = (masks[0, 0] == (bright > 0.5)).float().mean()
     assert agreement > 0.93
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    size=st.tuples(st.integers(24, 160), st.integers(24, 160)),
+    corner=st.tuples(st.floats(0, 0.8), st.floats(0, 0.8)),
+    extent=st.tuples(st.floats(0.2, 1), st.floats(0.2, 1)),
+    seed=st.integers(0, 5),
+)
+def test_box_holds_what_cutting_the_picture_by_hand_holds(processor, size, corner, extent, seed):
+    """Mean colour of the box in `pixel_values`, against the part of it inside the middle square, cut from the file."""
+    width, height = size
+    picture = make_picture(seed, size)
+    x0, y0 = corner[0] * width, corner[1] * height
+    x1, y1 = min(x0 + extent[0] * width, width), min(y0 + extent[1] * height, height)
+    side = min(size)
+    left, top = (width - side) / 2, (height - side) / 2
+    kept = (max(x0, left), max(y0, top), min(x1, left + side), min(y1, top + side))
+    if min(kept[2] - kept[0], kept[3] - kept[1]) < side / 16:  # a pixel or two of 32: nothing to compare
+        return
+    inputs = processor(images=[picture], boxes=[[[x0, y0, x1, y1]]], return_tensors="pt")
+    by_hand = (np.array(kept) - [left, top, left, top]) * 32 / side
+    assert np.allclose(inputs["boxes"][0, 0], by_hand, atol=1.0), "sizes and offsets are rounded to whole pixels"
+        "the library rounds sizes and offsets to whole pixels"
+    )
+    patch = picture.resize((1, 1), Image.Resampling.BOX, box=kept)
+    expected = np.asarray(patch).reshape(3) / 255
+    weights = PoolAggregator(1).weights_of_boxes(inputs["boxes"], (32, 32))[0, 0]
+    mean = (inputs["pixel_values"][0].flatten(1) @ weights).numpy()
+    image_processor = processor.image_processor
+    mean = mean * np.array(image_processor.image_std) + np.array(image_processor.image_mean)
+    assert np.allclose(mean, expected, atol=0.06)
 
 
 def test_geometry_equals_the_image_processor(processor):

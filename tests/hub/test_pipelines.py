@@ -1,0 +1,57 @@
+"""The pipeline region-captioning, from a base and from an adapter's folder."""
+
+import numpy as np
+import pytest
+import torch
+from transformers import pipeline
+
+from mmgem import RegionCaptioningPipeline
+from mmgem.training.region_adapters import add_region_adapter
+
+from ..conftest import make_model, make_picture
+
+
+BOXES = [[2.0, 3.0, 20.0, 30.0], [5.0, 5.0, 40.0, 38.0]]
+
+
+@pytest.fixture(scope="module")
+def describe(processor, tmp_path_factory):
+    """From the folder of an adapter whose k is not the base's."""
+    folder = tmp_path_factory.mktemp("pipeline")
+    make_model(processor).save_pretrained(folder / "base")
+    processor.save_pretrained(folder / "base")
+    model = make_model(processor)
+    model.config._name_or_path = model.name_or_path = str(folder / "base")
+    adapter = add_region_adapter(model, "region-caption", 2)
+    with torch.no_grad():
+        model.soft_prompts.modules_to_save["default"].weight.normal_()
+    adapter.save_pretrained(folder / "adapter")
+    return pipeline("region-captioning", model=str(folder / "adapter"))
+
+
+def test_regions_of_one_picture_and_of_several(describe):
+    assert isinstance(describe, RegionCaptioningPipeline) and describe.model.region_grid_size == 2
+    images = [make_picture(0), make_picture(1, (30, 60)), make_picture(2)]
+    one = describe(images[0], boxes=BOXES, max_new_tokens=4)
+    assert [region["box"] for region in one] == BOXES and all(isinstance(r["caption"], str) for r in one)
+    several = describe(images, boxes=[BOXES, [], BOXES[:1]], max_new_tokens=4)
+    assert several[0] == one and several[1] == [] and len(several[2]) == 1
+    assert describe(images[0], boxes=BOXES[1:], max_new_tokens=4) == one[1:], "a region does not know of the others"
+
+
+def test_masks_and_options_of_generate(describe):
+    mask = np.zeros((40, 48), dtype=bool)
+    mask[5:30, 10:40] = True
+    (region,) = describe(make_picture(0), masks=[mask], generate_kwargs={"max_new_tokens": 2, "num_beams": 2})
+    assert region["mask"] is mask and isinstance(region["caption"], str)
+
+
+def test_what_is_missing_is_named(describe):
+    with pytest.raises(ValueError, match="needs the regions"):
+        describe(make_picture(0))
+    with pytest.raises(ValueError, match="2 pictures, but boxes holds 1"):
+        describe([make_picture(0)] * 2, boxes=[BOXES])
+    with pytest.raises(ValueError, match=r"boxes\[0\]\[0\].*no area"):
+        describe(make_picture(0), boxes=[[9, 9, 3, 3]])
+    with pytest.raises(ValueError, match="Unknown option 'max_token'"):
+        describe(make_picture(0), boxes=BOXES, max_token=3)
