@@ -222,8 +222,6 @@ def test_box_holds_what_cutting_the_picture_by_hand_holds(processor, size, corne
     inputs = processor(images=[picture], boxes=[[[x0, y0, x1, y1]]], return_tensors="pt")
     by_hand = (np.array(kept) - [left, top, left, top]) * 32 / side
     assert np.allclose(inputs["boxes"][0, 0], by_hand, atol=1.0), "sizes and offsets are rounded to whole pixels"
-        "the library rounds sizes and offsets to whole pixels"
-    )
     patch = picture.resize((1, 1), Image.Resampling.BOX, box=kept)
     expected = np.asarray(patch).reshape(3) / 255
     weights = PoolAggregator(1).weights_of_boxes(inputs["boxes"], (32, 32))[0, 0]
