@@ -25,6 +25,7 @@ from mmgem.training.arguments import DataArguments, ModelArguments, parse_argume
 from mmgem.training.building import build_model_and_processor, initial_image_size, planned_config
 from mmgem.training.checkpoints import CheckpointError
 from mmgem.training.dry_run import dry_run_report
+from mmgem.training.feature_cache import DiskFullError
 from mmgem.training.region_trainer import RegionTrainer
 from mmgem.training.trainer import MMGEMTrainer
 
@@ -63,7 +64,7 @@ def main() -> None:
     args, eval_dataset = trainer.args, trainer.eval_dataset
     try:
         trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
-    except (BadDataError, CheckpointError) as error:
+    except (BadDataError, CheckpointError, DiskFullError) as error:
         sys.exit(f"error: {error}")
     trainer.merge_lora()
     try:

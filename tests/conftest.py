@@ -60,7 +60,7 @@ def base_tokenizer():
 @pytest.fixture(scope="session")
 def processor(base_tokenizer) -> MMGEMProcessor:
     image_processor = CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
-    return MMGEMProcessor(image_processor, to_mmgem_tokenizer(base_tokenizer))
+    return MMGEMProcessor(image_processor, to_mmgem_tokenizer(base_tokenizer), region_grid_size=1)
 
 
 def make_model(processor: MMGEMProcessor, seed: int = 0, **changes) -> MMGEMModel:
@@ -79,6 +79,7 @@ def make_model(processor: MMGEMProcessor, seed: int = 0, **changes) -> MMGEMMode
                 **changes,
             },
             "projection_dim": 16,
+            "region_grid_size": 1,
             **special_token_ids(tokenizer),
             **config_changes,
         }

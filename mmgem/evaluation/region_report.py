@@ -1,8 +1,11 @@
 """An adapter beside the stage 1 that it was trained on: figures, captioned regions, heat maps."""
 
+import copy
 import json
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -26,10 +29,10 @@ def evaluate_adapter(
     model: MMGEMModel, processor: MMGEMProcessor, dataset: RegionDataset, stage: str, batch_size: int = 64
 ) -> tuple[dict[str, float], dict[str, Any]]:
     """
-    The metrics of [`evaluate_regions`] with the adapter switched off, under names that begin with `stage_1_`, and
-    with it. For "region-retrieval", where there are captions, also retrieval of whole pictures by them, without a box
-    (which no adapter changes) and with the box that covers the picture, through h4 (`whole_box_…`; the paper's path
-    for long captions).
+    The metrics of [`evaluate_regions`] for stage 1, under names that begin with `stage_1_`, and with the adapter. For
+    "region-retrieval", where there are captions, also retrieval of whole pictures by them, without a box (which no
+    adapter changes) and with the box that covers the picture, through h4 (`whole_box_…`; the paper's path for long
+    captions).
 
     Args:
         model: with the adapter loaded; it is active afterwards.
@@ -39,18 +42,37 @@ def evaluate_adapter(
     """
     metrics: dict[str, float] = {}
     outputs: dict[str, Any] = {}
-    for name, switch in (("stage_1", model.disable_adapters), ("stage_2", model.enable_adapters)):
-        switch()
+    for name in ("stage_1", "stage_2"):
         prefix = "stage_1_" if name == "stage_1" else ""
-        of_regions, found = evaluate_regions(model, processor, dataset, stage, batch_size)
-        metrics.update({prefix + key: value for key, value in of_regions.items()})
-        outputs[name] = found["regions"]
-        if stage == "region-retrieval" and all(dataset.captions()):
-            for kind in ("", "whole_box_"):
-                pairs = embed_pairs(model, processor, dataset, batch_size, whole_image_box=bool(kind))
-                ranks = retrieval_metrics(pairs["text_embeds"], pairs["image_embeds"], pairs["text_to_image"])
-                metrics.update({f"{prefix}{kind}{key}": value for key, value in ranks.items() if "R@" in key})
+        with stage_1(model, processor) if prefix else nullcontext(processor) as own_processor:
+            of_regions, found = evaluate_regions(model, own_processor, dataset, stage, batch_size)
+            metrics.update({prefix + key: value for key, value in of_regions.items()})
+            outputs[name] = found["regions"]
+            if stage == "region-retrieval" and all(dataset.captions()):
+                for kind in ("", "whole_box_"):
+                    pairs = embed_pairs(model, processor, dataset, batch_size, whole_image_box=bool(kind))
+                    ranks = retrieval_metrics(pairs["text_embeds"], pairs["image_embeds"], pairs["text_to_image"])
+                    metrics.update({f"{prefix}{kind}{key}": value for key, value in ranks.items() if "R@" in key})
     return metrics, outputs
+
+
+@contextmanager
+def stage_1(model: MMGEMModel, processor: MMGEMProcessor) -> Iterator[MMGEMProcessor]:
+    """
+    Switches the adapters off for a while, and gives a processor whose region prompts are stage 1's: one visual token
+    and one [CAP], as of a whole picture. It has never seen 64 of them, and would be worse than it is.
+    """
+    model.disable_adapters()
+    own_processor = copy.copy(processor)
+    own_processor.num_soft_prompts = 1
+    grid_size: Any = model.soft_prompts.grid_size  # of the base, now
+    trained_for = grid_size.clone()
+    grid_size.fill_(1)
+    try:
+        yield own_processor
+    finally:
+        grid_size.copy_(trained_for)
+        model.enable_adapters()
 
 
 def write_region_report(
@@ -149,9 +171,10 @@ def heat_sheet(
         image, phrase, box = dataset.read(regions[i]["index"])["image"], regions[i]["phrase"], regions[i]["box"]
         _write(sheet, f"{phrase}   (box, stage 1, with the adapter)", left, top, BLACK, 80, 1)
         _paste(sheet, with_boxes(image, [box]), left, top + LINE + 4)
-        for column, switch in enumerate((model.disable_adapters, model.enable_adapters), 1):
-            switch()
-            heated = draw_heat_map(image, heat_map(model, processor, image, phrase), processor)
+        for column, context in enumerate((stage_1(model, processor), nullcontext()), 1):
+            with context:
+                heat = heat_map(model, processor, image, phrase)
+            heated = draw_heat_map(image, heat, processor)
             _paste(sheet, with_boxes(heated, [box]), left + column * (CELL + 8), top + LINE + 4)
     return sheet
 

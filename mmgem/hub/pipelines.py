@@ -83,7 +83,7 @@ class RegionCaptioningPipeline(Pipeline):
 
     def postprocess(self, model_outputs: dict[str, Any], **kwargs: Any) -> list[dict[str, Any]]:  # type: ignore[override]
         processor: Any = self.processor
-        captions = processor.batch_decode(model_outputs["ids"], skip_special_tokens=True)
+        captions = [processor.decode(row, skip_special_tokens=True) for row in model_outputs["ids"]]
         name = {"boxes": "box", "masks": "mask"}[model_outputs["kind"]]
         return [
             {name: region, "caption": caption.strip()}

@@ -340,6 +340,8 @@ def parse_arguments(
     model_args, _, args, dry_run_args = parsed
     if args.stage != "1":
         _check_stage_2(model_args, args, dry_run_args)
+    elif model_args.region_grid_size is not None:
+        raise ValueError("region_grid_size is for --stage region-caption; stage 1 has one visual token per picture.")
     return tuple(parsed)  # type: ignore[return-value]
 
 

@@ -15,6 +15,10 @@ from ..data.regions import RegionDataset
 from ..modeling_mmgem import MMGEMModel
 
 
+class DiskFullError(OSError):
+    """The features will not fit where they should go."""
+
+
 class FeatureDataset(torch.utils.data.Dataset):
     """
     A [`RegionDataset`] after the ViT: its examples hold `patch_features` `(rows, columns, C)` instead of a picture.
@@ -75,7 +79,7 @@ def cache_features(
 
     Raises:
         BadDataError: where no picture can be read.
-        ValueError: where the file does not fit on its disk, with both sizes.
+        DiskFullError: where the file does not fit on its disk, with both sizes.
     """
     local_rank = accelerator.local_process_index
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if accelerator.num_processes > 1 else 1
@@ -118,7 +122,7 @@ def _mapped(path: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tens
     size = torch.Size(shape).numel()
     needed, free = size * dtype.itemsize, shutil.disk_usage(os.path.dirname(path) or ".").free
     if needed > free and not os.path.exists(path):
-        raise ValueError(
+        raise DiskFullError(
             f"--cache_features needs {needed / 2**30:.1f} GiB in {os.path.dirname(path)}, where {free / 2**30:.1f} "
             "GiB are free; leave it out, or choose another --output_dir."
         )

@@ -114,7 +114,7 @@ def test_tokens_that_are_no_words_are_never_written(model, processor):
 
 def test_every_region_gets_its_own_caption(processor):
     # Four [CAP] instead of 64: among those, one visual token of a random model would count for little.
-    processor = MMGEMProcessor(processor.image_processor, processor.tokenizer, num_soft_prompts=4)
+    processor = MMGEMProcessor(processor.image_processor, processor.tokenizer, num_soft_prompts=4, region_grid_size=1)
     model = make_model(processor, config={"num_soft_prompts": 4})
     pictures = [make_picture(0), make_picture(1)]
     boxes = [[[0, 0, 20, 20], [20, 10, 48, 40]], [[5, 5, 45, 38]]]

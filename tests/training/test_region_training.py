@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from mmgem.data.regions import RegionDataset
 from mmgem.evaluation.regions import evaluate_regions
 from mmgem.modeling_mmgem.adapters_mmgem import REGION_ADAPTERS
 from mmgem.training.arguments import MMGEMTrainingArguments, parse_arguments
+from mmgem.training.feature_cache import DiskFullError
 from mmgem.training.region_trainer import RegionTrainer
 from mmgem.training.trainer import MODEL_INPUTS, BadDataError
 from tests.conftest import Table, make_model, make_picture
@@ -266,6 +268,15 @@ def test_what_cannot_be_done_is_said_in_a_line(train, base, regions_file, tmp_pa
     (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
     with pytest.raises(SystemExit, match=message):
         train("--stage", "region-retrieval", "--train_file", regions_file, *OPTIONS, "--output_dir", "out", *change)
+
+
+def test_features_that_do_not_fit_on_the_disk_are_refused_before_any_step(processor, tmp_path, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=1000))
+    args = arguments(tmp_path, "region-retrieval", cache_features=True)
+    trainer = RegionTrainer(make_model(processor), args, processor, four_pictures())
+    with pytest.raises(DiskFullError, match=r"needs .* GiB in .* are free"):
+        trainer.train()
+    assert trainer.state.global_step == 0
 
 
 def test_shards_and_missing_folders_are_refused(train, base, tmp_path):  # noqa: F811
