@@ -26,7 +26,7 @@ class MMGEMConfig(PreTrainedConfig):
         image_token_id, cap_token_id, emb_token_id (`int`, *optional*, default to -3, -2, -1):
             Ids of `<image>` (a visual token's place), `[CAP]` (a caption starts) and `[EMB]` (the sentence
             embedding is read here); negative ones count from the end of the vocabulary.
-        region_grid_size (`int`, *optional*, defaults to 3):
+        region_grid_size (`int`, *optional*, defaults to 7):
             k: a region becomes k x k visual tokens in front of its caption, unless an adapter has a k of its own. The
             default is measured (`benchmarks/region_grid_size.py`).
         num_soft_prompts (`int`, *optional*, defaults to 64):
@@ -68,7 +68,7 @@ class MMGEMConfig(PreTrainedConfig):
     image_token_id: int = -3
     cap_token_id: int = -2
     emb_token_id: int = -1
-    region_grid_size: int = 3
+    region_grid_size: int = 7
     num_soft_prompts: int = 64
     lm_head_bias: bool = False
     logit_scale_init_value: float | int = math.log(1 / 0.07)

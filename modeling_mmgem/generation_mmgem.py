@@ -20,45 +20,77 @@ class CaptionGenerationMixin(GenerationMixin):
         """
         Captions: [`GenerationMixin.generate`] after `<bos> <image> [CAP]`, as the processor's `task="caption"` writes
         it, or a prompt of its `task="region-caption"`. More than 256 prompts are continued in parts, so that memory
-        does not grow with the number of regions (not with `return_dict_in_generate`).
+        does not grow with the number of regions (but with `return_dict_in_generate`).
 
         Returns:
             `torch.LongTensor` of shape `(B * num_return_sequences, T)`: prompt and caption, as every decoder of the
             library; `processor.batch_decode(ids, skip_special_tokens=True)` leaves the caption.
 
         Raises:
-            ValueError: for pictures without a placeholder in `input_ids`.
+            ValueError: for pictures without a placeholder in `input_ids`, or with another number of them.
         """
-        picture = {name: kwargs.pop(name, None) for name in ("pixel_values", "boxes", "masks", "region_mask")}
+        parent: Any = super()
+        picture = {name: kwargs.pop(name, None) for name in ("boxes", "masks", "region_mask")}
+        pixel_values = kwargs.pop("pixel_values", None)
         input_ids = kwargs.pop("input_ids", None) if inputs is None else inputs
-        if picture["pixel_values"] is None:
-            return super().generate(input_ids, **kwargs)
+        if pixel_values is None:
+            return parent.generate(input_ids, **kwargs)
         if input_ids is None or not bool(input_ids.eq(self.config.image_token_id).any()):
             raise ValueError(
                 "The pictures have no <image> placeholder in input_ids, so no caption would see them; use "
                 'processor(images=…, task="caption").'
             )
-        features, grid = self._patch_features(picture.pop("pixel_values"))
-        tokens = self._visual_tokens(features, grid, **picture)
-        self._check_placeholders(input_ids, tokens)
+        features, grid = self._patch_features(pixel_values)
         at_a_time = len(input_ids) if kwargs.get("return_dict_in_generate") else MAX_ROWS
-        parts = []
+        if len(input_ids) <= at_a_time:
+            tokens = self._visual_tokens(features, grid, **picture)
+            embeds = self._place_visual_tokens(self._embed_tokens(input_ids), input_ids, tokens)
+            return parent.generate(input_ids, inputs_embeds=embeds, **kwargs)
+        owners = self._owners(len(pixel_values), **picture)
+        grid_size = 1 if picture["boxes"] is None and picture["masks"] is None else self._active_grid_size()
+        self._check_placeholders(input_ids, len(owners) * grid_size**2)
+        parts: list[Any] = []
         for start in range(0, len(input_ids), at_a_time):
             rows = slice(start, start + at_a_time)
             ids = input_ids[rows]
-            count = int(ids.eq(self.config.image_token_id).sum())
-            embeds = self._place_visual_tokens(self._embed_tokens(ids), ids, tokens[:count])
-            tokens = tokens[count:]
+            count = int(ids.eq(self.config.image_token_id).sum()) // grid_size**2
+            tokens = self._tokens_of(owners[:count], features, grid, picture["boxes"], picture["masks"])
+            owners = owners[count:]
+            embeds = self._place_visual_tokens(self._embed_tokens(ids), ids, tokens)
             options = {
                 name: value[rows] if torch.is_tensor(value) and value.shape[:1] == input_ids.shape[:1] else value
                 for name, value in kwargs.items()
             }
-            parts.append(super().generate(ids, inputs_embeds=embeds, **options))
-        if len(parts) == 1:
-            return parts[0]
+            parts.append(parent.generate(ids, inputs_embeds=embeds, **options))
         longest = max(part.shape[1] for part in parts)
         pad = self.generation_config.pad_token_id
         return torch.cat([nn.functional.pad(part, (0, longest - part.shape[1]), value=pad) for part in parts])
+
+    @staticmethod
+    def _owners(
+        pictures: int, boxes: torch.Tensor | None, masks: torch.Tensor | None, region_mask: torch.Tensor | None
+    ) -> torch.Tensor:
+        """`(N, 2)`: each prompt's picture and its region there (0 for whole pictures)."""
+        regions = boxes if masks is None else masks
+        if region_mask is None:
+            region_mask = torch.ones(pictures, 1 if regions is None else regions.shape[1], dtype=torch.bool)
+        return region_mask.nonzero()
+
+    def _tokens_of(
+        self: Any,
+        owners: torch.Tensor,
+        features: torch.Tensor,
+        grid: tuple[int, int],
+        boxes: torch.Tensor | None,
+        masks: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """V_in of these pictures or regions alone."""
+        tokens = []
+        for index in owners[:, 0].unique().tolist():
+            regions = owners[owners[:, 0] == index, 1]
+            of_boxes, of_masks = (None if r is None else r[index : index + 1, regions] for r in (boxes, masks))
+            tokens.append(self._visual_tokens(features[index : index + 1], grid, of_boxes, of_masks, None))
+        return torch.cat(tokens)
 
 
 __all__ = ["CaptionGenerationMixin"]

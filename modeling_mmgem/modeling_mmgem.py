@@ -163,11 +163,11 @@ class MMGEMModel(RegionAdapterMixin, CaptionGenerationMixin, PreTrainedModel):
         if module is self.region_projection:
             init.eye_(module.weight)
             init.zeros_(module.bias)
-            init.zeros_(module.trained_on)
+            init.zeros_(module.trained_on)  # type: ignore[arg-type]
         elif module is self.soft_prompts:
             init.zeros_(module.weight)
-            init.zeros_(module.trained_on)
-            init.constant_(module.grid_size, self.config.region_grid_size)
+            init.zeros_(module.trained_on)  # type: ignore[arg-type]
+            init.constant_(module.grid_size, self.config.region_grid_size)  # type: ignore[arg-type]
         elif isinstance(module, LogitScale):
             init.constant_(module.weight, module.init_value)
         else:
@@ -395,15 +395,15 @@ class MMGEMModel(RegionAdapterMixin, CaptionGenerationMixin, PreTrainedModel):
         self, inputs_embeds: torch.Tensor, input_ids: torch.Tensor, tokens: torch.Tensor
     ) -> torch.Tensor:
         """V_in at the `<image>` placeholders; no placeholder at all beside [EMB] is CLIP's use of the model."""
-        self._check_placeholders(input_ids, tokens)
+        self._check_placeholders(input_ids, len(tokens))
         is_image = input_ids.eq(self.config.image_token_id)
         return inputs_embeds.masked_scatter(is_image[..., None], tokens.to(inputs_embeds.dtype))
 
-    def _check_placeholders(self, input_ids: torch.Tensor, tokens: torch.Tensor) -> None:
+    def _check_placeholders(self, input_ids: torch.Tensor, tokens: int) -> None:
         placeholders = input_ids.eq(self.config.image_token_id).sum()
         torch_compilable_check(
-            placeholders.eq(len(tokens)) | (placeholders.eq(0) & input_ids.eq(self.config.emb_token_id).any()),
-            f"The pictures or regions give {len(tokens)} visual tokens, but input_ids hold another number of <image> "
+            placeholders.eq(tokens) | (placeholders.eq(0) & input_ids.eq(self.config.emb_token_id).any()),
+            f"The pictures or regions give {tokens} visual tokens, but input_ids hold another number of <image> "
             f"placeholders (id {self.config.image_token_id}); let the processor write the prompt. Of regions it must "
             "be for the k of the active adapter: processor.region_grid_size = model.region_grid_size.",
         )
@@ -457,16 +457,16 @@ class MMGEMModel(RegionAdapterMixin, CaptionGenerationMixin, PreTrainedModel):
             ValueError: neither texts nor pictures; pictures that do not match the placeholders; `return_loss` where
             texts and pictures differ in number.
         """
-        has_pictures = pixel_values is not None or patch_features is not None
-        if input_ids is None and inputs_embeds is None and not has_pictures:
+        if input_ids is None and inputs_embeds is None and pixel_values is None and patch_features is None:
             raise ValueError("Pass input_ids (or inputs_embeds), pixel_values, or both.")
         logit_scale = self.logit_scale(torch.ones((), device=self.logit_scale.weight.device))
         image_embeds = text_embeds = logits = logits_per_text = contrastive = caption = outputs = None
+        if patch_features is not None:
+            features, grid = patch_features.flatten(1, 2), (patch_features.shape[1], patch_features.shape[2])
+        elif pixel_values is not None:
+            features, grid = self._patch_features(pixel_values)
+        has_pictures = pixel_values is not None or patch_features is not None
         if has_pictures:
-            if patch_features is None:
-                features, grid = self._patch_features(pixel_values)
-            else:
-                features, grid = patch_features.flatten(1, 2), (patch_features.shape[1], patch_features.shape[2])
             image_embeds = self._image_features(features, grid, boxes, masks)
             if region_mask is not None:
                 image_embeds = image_embeds * region_mask[..., None].to(image_embeds.dtype)

@@ -30,7 +30,7 @@ class MMGEMProcessor(ProcessorMixin):
         tokenizer: from [`to_mmgem_tokenizer`].
         max_length (`int`, *optional*, defaults to 50): tokens of a text, BOS and [EMB] included (paper: 50
             in training, 200 for long captions at test time).
-        region_grid_size (`int`, *optional*, defaults to 3): k, as in [`MMGEMConfig`].
+        region_grid_size (`int`, *optional*, defaults to 7): k, as in [`MMGEMConfig`].
         num_soft_prompts (`int`, *optional*, defaults to 64): as in [`MMGEMConfig`].
 
     Raises:
@@ -43,7 +43,7 @@ class MMGEMProcessor(ProcessorMixin):
         tokenizer: Any = None,
         chat_template: str | None = None,
         max_length: int = 50,
-        region_grid_size: int = 3,
+        region_grid_size: int = 7,
         num_soft_prompts: int = 64,
     ):
         super().__init__(image_processor, tokenizer, chat_template=chat_template)

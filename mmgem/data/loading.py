@@ -53,32 +53,9 @@ def load_regions(arguments: DataArguments, image_size: int, seed: int) -> tuple[
     """
     if arguments.train_shards:
         raise ValueError("Shards hold no regions; stage 2 takes a table, annotations, or 'scenes'.")
-    datasets_ = []
-    for table, held_out in zip(_load_tables(arguments, image_size, seed), (False, True)):
-        if table is None:
-            datasets_.append(None)
-            continue
-        rows, file = table
-        if isinstance(rows, datasets.Dataset):
-            rows = _checked(rows, arguments, [arguments.image_column], held_out)
-            if not {arguments.regions_column, arguments.caption_column} & {*rows.column_names}:
-                raise ValueError(
-                    f"The dataset has no column {arguments.regions_column!r}; its columns are "
-                    f"{', '.join(rows.column_names)}. Set --regions_column."
-                )
-        datasets_.append(
-            RegionDataset(
-                rows,
-                arguments.image_column,
-                _caption_column(rows, arguments),
-                arguments.regions_column,
-                0 if held_out else arguments.max_regions,
-                arguments.whole_image_weight,
-                seed,
-                root=os.path.dirname(file),
-            )
-        )
-    return tuple(datasets_)  # type: ignore[return-value]
+    train, held_out = _load_tables(arguments, image_size, seed)
+    eval_regions = None if held_out is None else _regions(held_out, arguments, seed, held_out=True)
+    return _regions(train, arguments, seed), eval_regions
 
 
 def _load_tables(arguments: DataArguments, image_size: int, seed: int) -> tuple[Table, Table | None]:
@@ -119,6 +96,27 @@ def _pairs(table: Table, arguments: DataArguments, seed: int, held_out: bool = F
         rows = _checked(rows, arguments, [arguments.image_column, arguments.caption_column], held_out)
     return PairDataset(
         rows, arguments.image_column, _caption_column(rows, arguments), scale, seed, root=os.path.dirname(file)
+    )
+
+
+def _regions(table: Table, arguments: DataArguments, seed: int, held_out: bool = False) -> RegionDataset:
+    rows, file = table
+    if isinstance(rows, datasets.Dataset):
+        rows = _checked(rows, arguments, [arguments.image_column], held_out)
+        if not {arguments.regions_column, arguments.caption_column} & {*rows.column_names}:
+            raise ValueError(
+                f"The dataset has no column {arguments.regions_column!r}; its columns are "
+                f"{', '.join(rows.column_names)}. Set --regions_column."
+            )
+    return RegionDataset(
+        rows,
+        arguments.image_column,
+        _caption_column(rows, arguments),
+        arguments.regions_column,
+        0 if held_out else arguments.max_regions,
+        arguments.whole_image_weight,
+        seed,
+        root=os.path.dirname(file),
     )
 
 

@@ -69,9 +69,10 @@ class RegionCollator(PairCollator):
 
 def regions_inside(image_processor: Any, example: dict[str, Any]) -> list[tuple[int, list[float]]]:
     """Of an example's boxes those that the centre crop leaves something of: index, and pixels of `pixel_values`."""
-    geometry = geometry_of(image_processor, *example["size"])
+    width, height = example["size"]
+    geometry = geometry_of(image_processor, width, height)
     inside = []
     for i, box in enumerate(example["boxes"]):
         with suppress(ValueError):
-            inside.append((i, map_box(box, *example["size"], geometry, "box").tolist()))
+            inside.append((i, map_box(box, width, height, geometry, "box").tolist()))
     return inside

@@ -171,9 +171,9 @@ def heat_sheet(
         image, phrase, box = dataset.read(regions[i]["index"])["image"], regions[i]["phrase"], regions[i]["box"]
         _write(sheet, f"{phrase}   (box, stage 1, with the adapter)", left, top, BLACK, 80, 1)
         _paste(sheet, with_boxes(image, [box]), left, top + LINE + 4)
-        for column, context in enumerate((stage_1(model, processor), nullcontext()), 1):
-            with context:
-                heat = heat_map(model, processor, image, phrase)
+        with stage_1(model, processor):
+            before = heat_map(model, processor, image, phrase)
+        for column, heat in enumerate((before, heat_map(model, processor, image, phrase)), 1):
             heated = draw_heat_map(image, heat, processor)
             _paste(sheet, with_boxes(heated, [box]), left + column * (CELL + 8), top + LINE + 4)
     return sheet

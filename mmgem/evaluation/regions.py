@@ -78,8 +78,9 @@ def region_caption_metrics(regions: list[dict[str, Any]], are_scenes: bool) -> d
         "region_caption_cider": cider_d([caption for caption, _ in pairs], [[phrase] for _, phrase in pairs])[0],
     }
     if are_scenes:
-        for name, words in {"size": SIZES, "colour": COLOURS, "shape": SHAPES}.items():
-            named = ([{w for w in text.split() if w in words} for text in pair] for pair in pairs)
+        vocabulary = {"size": {*SIZES}, "colour": {*COLOURS}, "shape": {*SHAPES}}
+        for name, words in vocabulary.items():
+            named = ([{w for w in text.split()} & words for text in pair] for pair in pairs)
             metrics[f"region_caption_{name}"] = _share(caption == phrase for caption, phrase in named)
     return metrics
 

@@ -20,10 +20,10 @@ class RegionCaptioningPipeline(Pipeline):
     ```
     """
 
-    _load_processor = True
-    _load_tokenizer = False
-    _load_image_processor = False
-    _load_feature_extractor = False
+    _load_processor: Any = True
+    _load_tokenizer: Any = False
+    _load_image_processor: Any = False
+    _load_feature_extractor: Any = False
     _pipeline_calls_generate = True
     _default_generation_config = GenerationConfig(max_new_tokens=50)
 
@@ -79,7 +79,8 @@ class RegionCaptioningPipeline(Pipeline):
         if not model_inputs:
             return {**kept, "ids": []}
         options = self._prepare_generate_kwargs(generate_kwargs, return_dict_in_generate=False)
-        return {**kept, "ids": self.model.generate(**model_inputs, **options)}
+        model: Any = self.model
+        return {**kept, "ids": model.generate(**model_inputs, **options)}
 
     def postprocess(self, model_outputs: dict[str, Any], **kwargs: Any) -> list[dict[str, Any]]:  # type: ignore[override]
         processor: Any = self.processor

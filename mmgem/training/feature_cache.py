@@ -65,7 +65,7 @@ def cache_features(
     path: str,
     quiet: bool = False,
     **loader: Any,
-) -> tuple[FeatureDataset, dict[int, str]]:
+) -> tuple[FeatureDataset, dict[int | str, str]]:
     """
     Runs the ViT over all pictures. The processes of a machine share the work and the file.
 
@@ -88,7 +88,7 @@ def cache_features(
     accelerator.wait_for_everyone()
     batches = torch.utils.data.DataLoader(_Described(dataset, local_rank, local_size), collate_fn=list, **loader)
     described: dict[int, dict[str, Any]] = {}
-    bad: dict[int, str] = {}
+    bad: dict[int | str, str] = {}
     features, form = None, None
     for batch in tqdm(batches, desc="Patch features", disable=quiet or not accelerator.is_main_process):
         bad.update({index: reason for index, reason in batch if isinstance(reason, str)})

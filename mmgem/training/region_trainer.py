@@ -60,12 +60,13 @@ class RegionTrainer(MMGEMTrainer):
             return super().train(*args, **kwargs)
         os.makedirs(str(self.args.output_dir), exist_ok=True)
         path = os.path.join(str(self.args.output_dir), "patch_features.bin")
-        dataset = self.train_dataset
+        dataset: Any = self.train_dataset
+        collator: Any = self.data_collator
         try:
             self.train_dataset, bad = cache_features(  # type: ignore[assignment]
                 self._base(),
                 dataset,
-                self.data_collator,
+                collator,
                 self.accelerator,
                 path,
                 bool(self.args.disable_tqdm),
@@ -94,10 +95,10 @@ class RegionTrainer(MMGEMTrainer):
         """Against the regions of all processes, of which each has another number: every region counts the same."""
         if self.args.world_size == 1:
             return super()._contrastive_loss(texts, images, logit_scale, pair_ids)
-        all_texts, all_images, all_ids = (gather_ragged(tensor) for tensor in (texts, images, pair_ids))
-        sizes = [len(part) for part in all_texts]
+        gathered = [gather_ragged(tensor) for tensor in (texts, images, pair_ids)]
+        sizes = [len(part) for part in gathered[0]]
         offset, total = sum(sizes[: dist.get_rank()]), sum(sizes)
-        all_texts, all_images, all_ids = map(torch.cat, (all_texts, all_images, all_ids))
+        all_texts, all_images, all_ids = map(torch.cat, gathered)
         loss = contrastive_loss(texts, images, logit_scale, all_texts, all_images, offset, pair_ids, all_ids)
         loss = loss * (len(texts) * self.args.world_size / total) / self.current_gradient_accumulation_steps
         self._add_to_log("contrastive_loss", loss)
