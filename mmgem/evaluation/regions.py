@@ -80,7 +80,7 @@ def region_caption_metrics(regions: list[dict[str, Any]], are_scenes: bool) -> d
     if are_scenes:
         vocabulary = {"size": {*SIZES}, "colour": {*COLOURS}, "shape": {*SHAPES}}
         for name, words in vocabulary.items():
-            named = ([{w for w in text.split()} & words for text in pair] for pair in pairs)
+            named = ([set(text.split()) & words for text in pair] for pair in pairs)
             metrics[f"region_caption_{name}"] = _share(caption == phrase for caption, phrase in named)
     return metrics
 
