@@ -6,60 +6,74 @@ The two adapters of stage 2, as PEFT loads, switches and saves them.
 
 Both are PEFT's `modules_to_save`: copies of these modules beside those of the base, so that switching them off gives
 the base back bit for bit. What an adapter must not be parted from travels among its tensors, in buffers: `grid_size`,
-the k that its prompts were trained with, and `trained_on`, by which it knows its base.
+the k that its prompts were trained with, and `trained_on`, some weights of the base by which it knows it.
 """
 
 from typing import Any
 
 import torch
 from torch import nn
-from transformers.utils import torch_compilable_check
 
 
 REGION_ADAPTERS = {
     "region-caption": ("caption_projection", "soft_prompts"),
     "region-retrieval": ("region_projection",),
 }
-SIGNATURE_SIZE = 16  # weights of h1 by which an adapter knows its base
+SIGNATURE_SIZE = 64  # weights by which an adapter knows its base
 
 
 class RegionAdapterMixin:
     """What [`MMGEMModel`] needs for adapters: transformers' own methods look for LoRA layers, and find none here."""
 
     def register_adapter_buffers(self: Any) -> None:
-        """Gives soft_prompts and region_projection what their adapters remember."""
+        """Gives soft_prompts and region_projection what their adapters remember; in the base they mean nothing."""
         for module in (self.soft_prompts, self.region_projection):
             module.register_buffer("trained_on", torch.zeros(SIGNATURE_SIZE))
         self.soft_prompts.register_buffer("grid_size", torch.tensor(self.config.region_grid_size))
 
     @property
     def region_grid_size(self: Any) -> int:
-        """k of the active adapter, or else of the base: a region becomes k x k visual tokens."""
-        return int(self.soft_prompts.grid_size)
+        """k of the active adapter, or else of the configuration: a region becomes k x k visual tokens."""
+        adapter = _active_module(self.soft_prompts)
+        return self.config.region_grid_size if adapter is None else int(adapter.grid_size)
 
     @torch.compiler.assume_constant_result
     def _active_grid_size(self: Any) -> int:
         return self.region_grid_size
 
-    def base_signature(self: Any) -> torch.Tensor:
-        """A few weights of h1, `(16,)`: two models that were trained apart do not share them."""
-        weights = self.visual_projection.weight.detach().flatten()[:SIGNATURE_SIZE].float()
-        return nn.functional.pad(weights, (0, SIGNATURE_SIZE - len(weights)))
+    @torch.no_grad()
+    def base_signature(self: Any) -> torch.Tensor | None:
+        """
+        One weight each of 64 matrices spread over ViT, h1 and language model, `(64,)` float32; two models that were
+        trained apart do not share them. None where weights are not at hand (offloaded).
+        """
+        modules = (self.vision_model, self.visual_projection, self.language_model)
+        matrices = [parameter for module in modules for parameter in module.parameters() if parameter.ndim > 1]
+        if any(matrix.is_meta for matrix in matrices):
+            return None
+        chosen = [matrices[i * len(matrices) // SIGNATURE_SIZE] for i in range(SIGNATURE_SIZE)]
+        places = [(i * 7919) % matrix.numel() for i, matrix in enumerate(chosen)]
+        return torch.stack([matrix.flatten()[place].float().cpu() for matrix, place in zip(chosen, places)])
 
     def check_base_of(self: Any, module: nn.Module) -> None:
         """
+        Compares what the active adapter of a module remembers with this model, once; weights that were rounded to 16
+        bits count as equal.
+
         Raises:
-            ValueError: where an adapter's module was trained on another base.
+            ValueError: where it was trained on another base.
         """
-        trained_on: Any = module.trained_on
-        # Both may have been rounded to bfloat16.
-        is_own = torch.isclose(trained_on.float(), self.base_signature(), rtol=0.02, atol=1e-3).all()
-        torch_compilable_check(
-            is_own | trained_on.eq(0).all(),
-            "The active adapter was trained on another base: it remembers other weights of visual_projection than "
-            f"those of {self.config._name_or_path or 'this model'!r}. Load it on the base that its "
-            "adapter_config.json names.",
-        )
+        adapter = None if torch.compiler.is_compiling() else _active_module(module)
+        if adapter is None or getattr(adapter.trained_on, "checked", False):
+            return
+        trained_on, own = adapter.trained_on.float().cpu(), self.base_signature()
+        if own is not None and not torch.isclose(trained_on, own, rtol=0.01, atol=1e-6).all():
+            raise ValueError(
+                "The active adapter was trained on another base: the weights that it remembers are not those of "
+                f"{self.config._name_or_path or 'this model'!r}. Load it on the base that its adapter_config.json "
+                "names."
+            )
+        adapter.trained_on.checked = True
 
     def load_adapter(self: Any, peft_model_id: str | None = None, *args: Any, **kwargs: Any) -> Any:
         """
@@ -67,37 +81,48 @@ class RegionAdapterMixin:
         `set_adapter([…, …])`.
 
         Raises:
-            ValueError: for an adapter that was trained on another base, with both names. Nothing of it stays loaded.
+            ValueError: for an adapter that does not fit or was trained on another base, with both names. Whatever
+            goes wrong, nothing of it stays loaded, and those that were active are.
         """
         name = kwargs.get("adapter_name") or (args[0] if args else None) or "default"
         is_new = name not in getattr(self, "peft_config", {})
         active = self.active_adapters() if self._hf_peft_config_loaded else []
+        conversions = getattr(self, "_weight_conversions", None)
         try:
             info = super().load_adapter(peft_model_id, *args, **kwargs)  # type: ignore[misc]
             self.set_adapter(name)  # PEFT leaves it to what was loaded and deleted before
             for module in (self.soft_prompts, self.region_projection):
                 self.check_base_of(module)
-        except (RuntimeError, ValueError) as error:
+        except Exception as error:
             if not is_new or name not in getattr(self, "peft_config", {}):
                 raise
             expected = self.peft_config[name].base_model_name_or_path
             self.delete_adapter(name)
             if active:
                 self.set_adapter(active)
+            if not isinstance(error, RuntimeError | ValueError):
+                raise
             raise ValueError(
                 f"Adapter {name!r} from {peft_model_id} was trained on {expected!r} and does not fit "
                 f"{self.config._name_or_path or 'this model'!r}: {error}"
             ) from error
+        finally:
+            # Those of the adapter's file would rename the base's tensors when it is saved.
+            self._weight_conversions = conversions
         return info
 
     def set_adapter(self: Any, adapter_name: str | list[str]) -> None:
         """
-        Makes one adapter the active one, or several that do not share a module; of the others the base is used.
+        Makes one adapter the active one, or several that do not share a module; of the others the base is used. What
+        `disable_adapters` switched off is on again.
 
         Raises:
             ValueError: for a name that is not loaded, with those that are; for two adapters of one module.
         """
-        from peft.functional import set_adapter
+        try:  # not at the top: PEFT is slow to import, and who has no adapter need not have it
+            from peft.functional import set_adapter
+        except ImportError as error:
+            raise ImportError("Adapters need PEFT: pip install peft.") from error
 
         names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
         loaded = list(getattr(self, "peft_config", {}))
@@ -106,10 +131,17 @@ class RegionAdapterMixin:
                 f"There is no adapter {missing[0]!r}; loaded are {', '.join(map(repr, loaded)) or 'none'} "
                 "(model.load_adapter(folder, adapter_name=…) loads one)."
             )
+        for module_name, module in self.named_modules():
+            sharing = [name for name in names if name in getattr(module, "modules_to_save", {})]
+            if len(sharing) > 1:
+                raise ValueError(
+                    f"{sharing[0]!r} and {sharing[1]!r} are both adapters of {module_name}: only one can be active."
+                )
+        self.enable_adapters()
         set_adapter(self, names)
 
     def active_adapters(self: Any) -> list[str]:
-        """Names of the adapters that take part in a forward, in the order they were loaded."""
+        """Names of the adapters that `set_adapter` chose, in the order they were loaded, switched off or not."""
         active = {name for layer in self._adapter_layers() for name in layer.active_adapters}
         return [name for name in self.peft_config if name in active]
 
@@ -123,14 +155,27 @@ class RegionAdapterMixin:
         for layer in self._adapter_layers():
             layer.enable_adapters(False)
 
-    def _adapter_layers(self: Any) -> list[Any]:
-        from peft.tuners.tuners_utils import BaseTunerLayer
-        from peft.utils import AuxiliaryTrainingWrapper
+    def delete_adapter(self: Any, adapter_names: str | list[str]) -> None:
+        """As [`PreTrainedModel.delete_adapter`]; with the last one of a module PEFT's wrapper around it goes too."""
+        super().delete_adapter(adapter_names)  # type: ignore[misc]
+        for name, module in list(self.named_children()):
+            if hasattr(module, "modules_to_save") and not module.modules_to_save:
+                setattr(self, name, module.original_module)
 
-        layers = [layer for layer in self.modules() if isinstance(layer, BaseTunerLayer | AuxiliaryTrainingWrapper)]
+    def _adapter_layers(self: Any) -> list[Any]:
+        layers = [layer for layer in self.modules() if hasattr(layer, "active_adapters") and layer is not self]
+        layers = [layer for layer in layers if not callable(layer.active_adapters)]  # of PEFT, not of transformers
         if not layers:
             raise ValueError("No adapter is loaded: model.load_adapter(folder) loads one.")
         return layers
+
+
+def _active_module(module: Any) -> Any:
+    """An adapter's copy of a module, where one is active."""
+    copies = getattr(module, "modules_to_save", None)
+    if copies is None or module.disable_adapters or not module.active_adapters:
+        return None
+    return copies[module.active_adapters[0]]
 
 
 __all__ = ["REGION_ADAPTERS", "RegionAdapterMixin"]

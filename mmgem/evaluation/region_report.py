@@ -65,13 +65,11 @@ def stage_1(model: MMGEMModel, processor: MMGEMProcessor) -> Iterator[MMGEMProce
     model.disable_adapters()
     own_processor = copy.copy(processor)
     own_processor.num_soft_prompts = 1
-    grid_size: Any = model.soft_prompts.grid_size  # of the base, now
-    trained_for = grid_size.clone()
-    grid_size.fill_(1)
+    grid_size, model.config.region_grid_size = model.config.region_grid_size, 1
     try:
         yield own_processor
     finally:
-        grid_size.copy_(trained_for)
+        model.config.region_grid_size = grid_size
         model.enable_adapters()
 
 

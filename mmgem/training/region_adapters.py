@@ -23,8 +23,9 @@ def add_region_adapter(model: MMGEMModel, stage: str, grid_size: int) -> PeftMod
     with torch.no_grad():
         for name in modules:
             buffers = dict(getattr(model, name).modules_to_save["default"].named_buffers())
-            if "trained_on" in buffers:
-                buffers["trained_on"].copy_(model.base_signature())
+            signature = model.base_signature()
+            if "trained_on" in buffers and signature is not None:
+                buffers["trained_on"].copy_(signature)
             if "grid_size" in buffers:
                 buffers["grid_size"].fill_(grid_size)
     return peft_model
