@@ -30,6 +30,13 @@ from mmgem.training.region_trainer import RegionTrainer
 from mmgem.training.trainer import MMGEMTrainer
 
 
+PROMPTS = {
+    "1": "<image>[CAP]",
+    "region-caption": "<image> x k x k, [CAP] x 64 (stage 1: <image>[CAP])",
+    "region-retrieval": "none: regions and phrases are embedded",
+}
+
+
 def prepare() -> tuple[ModelArguments, DataArguments, MMGEMTrainer]:
     """From the command line to a Trainer; with --dry_run, to an estimate and the end."""
     model_args, data_args, args, dry_run_args = parse_arguments()
@@ -78,7 +85,7 @@ def main() -> None:
     setting = {
         "dataset": data_args.dataset_name or data_args.validation_file or data_args.validation_annotations,
         "split": str(eval_dataset.table.split),
-        "prompt": "<image>[CAP]",
+        "prompt": PROMPTS[args.stage],
         "max_length": data_args.max_length,
         "dtype": str(trainer.model.dtype),
         "device": str(args.device),

@@ -399,6 +399,11 @@ class MMGEMModel(RegionAdapterMixin, CaptionGenerationMixin, PreTrainedModel):
         is_image = input_ids.eq(self.config.image_token_id)
         return inputs_embeds.masked_scatter(is_image[..., None], tokens.to(inputs_embeds.dtype))
 
+    def _are_sentences(self, input_ids: torch.Tensor) -> bool:
+        """CLIP's use of the model: [EMB] and no placeholder."""
+        is_sentence = input_ids.eq(self.config.emb_token_id).any() & ~input_ids.eq(self.config.image_token_id).any()
+        return bool(is_sentence)
+
     def _check_placeholders(self, input_ids: torch.Tensor, tokens: int) -> None:
         placeholders = input_ids.eq(self.config.image_token_id).sum()
         torch_compilable_check(
@@ -474,10 +479,11 @@ class MMGEMModel(RegionAdapterMixin, CaptionGenerationMixin, PreTrainedModel):
 
         if inputs_embeds is None and input_ids is not None:
             inputs_embeds = self._embed_tokens(input_ids)
-            if has_pictures:
+            # Beside sentences alone there is nothing to place; a graph cannot branch on what its inputs hold.
+            if has_pictures and (torch.compiler.is_compiling() or not self._are_sentences(input_ids)):
                 tokens = self._visual_tokens(features, grid, boxes, masks, region_mask)
                 inputs_embeds = self._place_visual_tokens(inputs_embeds, input_ids, tokens)
-            elif past_key_values is None or past_key_values.get_seq_length() == 0:
+            elif not has_pictures and (past_key_values is None or past_key_values.get_seq_length() == 0):
                 torch_compilable_check(
                     ~input_ids.eq(self.config.image_token_id).any(),
                     "input_ids hold <image> placeholders, but there are no pixel_values to fill them.",

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 
-MAX_WEIGHTS = 2**24  # of A that exist at a time: 64 MiB in float32
+MAX_WEIGHTS = 2**24  # of A, or pixels of masks, that exist at a time: 64 MiB in float32
 
 
 def box_weights(
@@ -99,7 +99,11 @@ class PoolAggregator(nn.Module):
             raise ValueError("A region is a box or a mask: pass `boxes` or `masks`, not both.")
         regions = masks if boxes is None else boxes
         assert regions is not None
-        at_a_time = max(1, MAX_WEIGHTS // (patch_features.shape[:2].numel() * grid_size**2))
+        # Masks are added up along one axis first: k numbers per pixel.
+        weights_each = (
+            patch_features.shape[1] * grid_size**2 if masks is None else masks.shape[-2:].numel() * grid_size
+        )
+        at_a_time = max(1, MAX_WEIGHTS // (len(patch_features) * weights_each))
         if regions.shape[1] <= at_a_time or torch.compiler.is_compiling():  # each number of parts is another graph
             parts = [regions]
         else:

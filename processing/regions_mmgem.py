@@ -37,6 +37,11 @@ class Geometry:
     resized: tuple[int, int]
     window: tuple[int, int]
 
+    @classmethod
+    def identity(cls, width: int, height: int) -> "Geometry":
+        """That of a picture left as it is."""
+        return cls((1.0, 1.0), (0, 0), (width, height), (width, height))
+
 
 def geometry_of(image_processor: Any, width: int, height: int) -> Geometry:
     """The resize and centre crop that `image_processor` does to a picture of `width` x `height`; all as (x, y)."""

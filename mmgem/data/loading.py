@@ -6,7 +6,7 @@ from typing import Any
 import datasets
 
 from ..training.arguments import DataArguments
-from .annotations import AnnotationTable, read_annotations
+from .annotations import read_annotations
 from .pairs import PairDataset
 from .regions import RegionDataset
 from .scenes import ScenesDataset
@@ -71,57 +71,60 @@ def _load_tables(arguments: DataArguments, image_size: int, seed: int) -> tuple[
         held_out = splits.get("validation", splits.get("test"))
         return (splits["train"], ""), None if held_out is None else (held_out, "")
     if arguments.train_annotations:
-        rows = read_annotations(arguments.train_annotations, arguments.image_folders)
-        return (rows.first(arguments.max_train_samples), ""), _read_held_out(arguments)
+        return (_annotations(arguments.train_annotations, arguments), ""), _read_held_out(arguments)
     assert arguments.train_file is not None
     return (_read_file(arguments.train_file, "train"), arguments.train_file), _read_held_out(arguments)
 
 
 def _read_held_out(arguments: DataArguments) -> Table | None:
     if arguments.validation_annotations:
-        rows = read_annotations(arguments.validation_annotations, arguments.image_folders)
-        return rows.first(arguments.max_eval_samples), ""
+        return _annotations(arguments.validation_annotations, arguments), ""
     if arguments.validation_file:
         return _read_file(arguments.validation_file, "validation"), arguments.validation_file
     return None
+
+
+def _annotations(files: list[str], arguments: DataArguments) -> datasets.Dataset:
+    """With the columns named as the options say."""
+    names = {"image": arguments.image_column, "caption": arguments.caption_column, "regions": arguments.regions_column}
+    return read_annotations(files, arguments.image_folders).rename_columns(
+        {old: new for old, new in names.items() if old != new}
+    )
 
 
 def _pairs(table: Table, arguments: DataArguments, seed: int, held_out: bool = False) -> PairDataset:
     """A table with its columns checked; pictures that it names by relative paths lie beside its file."""
     rows, file = table
     scale = 1.0 if held_out else arguments.augmentation_scale
-    if isinstance(rows, AnnotationTable):
-        rows = rows.with_captions()
     if isinstance(rows, datasets.Dataset):
         rows = _checked(rows, arguments, [arguments.image_column, arguments.caption_column], held_out)
-    return PairDataset(
-        rows, arguments.image_column, _caption_column(rows, arguments), scale, seed, root=os.path.dirname(file)
-    )
+    if arguments.validation_annotations if held_out else arguments.train_annotations:
+        rows = _with_captions(rows, arguments)
+    return PairDataset(rows, arguments.image_column, arguments.caption_column, scale, seed, root=os.path.dirname(file))
+
+
+def _with_captions(rows: datasets.Dataset, arguments: DataArguments) -> datasets.Dataset:
+    """The pictures of annotations that have a caption of the whole."""
+    kept = [i for i, captions in enumerate(rows[arguments.caption_column]) if captions]
+    if not kept:
+        raise ValueError("These annotations hold no captions of whole pictures; add COCO's captions_*.json.")
+    return rows.select(kept)
 
 
 def _regions(table: Table, arguments: DataArguments, seed: int, held_out: bool = False) -> RegionDataset:
     rows, file = table
     if isinstance(rows, datasets.Dataset):
-        rows = _checked(rows, arguments, [arguments.image_column], held_out)
-        if not {arguments.regions_column, arguments.caption_column} & {*rows.column_names}:
-            raise ValueError(
-                f"The dataset has no column {arguments.regions_column!r}; its columns are "
-                f"{', '.join(rows.column_names)}. Set --regions_column."
-            )
+        rows = _checked(rows, arguments, [arguments.image_column, arguments.regions_column], held_out)
     return RegionDataset(
         rows,
         arguments.image_column,
-        _caption_column(rows, arguments),
+        arguments.caption_column,
         arguments.regions_column,
         0 if held_out else arguments.max_regions,
         arguments.whole_image_weight,
         seed,
         root=os.path.dirname(file),
     )
-
-
-def _caption_column(rows: Any, arguments: DataArguments) -> str:
-    return "captions" if isinstance(rows, AnnotationTable) else arguments.caption_column
 
 
 def _checked(
@@ -131,7 +134,7 @@ def _checked(
         if column not in table.column_names:
             raise ValueError(
                 f"The dataset has no column {column!r}; its columns are {', '.join(table.column_names)}. Set "
-                "--image_column and --caption_column."
+                "--image_column, --caption_column and --regions_column."
             )
     caption_type = table.features.get(arguments.caption_column, datasets.Value("string"))
     if getattr(getattr(caption_type, "feature", caption_type), "dtype", None) not in ("string", "large_string"):

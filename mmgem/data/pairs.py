@@ -169,6 +169,15 @@ def augmented_image(
 
 def open_image(content: bytes | Image.Image, least_side: int = 0) -> Image.Image:
     """A picture, fully decoded; a JPEG, with `least_side`, no larger than it must be for that many pixels per side."""
+    image = opened(content)
+    if least_side:
+        image.draft(None, (least_side, least_side))  # type: ignore[arg-type]
+    image.load()
+    return image
+
+
+def opened(content: bytes | Image.Image) -> Image.Image:
+    """A picture of a format and a size that we read, not decoded yet."""
     if isinstance(content, Image.Image):
         return content
     image = Image.open(io.BytesIO(content), formats=FORMATS)
@@ -176,9 +185,6 @@ def open_image(content: bytes | Image.Image, least_side: int = 0) -> Image.Image
         raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels, more than {MAX_PIXELS}")
     if max(image.size) > MAX_ASPECT_RATIO * min(image.size):  # a crop of it, resized, would fill the memory
         raise ValueError(f"{image.width} x {image.height} pixels, longer than {MAX_ASPECT_RATIO} times its width")
-    if least_side:
-        image.draft(None, (least_side, least_side))  # type: ignore[arg-type]
-    image.load()
     return image
 
 

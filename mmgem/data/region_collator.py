@@ -1,17 +1,16 @@
 """Pictures with regions to the tensors of one stage-2 step."""
 
 from collections.abc import Sequence
-from contextlib import suppress
 from typing import Any
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from ..processing import MMGEMProcessor
-from ..processing.regions_mmgem import geometry_of, map_box
 from ..processing.tokenization_mmgem import CAP_TOKEN, IMAGE_TOKEN
 from .collator import PairCollator
 from .pairs import BadDataError, digest
+from .regions import regions_inside
 
 
 class RegionCollator(PairCollator):
@@ -37,7 +36,7 @@ class RegionCollator(PairCollator):
     def __call__(self, examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
         boxes, phrases = [], []
         for example in examples:
-            inside = regions_inside(self.processor.image_processor, example)
+            inside = regions_inside(example, self.processor.image_processor)
             phrases += [example["phrases"][i] for i, _ in inside]
             boxes.append(torch.tensor([box for _, box in inside]).view(-1, 4))
         if not phrases:
@@ -58,6 +57,7 @@ class RegionCollator(PairCollator):
             "region_mask": torch.arange(int(counts.max())) < counts[:, None],
             "pair_ids": torch.tensor([[digest(phrase.encode())] for phrase in phrases]),
             "truncated": sum(len(row) > self.processor.max_length for row in ids),
+            "left_out": sum(example.get("left_out", 0) for example in examples),
             "bad": {index: reason for example in examples for index, reason in example["bad"].items()},
         }
         if "patch_features" in examples[0]:
@@ -65,14 +65,3 @@ class RegionCollator(PairCollator):
         else:
             batch["pixel_values"] = self.pixel_values([example["image"] for example in examples])
         return batch
-
-
-def regions_inside(image_processor: Any, example: dict[str, Any]) -> list[tuple[int, list[float]]]:
-    """Of an example's boxes those that the centre crop leaves something of: index, and pixels of `pixel_values`."""
-    width, height = example["size"]
-    geometry = geometry_of(image_processor, width, height)
-    inside = []
-    for i, box in enumerate(example["boxes"]):
-        with suppress(ValueError):
-            inside.append((i, map_box(box, width, height, geometry, "box").tolist()))
-    return inside

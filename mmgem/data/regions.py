@@ -1,14 +1,14 @@
 """Pictures with regions that are described, as examples for stage 2 and its evaluation."""
 
-import io
-from collections.abc import Sequence
+import copy
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
-from PIL import ExifTags, Image
+from PIL import ExifTags
 
-from ..processing.regions_mmgem import to_rgb
-from .pairs import PairDataset, as_captions, digest, encoded, open_image
+from ..processing.regions_mmgem import Geometry, geometry_of, map_box, to_rgb
+from .pairs import PairDataset, as_captions, digest, encoded, opened
 
 
 class RegionDataset(PairDataset):
@@ -19,8 +19,8 @@ class RegionDataset(PairDataset):
 
     In training it holds what one step sees: at most `max_regions` regions, drawn anew each epoch, and with probability
     `whole_image_weight` one of the captions, for the region that covers the picture (that is our reading of how the
-    paper mixes both). A picture without regions always comes with a caption. Regions without area, or wholly outside
-    their picture, are left out.
+    paper mixes both). A picture without regions always comes with a caption. Regions without area, or of which nothing
+    is to be seen, are left out; `left_out` is their number.
 
     Args:
         table, image_column, caption_column, seed, root: as of [`PairDataset`]; the column of captions may be missing.
@@ -44,8 +44,21 @@ class RegionDataset(PairDataset):
     ):
         super().__init__(table, image_column, caption_column, seed=seed, root=root)
         self.regions_column = regions_column
+        self.image_processor: Any = None  # whose centre crop is minded; set by the Trainer
         self.max_regions = max_regions
         self.whole_image_weight = whole_image_weight
+
+    def captions(self) -> list[list[str]]:
+        """Every picture's captions; none where there is no such column."""
+        if self.caption_column not in getattr(self.table, "column_names", [self.caption_column]):
+            return [[] for _ in self.rows]
+        return super().captions()
+
+    def whole(self, image_processor: Any) -> "RegionDataset":
+        """The same pictures at full size with all their regions, as an evaluation sees them."""
+        chosen = copy.copy(self)
+        chosen.least_side, chosen.max_regions, chosen.image_processor = 0, 0, image_processor
+        return chosen
 
     def _read(self, row: int) -> dict[str, Any]:
         example = self.describe(row)
@@ -61,18 +74,21 @@ class RegionDataset(PairDataset):
         regions = as_regions(columns.get(self.regions_column))
         captions = as_captions(columns.get(self.caption_column))
         content = encoded(columns[self.image_column], self.root)
-        width, height = upright_size(content)
-        stated = (columns.get("width") or width, columns.get("height") or height)
+        picture = opened(content)
+        width, height = picture.size
+        if self.least_side:
+            picture.draft(None, (self.least_side, self.least_side))  # type: ignore[arg-type]
+        picture.load()
+        if picture.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8):  # lies on its side
+            width, height = height, width
+        stated = (int(columns.get("width") or width), int(columns.get("height") or height))
         if stated != (width, height):
             raise ValueError(
                 f"its regions are given for a picture of {stated[0]} x {stated[1]} pixels, but the file has "
                 f"{width} x {height}"
             )
-        regions = [(box, phrase) for box, phrase in regions if _overlap(box, width, height)]
-        if not regions and not captions:
-            raise ValueError("it has neither a region with a phrase nor a caption")
-        image = to_rgb(open_image(content, self.least_side))
-        return {
+        image = to_rgb(picture)
+        example: dict[str, Any] = {
             "image": image,
             "image_id": digest(content if isinstance(content, bytes) else image.tobytes()),
             "size": (width, height),
@@ -81,6 +97,11 @@ class RegionDataset(PairDataset):
             "boxes": [box for box, _ in regions],
             "phrases": [phrase for _, phrase in regions],
         }
+        kept = [i for i, _ in regions_inside(example, self.image_processor)]
+        if not kept and not captions:
+            raise ValueError("it has neither a caption nor a region with a phrase of which something is to be seen")
+        boxes, phrases = ([example[name][i] for i in kept] for name in ("boxes", "phrases"))
+        return {**example, "boxes": boxes, "phrases": phrases, "left_out": len(regions) - len(kept)}
 
     def draw(self, example: dict[str, Any], row: int) -> dict[str, Any]:
         """Of an example with all its regions, what one step of training sees."""
@@ -103,10 +124,16 @@ def as_regions(value: Any) -> list[tuple[list[float], str]]:
     Raises:
         ValueError: for a region that has no box of four numbers, or no text; naming it.
     """
-    if isinstance(value, dict):
-        value = [dict(zip(value, items)) for items in zip(*value.values(), strict=True)]
+    if isinstance(value, dict) and all(isinstance(items, list) for items in value.values()):
+        if len({len(items) for items in value.values()}) > 1:
+            raise ValueError("its regions are lists of different lengths; each needs a box and a phrase")
+        value = [dict(zip(value, items)) for items in zip(*value.values())]
+    if not isinstance(value or [], list):
+        raise ValueError(f"its regions must be a list of {{box, phrase}}, but are {value!r}")
     regions = []
     for i, region in enumerate(value or []):
+        if not isinstance(region, dict):
+            raise ValueError(f"regions[{i}] is {region!r}; it must be {{box, phrase}}")
         box, phrase = region.get("box"), region.get("phrase")
         if not isinstance(phrase, str | None):
             raise ValueError(f"regions[{i}] has the phrase {phrase!r}, which is no text")
@@ -118,14 +145,15 @@ def as_regions(value: Any) -> list[tuple[list[float], str]]:
     return regions
 
 
-def upright_size(content: bytes | Image.Image) -> tuple[int, int]:
-    """Width and height as a viewer shows the picture, without decoding it."""
-    image = content if isinstance(content, Image.Image) else Image.open(io.BytesIO(content))
-    turned = image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
-    return (image.height, image.width) if turned else image.size
-
-
-def _overlap(box: Sequence[float], width: int, height: int) -> bool:
-    """Whether something of the box lies inside its picture."""
-    x0, y0, x1, y1 = box
-    return min(x1, width) > max(x0, 0) and min(y1, height) > max(y0, 0)
+def regions_inside(example: dict[str, Any], image_processor: Any = None) -> list[tuple[int, list[float]]]:
+    """
+    Of an example's boxes those that have an area inside their picture, and inside what the image processor's centre
+    crop leaves of it: their indices, and where they lie in pixels of `pixel_values` (of the picture, without one).
+    """
+    width, height = example["size"]
+    geometry = geometry_of(image_processor, width, height) if image_processor else Geometry.identity(width, height)
+    inside = []
+    for i, box in enumerate(example["boxes"]):
+        with suppress(ValueError):
+            inside.append((i, map_box(box, width, height, geometry, "box").tolist()))
+    return inside

@@ -17,7 +17,7 @@ from ..processing import MMGEMProcessor
 from ..processing.regions_mmgem import geometry_of
 from .evaluator import embed_pairs
 from .regions import evaluate_regions, heat_map
-from .report import BLACK, CELL, GREEN, GREY, LINE, _paste, _write
+from .report import BLACK, CELL, GREEN, GREY, LINE, paste, write_text
 from .retrieval import retrieval_metrics
 
 
@@ -144,15 +144,15 @@ def region_sheet(dataset: RegionDataset, outputs: dict[str, Any], count: int = 1
         left, top = cell % 2 * width + 8, cell // 2 * height + 8
         regions = regions[: len(BOX_COLOURS) // 2]
         boxes = [outputs["stage_2"][i]["box"] for i in regions]
-        _paste(sheet, with_boxes(dataset.read(index)["image"], boxes), left, top)
+        paste(sheet, with_boxes(dataset.read(index)["image"], boxes), left, top)
         below = top
         for colour, i in zip(BOX_COLOURS, regions):
             before, after = outputs["stage_1"][i]["caption"], outputs["stage_2"][i]
             draw.rectangle((left + CELL + 8, below + 2, left + CELL + 14, below + 3 * LINE - 4), fill=colour)
-            below = _write(sheet, after["phrase"], left + CELL + 20, below, GREY, 44, 1)
-            below = _write(sheet, before or "(nothing)", left + CELL + 20, below, BLACK, 44, 1)
+            below = write_text(sheet, after["phrase"], left + CELL + 20, below, GREY, 44, 1)
+            below = write_text(sheet, before or "(nothing)", left + CELL + 20, below, BLACK, 44, 1)
             right = GREEN if after["caption"] == after["phrase"] else BLACK
-            below = _write(sheet, after["caption"] or "(nothing)", left + CELL + 20, below, right, 44, 1)
+            below = write_text(sheet, after["caption"] or "(nothing)", left + CELL + 20, below, right, 44, 1)
     return sheet
 
 
@@ -167,13 +167,13 @@ def heat_sheet(
     for cell, i in enumerate(chosen):
         left, top = cell % 2 * width + 8, cell // 2 * height + 4
         image, phrase, box = dataset.read(regions[i]["index"])["image"], regions[i]["phrase"], regions[i]["box"]
-        _write(sheet, f"{phrase}   (box, stage 1, with the adapter)", left, top, BLACK, 80, 1)
-        _paste(sheet, with_boxes(image, [box]), left, top + LINE + 4)
+        write_text(sheet, f"{phrase}   (box, stage 1, with the adapter)", left, top, BLACK, 80, 1)
+        paste(sheet, with_boxes(image, [box]), left, top + LINE + 4)
         with stage_1(model, processor):
             before = heat_map(model, processor, image, phrase)
         for column, heat in enumerate((before, heat_map(model, processor, image, phrase)), 1):
             heated = draw_heat_map(image, heat, processor)
-            _paste(sheet, with_boxes(heated, [box]), left + column * (CELL + 8), top + LINE + 4)
+            paste(sheet, with_boxes(heated, [box]), left + column * (CELL + 8), top + LINE + 4)
     return sheet
 
 

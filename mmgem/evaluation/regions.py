@@ -9,7 +9,6 @@ import torch
 from torch.nn.functional import normalize
 
 from ..data.pairs import BadDataError
-from ..data.region_collator import regions_inside
 from ..data.regions import RegionDataset
 from ..data.scenes import COLOURS, SHAPES, SIZES, ScenesDataset
 from ..modeling_mmgem import MMGEMModel
@@ -170,16 +169,13 @@ def embed_texts(model: MMGEMModel, processor: MMGEMProcessor, texts: list[str], 
 
 def _batches(dataset: RegionDataset, processor: MMGEMProcessor, batch_size: int) -> Iterator[list[dict[str, Any]]]:
     """Examples that can be read, with their `index` and the regions that the centre crop keeps, as far as any."""
+    dataset = dataset.whole(processor.image_processor)
     batch = []
     found = False
     for index in range(len(dataset)):
         with contextlib.suppress(BadDataError):
-            example = dataset.read(index)
-            kept = regions_inside(processor.image_processor, example)
-            if kept:
-                boxes, phrases = ([example[name][i] for i, _ in kept] for name in ("boxes", "phrases"))
-                batch.append({**example, "index": index, "boxes": boxes, "phrases": phrases})
-                found = True
+            batch.append({**dataset.read(index), "index": index})
+            found = True
         if len(batch) == batch_size:
             yield batch
             batch = []

@@ -71,9 +71,9 @@ def caption_sheet(dataset: PairDataset, captions: list[str], count: int = 16, co
     for i in range(count):
         left, top = i % columns * width + 8, i // columns * height + 8
         example = dataset[i]
-        _paste(sheet, example["image"], left, top)
-        below = _write(sheet, example["captions"][0], left, top + CELL + 4, GREY, 36, 3)
-        _write(sheet, captions[i], left, below + 3, BLACK, 36, 4)
+        paste(sheet, example["image"], left, top)
+        below = write_text(sheet, example["captions"][0], left, top + CELL + 4, GREY, 36, 3)
+        write_text(sheet, captions[i], left, below + 3, BLACK, 36, 4)
     return sheet
 
 
@@ -88,17 +88,17 @@ def retrieval_sheet(dataset: PairDataset, outputs: dict[str, Any], count: int = 
     draw = ImageDraw.Draw(sheet)
     for row, query in enumerate(queries):
         top = 8 + row * step
-        _write(sheet, captions[query], 8, top + 20, BLACK, 32, 9)
+        write_text(sheet, captions[query], 8, top + 20, BLACK, 32, 9)
         best = (images @ texts[query]).topk(nearest).indices.tolist()
         for column, i in enumerate(best):
             left = 230 + column * step
             if i == int(owners[query]):
                 draw.rectangle((left - 5, top - 5, left + CELL + 4, top + CELL + 4), fill=GREEN)
-            _paste(sheet, dataset[i]["image"], left, top)
+            paste(sheet, dataset[i]["image"], left, top)
     return sheet
 
 
-def _paste(sheet: Image.Image, image: Image.Image, left: int, top: int) -> None:
+def paste(sheet: Image.Image, image: Image.Image, left: int, top: int) -> None:
     """The whole picture, scaled to fit a cell and centred in it."""
     scale = CELL / max(image.size)
     size = (max(round(image.width * scale), 1), max(round(image.height * scale), 1))
@@ -106,7 +106,7 @@ def _paste(sheet: Image.Image, image: Image.Image, left: int, top: int) -> None:
     sheet.paste(resized, (left + (CELL - size[0]) // 2, top + (CELL - size[1]) // 2))
 
 
-def _write(sheet: Image.Image, text: str, left: int, top: int, colour: Any, columns: int, max_lines: int) -> int:
+def write_text(sheet: Image.Image, text: str, left: int, top: int, colour: Any, columns: int, max_lines: int) -> int:
     """Wrapped text; returns the y below it."""
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=12)
     for line in textwrap.wrap(text, columns, max_lines=max_lines, placeholder=" …") or ["(empty)"]:

@@ -273,7 +273,7 @@ class MMGEMTrainingArguments(TrainingArguments):
 
     def _set_up_stage_2(self) -> None:
         """The objective follows from the stage, and there is one learning rate."""
-        for name in ("objective", "mini_batch_size", "lora_rank", "freeze"):
+        for name in ("objective", "mini_batch_size", "lora_rank", "freeze", "projection_lr_multiplier"):
             field_ = type(self).__dataclass_fields__[name]
             default = field_.default_factory() if callable(field_.default_factory) else field_.default
             if getattr(self, name) != default:
@@ -337,20 +337,24 @@ def parse_arguments(
     _refuse_unknown(unknown, known | {"config"}, "on the command line")
     if remaining:
         raise ValueError(f"Could not make sense of {' '.join(remaining)!r}: options are written --name value.")
-    model_args, _, args, dry_run_args = parsed
+    model_args, data_args, args, dry_run_args = parsed
     if args.stage != "1":
-        _check_stage_2(model_args, args, dry_run_args)
+        _check_stage_2(model_args, data_args, args, dry_run_args)
     elif model_args.region_grid_size is not None:
         raise ValueError("region_grid_size is for --stage region-caption; stage 1 has one visual token per picture.")
     return tuple(parsed)  # type: ignore[return-value]
 
 
-def _check_stage_2(model_args: Any, args: Any, dry_run_args: Any) -> None:
+def _check_stage_2(model_args: Any, data_args: Any, args: Any, dry_run_args: Any) -> None:
     """An adapter is worth nothing without the very model that it was trained on."""
     if not model_args.init_from:
         raise ValueError(f"--stage {args.stage} trains an adapter of a stage-1 model: give --init_from FOLDER.")
     if model_args.image_size is not None:
         raise ValueError("image_size would change the model that --init_from names, and the adapter would not fit it.")
+    if args.stage == "region-retrieval" and model_args.region_grid_size is not None:
+        raise ValueError("region_grid_size is for captions; retrieval has one embedding per region.")
+    if data_args.augmentation_scale != 1:
+        raise ValueError("augmentation_scale is for stage 1: a random crop would move the regions.")
     if dry_run_args.dry_run:
         raise ValueError("The dry run is for stage 1.")
 

@@ -24,10 +24,23 @@ class FeatureDataset(torch.utils.data.Dataset):
     A [`RegionDataset`] after the ViT: its examples hold `patch_features` `(rows, columns, C)` instead of a picture.
     """
 
-    def __init__(self, dataset: RegionDataset, examples: list[dict[str, Any]], features: torch.Tensor):
+    def __init__(
+        self, dataset: RegionDataset, examples: list[dict[str, Any]], path: str, shape: torch.Size, dtype: torch.dtype
+    ):
         self.dataset = dataset
         self.examples = examples
-        self.features = features
+        self.path, self.shape, self.dtype = path, shape, dtype
+        self._features: torch.Tensor | None = None
+
+    @property
+    def features(self) -> torch.Tensor:
+        """`(pictures, rows, columns, C)`, whose memory is the file: each process maps it for itself."""
+        if self._features is None:
+            self._features = _mapped(self.path, self.shape, self.dtype)
+        return self._features
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_features": None}  # for a loader's worker that is spawned
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -67,7 +80,7 @@ def cache_features(
     **loader: Any,
 ) -> tuple[FeatureDataset, dict[int | str, str]]:
     """
-    Runs the ViT over all pictures. The processes of a machine share the work and the file.
+    Runs the ViT over all pictures, in eval mode. The processes of a machine share the work and the file.
 
     Args:
         path: of the file: pictures x patches x C numbers. The caller removes it in the end.
@@ -75,12 +88,13 @@ def cache_features(
         **loader: of the DataLoader that reads the pictures: `batch_size`, `num_workers`, …
 
     Returns:
-        the dataset of what could be read, and the reasons of the rest by index.
+        the dataset of what could be read, and the reasons of the rest, of this process's share, by index.
 
     Raises:
         BadDataError: where no picture can be read.
         DiskFullError: where the file does not fit on its disk, with both sizes.
     """
+    model.eval()
     local_rank = accelerator.local_process_index
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if accelerator.num_processes > 1 else 1
     if local_rank == 0 and os.path.exists(path):  # of a run that was killed
@@ -99,27 +113,24 @@ def cache_features(
         with accelerator.autocast():
             patches, grid = model._patch_features(pixels.to(model.device))
         if features is None:
-            form = ((len(dataset), *grid, patches.shape[-1]), patches.dtype)
+            form = (torch.Size((len(dataset), *grid, patches.shape[-1])), patches.dtype)
             features = _mapped(path, *form)
         features[list(readable)] = patches.unflatten(1, grid).cpu()
         described.update({index: {**example, "index": index} for index, example in readable.items()})
     if accelerator.num_processes > 1:
         shares: list[Any] = [None] * accelerator.num_processes
-        dist.all_gather_object(shares, (described, bad, form))
-        for other_described, other_bad, other_form in shares:
+        dist.all_gather_object(shares, (described, form))
+        for other_described, other_form in shares:
             described.update(other_described)
-            bad.update(other_bad)
             form = form or other_form
     if form is None:
         raise BadDataError(f"None of the {len(dataset)} pictures could be read: {next(iter(bad.values()))}")
-    if features is None:  # all of this process's share was bad
-        features = _mapped(path, *form)
-    return FeatureDataset(dataset, [described[index] for index in sorted(described)], features), bad
+    return FeatureDataset(dataset, [described[index] for index in sorted(described)], path, *form), bad
 
 
-def _mapped(path: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+def _mapped(path: str, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
     """A tensor whose memory is the file; processes that map the same file share it."""
-    size = torch.Size(shape).numel()
+    size = shape.numel()
     needed, free = size * dtype.itemsize, shutil.disk_usage(os.path.dirname(path) or ".").free
     if needed > free and not os.path.exists(path):
         raise DiskFullError(

@@ -23,8 +23,8 @@ def refuse_dropout(model: nn.Module) -> None:
         for option, value in vars(module).items():
             if ("drop" in option or (is_dropout and option == "p")) and isinstance(value, float) and value > 0:
                 raise ValueError(
-                    f"{name}.{option} is {value}: with active dropout the gradient cache would be wrong. Set it to 0 "
-                    "in the configuration, or train without --mini_batch_size."
+                    f"{name}.{option} is {value}: with active dropout --mini_batch_size, and --gradient_checkpointing "
+                    "of a frozen model, would be wrong. Set it to 0 in the configuration, or train without."
                 )
 
 

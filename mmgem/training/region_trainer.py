@@ -17,6 +17,7 @@ from ..processing import MMGEMProcessor
 from .arguments import MMGEMTrainingArguments
 from .feature_cache import cache_features
 from .gathering import gather_ragged
+from .gradient_cache import refuse_dropout
 from .region_adapters import add_region_adapter
 from .trainer import MMGEMTrainer
 
@@ -52,6 +53,9 @@ class RegionTrainer(MMGEMTrainer):
         **kwargs: Any,
     ):
         self._processor = processor
+        train_dataset.image_processor = processor.image_processor
+        if args.gradient_checkpointing:
+            refuse_dropout(model)
         super().__init__(model, args, processor, train_dataset, eval_dataset, **kwargs)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
@@ -83,7 +87,7 @@ class RegionTrainer(MMGEMTrainer):
     def compute_loss(self, model: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
         """The loss of a model in eval mode: dropout is for those who learn."""
         model.eval()
-        if self.args.gradient_checkpointing:  # the library's layers do that in training mode only
+        if self.args.gradient_checkpointing:  # the library's layers do that in training mode only (nothing drops out)
             for module in model.modules():
                 if isinstance(module, GradientCheckpointingLayer):
                     module.training = True

@@ -77,7 +77,7 @@ class MMGEMTrainer(Trainer):
                 raise ValueError("A stream of shards has no end: set --max_steps.")
         elif len(train_dataset) < batch_size:
             raise ValueError(
-                f"{len(train_dataset)} training pairs do not fill one batch of {batch_size}; lower "
+                f"{len(train_dataset)} training examples do not fill one batch of {batch_size}; lower "
                 "--per_device_train_batch_size."
             )
         if args.mini_batch_size:
@@ -106,7 +106,7 @@ class MMGEMTrainer(Trainer):
         self.bad_examples: dict[int | str, str] = {}
         self.bad_kinds: Counter[str] = Counter()
         self.progress = StreamProgress(train_dataset, args) if isinstance(train_dataset, ShardStream) else None
-        self.truncated = self.seen = 0
+        self.truncated = self.left_out = self.seen = 0
         self._sums: dict[str, torch.Tensor] = {}
         self._logit_scale: torch.Tensor | None = None
         self._resumed_from: str | None = None
@@ -144,9 +144,10 @@ class MMGEMTrainer(Trainer):
                 assert self.progress is not None
                 self.progress.advance(*batch.pop("position"))
             self.truncated += batch.pop("truncated")
+            self.left_out += batch.pop("left_out", 0)
             pictures = "patch_features" if "patch_features" in batch else "pixel_values"
             samples = sum(len(part[pictures]) for part in batch.get("mini_batches", [batch]))
-            self.seen += samples
+            self.seen += len(batch["pair_ids"]) if "boxes" in batch else samples
             self._interval["samples"] += samples * self.args.world_size
         return batches, num_items
 
@@ -301,6 +302,11 @@ class MMGEMTrainer(Trainer):
             logger.warning(
                 f"{self.truncated} of {self.seen} captions were longer than max_length={self.processor.max_length} "
                 "tokens and were cut; [EMB] stayed."
+            )
+        if self.left_out:
+            logger.warning(
+                f"{self.left_out} regions, beside {self.seen} seen, were left out: they have no area, or lie outside "
+                "their picture or what the image processor's centre crop leaves of it."
             )
         return result
 

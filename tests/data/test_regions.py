@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 from collections import Counter
 from pathlib import Path
 
@@ -11,11 +12,13 @@ import torch
 from PIL import Image
 
 from mmgem.data.annotations import read_annotations
+from mmgem.data.loading import load_pairs
 from mmgem.data.pairs import BadDataError
 from mmgem.data.region_collator import RegionCollator
 from mmgem.data.regions import RegionDataset, as_regions
 from mmgem.data.scenes import ScenesDataset
 from mmgem.processing.tokenization_mmgem import CAP_TOKEN, EMB_TOKEN, IMAGE_TOKEN
+from mmgem.training.arguments import DataArguments
 
 from ..conftest import Table, make_picture
 
@@ -89,6 +92,7 @@ def test_regions_that_are_none_are_left_out_or_named():
         ({"box": [1, 2, 3], "phrase": "a dog"}, "four numbers"),
         ({"box": [1, 2, 3, float("nan")], "phrase": "a dog"}, "four numbers"),
         ({"box": [1, 2, 3, 4], "phrase": 7}, "no text"),
+        ("a dog", "must be"),
     ):
         with pytest.raises(BadDataError, match=rf"regions\[1\].*{message}"):
             RegionDataset(Table([{**row(), "regions": [row()["regions"][0], wrong]}])).read(0)
@@ -99,6 +103,9 @@ def test_both_forms_of_a_list_of_regions():
     assert as_regions([{"box": box, "phrase": phrase} for box, phrase in expected]) == expected
     assert as_regions({"box": [box for box, _ in expected], "phrase": ["a", "b"]}) == expected
     assert as_regions(None) == []
+    for wrong, message in (("[]", "must be a list"), ({"box": [[1, 2, 3, 4]], "phrase": []}, "different lengths")):
+        with pytest.raises(ValueError, match=message):
+            as_regions(wrong)
 
 
 def test_boxes_meant_for_another_size_of_the_picture_are_refused():
@@ -135,16 +142,36 @@ def annotations(tmp_path):
     return tmp_path, [str(tmp_path / name) for name in files]
 
 
-def test_coco_and_visual_genome_are_joined_by_picture(annotations):
+def test_coco_and_visual_genome_are_joined_by_picture(annotations, caplog):
     folder, files = annotations
     table = read_annotations(files, [str(folder / "images")])
-    assert [(row["captions"], row["regions"]) for row in table.rows] == [
+    assert [(row["caption"], row["regions"]) for row in table] == [
         (["one", "uno"], [{"box": [1, 2, 11, 22], "phrase": "dog"}]),
         ([], [{"box": [3, 4, 8, 10], "phrase": "a hat"}]),
     ]
-    dataset = RegionDataset(table, caption_column="captions")
+    assert "1 pictures, such as 9, are not in" in caplog.text
+    dataset = RegionDataset(table)
     assert [dataset[i]["phrases"] for i in range(2)] == [["dog"], ["a hat"]]
-    assert table.with_captions()["captions"] == [["one", "uno"]]
+
+
+def test_ids_of_one_dataset_are_not_those_of_the_other(annotations):
+    """COCO's 000000000002.jpg and Visual Genome's 2.jpg are two pictures, and neither stands in for the other."""
+    folder, files = annotations
+    make_picture(7).save(folder / "images" / "000000000002.jpg")
+    make_picture(8).save(folder / "images" / "000000000009.jpg")
+    coco = json.loads((folder / "captions.json").read_text())
+    coco["images"].append({"id": 2, "file_name": "000000000002.jpg"})
+    coco["annotations"].append({"image_id": 2, "caption": "two"})
+    (folder / "captions.json").write_text(json.dumps(coco))
+    (folder / "images" / "2.txt").write_text("no picture")
+    rows = {os.path.basename(row["image"]): row for row in read_annotations(files, [str(folder / "images")])}
+    assert rows["000000000002.jpg"]["caption"] == ["two"] and not rows["000000000002.jpg"]["regions"]
+    assert not rows["2.jpg"]["caption"] and rows["2.jpg"]["regions"][0]["phrase"] == "a hat"
+    assert "000000000009.jpg" not in rows, "Visual Genome's 9 is not there"
+    (folder / "other").mkdir()
+    make_picture(9).save(folder / "other" / "2.jpg")
+    with pytest.raises(ValueError, match="have one name"):
+        read_annotations(files, [str(folder / "images"), str(folder / "other")])
 
 
 def test_files_that_are_something_else_are_named(annotations, tmp_path):
@@ -160,8 +187,9 @@ def test_files_that_are_something_else_are_named(annotations, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="image_folders"):
         read_annotations(files, [str(tmp_path / "empty")])
+    options = {"dataset_name": None, "train_annotations": files[2:], "image_folders": images}
     with pytest.raises(ValueError, match="no captions of whole pictures"):
-        read_annotations(files[2:], images).with_captions()
+        load_pairs(DataArguments(**options), 32, 0)
 
 
 def test_annotations_open_nothing_outside_their_folders(annotations):
@@ -172,7 +200,7 @@ def test_annotations_open_nothing_outside_their_folders(annotations):
         "annotations": [{"image_id": 77, "caption": "not yours"}],
     }
     (folder / "evil.json").write_text(json.dumps(content))
-    with pytest.raises(ValueError, match="None of the 1 pictures"):
+    with pytest.raises(ValueError, match="None of the pictures"):
         read_annotations([str(folder / "evil.json")], [str(folder / "images")])
 
 
@@ -180,10 +208,10 @@ def test_annotations_open_nothing_outside_their_folders(annotations):
 def test_real_annotations_fit_their_photographs(processor):
     names = ("captions_sample.json", "instances_sample.json", "region_descriptions.json")
     table = read_annotations([str(COCO / "annotations" / name) for name in names], [str(COCO / "images")])
-    assert len(table) == 72 and sum(len(row["captions"]) for row in table.rows) == 360
-    dataset = RegionDataset(table, caption_column="captions", max_regions=99)
+    assert len(table) == 72 and sum(map(len, table["caption"])) == 360
+    dataset = RegionDataset(table, max_regions=99)
     examples = [dataset.read(i) for i in range(len(dataset))]
-    assert sum(len(e["boxes"]) for e in examples) == 412 + 8 + sum(not r["regions"] for r in table.rows)
+    assert sum(len(e["boxes"]) for e in examples) == 412 + 8 + sum(not regions for regions in table["regions"])
     for example in examples:
         width, height = example["size"]
         assert all(-1 <= x0 < x1 <= width + 1 and -1 <= y0 < y1 <= height + 1 for x0, y0, x1, y1 in example["boxes"])
@@ -245,6 +273,13 @@ def test_regions_that_the_crop_cuts_away_are_left_out(processor):
     table[0]["regions"].pop()
     with pytest.raises(BadDataError, match="cuts away all regions of 1 pictures"):
         collate(examples_of(RegionDataset(table)))
+    dataset = RegionDataset(table)
+    dataset.image_processor = processor.image_processor  # as the Trainer sets it: such a picture is passed over
+    with pytest.raises(BadDataError, match="of which something is to be seen"):
+        dataset.read(0)
+    table[0]["caption"] = ["all of it"]
+    dataset.max_regions = 3
+    assert dataset.read(0)["phrases"] == ["all of it"] and dataset.read(0)["left_out"] == 1
 
 
 def test_scenes_have_regions():

@@ -1,10 +1,12 @@
 """The adapters of stage 2 through PEFT's and through transformers' own doors."""
 
 import copy
+import shutil
 
 import pytest
 import torch
 from peft import PeftModel
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import AutoModel
 
@@ -147,10 +149,16 @@ def test_saving_again_changes_nothing(folder, base, tmp_path):
     assert not (tmp_path / "region-caption" / "model.safetensors").exists()
 
 
-def test_adapter_follows_its_base_through_bfloat16(folder):
+def test_adapter_follows_its_base_through_bfloat16(folder, processor):
     model = MMGEMModel.from_pretrained(folder / "base", dtype=torch.bfloat16)
     model.load_adapter(str(folder / "region-caption"))
     assert model.region_grid_size == 2
+    wrapped = PeftModel.from_pretrained(
+        MMGEMModel.from_pretrained(folder / "base", dtype=torch.bfloat16), folder / "region-caption"
+    )
+    inputs = region_inputs(processor, 2).to(torch.bfloat16)
+    output = wrapped.get_base_model()(**inputs)
+    assert output.logits.dtype == torch.bfloat16 and output.logits.isfinite().all()
 
 
 def test_k_is_the_adapters_and_another_prompt_is_refused(folder, base, processor):
@@ -189,6 +197,12 @@ def test_adapter_of_another_base_is_refused_by_name(folder, processor, tmp_path)
             other.load_adapter(str(folder / stage), adapter_name=stage)
         assert str(folder / "base") in str(error.value) and str(tmp_path / "other") in str(error.value)
     assert len(same(everything(other, processor), plain)) == 5, "nothing of them stayed"
+    trained_on = MMGEMModel.from_pretrained(folder / "base")
+    with torch.no_grad():  # a few more steps at a small rate, of the language model alone
+        for parameter in trained_on.language_model.parameters():
+            parameter.add_(4e-4 * torch.randn_like(parameter))
+    with pytest.raises(ValueError, match="another base"):
+        trained_on.load_adapter(str(folder / "region-retrieval"))
     narrow = make_model(processor, config={"projection_dim": 12})
     with pytest.raises(ValueError, match="does not fit"):
         narrow.load_adapter(str(folder / "region-caption"))
@@ -205,6 +219,44 @@ def test_a_refused_adapter_leaves_the_others_active(folder, base, processor, tmp
     with pytest.raises(ValueError, match="another base"):
         base.load_adapter(str(tmp_path / "foreign"), adapter_name="foreign")
     assert list(base.peft_config) == base.active_adapters() == ["region-retrieval"]
+
+
+def test_a_model_that_had_an_adapter_saves_as_one_that_had_none(folder, base, processor, tmp_path):
+    """After a refusal, a broken file, and a deletion."""
+    names = set(base.state_dict())
+    plain = everything(base, processor)
+    other = make_model(processor, seed=1)
+    add_region_adapter(other, "region-caption", 1).save_pretrained(tmp_path / "foreign")
+    shutil.copytree(tmp_path / "foreign", tmp_path / "broken")
+    (tmp_path / "broken" / "adapter_model.safetensors").write_bytes(b"no tensors")
+    shutil.copytree(tmp_path / "foreign", tmp_path / "empty")
+    (tmp_path / "empty" / "adapter_model.safetensors").unlink()
+    for name, error in (("foreign", ValueError), ("broken", SafetensorError), ("empty", OSError)):
+        with pytest.raises(error):
+            base.load_adapter(str(tmp_path / name))
+    load_both(base, folder)
+    base.delete_adapter(list(REGION_ADAPTERS))
+    assert set(base.state_dict()) == names
+    base.save_pretrained(tmp_path / "saved")
+    again = MMGEMModel.from_pretrained(tmp_path / "saved").eval()
+    assert set(load_file(tmp_path / "saved" / "model.safetensors")) == set(
+        load_file(folder / "base" / "model.safetensors")
+    )
+    assert len(same(everything(again, processor), plain)) == 5
+
+
+def test_setting_an_adapter_switches_adapters_on(folder, base, processor):
+    model = load_both(base, folder)
+    model.set_adapter(["region-caption", "region-retrieval"])
+    both = everything(model, processor, 2)
+    model.disable_adapters()
+    model.set_adapter(["region-caption", "region-retrieval"])
+    assert len(same(everything(model, processor, 2), both)) == 5
+    model.disable_adapters()
+    model.load_adapter(str(folder / "region-caption"), adapter_name="again")
+    assert model.active_adapters() == ["again"] and model.region_grid_size == 2
+    with pytest.raises(ValueError, match="'again' and 'region-caption' are both adapters of caption_projection"):
+        model.set_adapter(["again", "region-caption"])
 
 
 def test_unknown_adapters_are_named(folder, base):

@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import pickle
+from multiprocessing.reduction import ForkingPickler
 from types import SimpleNamespace
 
 import pytest
@@ -15,7 +17,7 @@ from mmgem.data.regions import RegionDataset
 from mmgem.evaluation.regions import evaluate_regions
 from mmgem.modeling_mmgem.adapters_mmgem import REGION_ADAPTERS
 from mmgem.training.arguments import MMGEMTrainingArguments, parse_arguments
-from mmgem.training.feature_cache import DiskFullError
+from mmgem.training.feature_cache import DiskFullError, cache_features
 from mmgem.training.region_trainer import RegionTrainer
 from mmgem.training.trainer import MODEL_INPUTS, BadDataError
 from tests.conftest import Table, make_model, make_picture
@@ -87,6 +89,37 @@ def test_exactly_the_named_tensors_get_a_gradient_and_move(processor, tmp_path, 
     assert seen["training"] == set(), "dropout is off, all is in eval mode"
     assert {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, start[name])} == own
     assert checksums(model) == before
+
+
+def test_dropout_is_off_where_features_are_cached_and_refused_beside_checkpointing(processor, tmp_path):
+    features = []
+    for seed in range(2):
+        model = make_model(processor)
+        for layer in model.vision_model.encoder.layers:
+            layer.self_attn.dropout = 0.5
+        args = arguments(tmp_path, "region-retrieval", cache_features=True)
+        trainer = RegionTrainer(model, args, processor, four_pictures())
+        torch.manual_seed(seed)
+        path = str(tmp_path / f"{seed}.bin")
+        model.train()
+        cached, _ = cache_features(model, trainer.train_dataset, trainer.data_collator, trainer.accelerator, path)
+        features.append(cached.features.clone())
+    assert torch.equal(*features)
+    args = arguments(tmp_path, "region-caption", gradient_checkpointing=True)
+    with pytest.raises(ValueError, match="attention_dropout is"):
+        RegionTrainer(make_model(processor, attention_dropout=0.5), args, processor, four_pictures())
+
+
+def test_cached_features_go_to_spawned_workers(processor, tmp_path):
+    args = arguments(tmp_path, "region-retrieval", cache_features=True)
+    trainer = RegionTrainer(make_model(processor), args, processor, four_pictures())
+    path = str(tmp_path / "features.bin")
+    cached, _ = cache_features(
+        trainer._base(), trainer.train_dataset, trainer.data_collator, trainer.accelerator, path
+    )
+    sent = pickle.loads(ForkingPickler.dumps(cached))
+    for i in range(4):
+        assert torch.equal(sent[i]["patch_features"], cached[i]["patch_features"]) and sent[i]["phrases"]
 
 
 def test_eval_mode_leaves_gradient_checkpointing_on(processor, tmp_path):
@@ -225,8 +258,9 @@ OPTIONS = ["--max_steps", 2, "--per_device_train_batch_size", 3, "--report_to", 
 def test_train_py_writes_an_adapter_that_loads_and_a_report_beside_stage_1(train, base, regions_file, tmp_path, stage):  # noqa: F811
     data = ["--train_file", regions_file, "--validation_file", regions_file]
     output = base / stage
+    grid_size = ["--region_grid_size", 2] if stage == "region-caption" else []
     for _ in range(2):  # the second run replaces the section of the first
-        train("--stage", stage, "--init_from", base, *data, *OPTIONS, "--output_dir", output, "--region_grid_size", 2)
+        train("--stage", stage, "--init_from", base, *data, *OPTIONS, "--output_dir", output, *grid_size)
     results = json.loads((output / "results.json").read_text())
     metrics = results["metrics"]
     assert {name for name in metrics if f"stage_1_{name}" in metrics} | {
@@ -239,13 +273,19 @@ def test_train_py_writes_an_adapter_that_loads_and_a_report_beside_stage_1(train
     assert report.startswith("# Evaluation\n\nof stage 1\n") and report.count("\n## Region ") == 1
     assert f"![]({stage}/{picture})" in report
     model, processor = AutoModel.from_pretrained(output), AutoProcessor.from_pretrained(output)
-    assert isinstance(model, MMGEMModel) and processor.region_grid_size == 2
+    assert isinstance(model, MMGEMModel)
+    assert processor.region_grid_size == model.region_grid_size == (2 if stage == "region-caption" else 1)
     inputs = processor(images=[make_picture(0)], boxes=[BOXES], task="region-caption", return_tensors="pt")
-    if stage == "region-caption":
-        assert len(model.generate(**inputs, max_new_tokens=3)) == 2
-    else:
-        with pytest.raises(ValueError, match="region_grid_size"):
-            model.generate(**inputs, max_new_tokens=3)
+    assert len(model.generate(**inputs, max_new_tokens=3)) == 2
+
+
+def test_a_table_without_captions_is_evaluated_too(train, base, regions_file, tmp_path):  # noqa: F811
+    Dataset.from_parquet(str(regions_file)).remove_columns("caption").to_parquet(tmp_path / "bare.parquet")
+    data = ["--train_file", tmp_path / "bare.parquet", "--validation_file", tmp_path / "bare.parquet"]
+    options = ["--per_device_train_batch_size", 2, "--max_bad_fraction", 0.5, *OPTIONS[:2], *OPTIONS[4:]]
+    train("--stage", "region-retrieval", "--init_from", base, *data, *options, "--output_dir", "out")
+    metrics = json.loads((tmp_path / "out" / "results.json").read_text())["metrics"]
+    assert "region_to_phrase_R@1" in metrics and "text_to_image_R@1" not in metrics
 
 
 @pytest.mark.parametrize(
@@ -257,8 +297,10 @@ def test_train_py_writes_an_adapter_that_loads_and_a_report_beside_stage_1(train
         (["--init_from", "base", "--freeze", "lm_head"], "freeze is for stage 1"),
         ([], "give --init_from"),
         (["--init_from", "base", "--image_size", 64], "image_size"),
-        (["--init_from", "base", "--regions_column", "boxes", "--caption_column", "text"], "no column 'boxes'"),
+        (["--init_from", "base", "--regions_column", "regoins"], "no column 'regoins'"),
         (["--init_from", "base", "--region_grid_size", 0], "region_grid_size must be"),
+        (["--init_from", "base", "--region_grid_size", 2], "region_grid_size is for captions"),
+        (["--init_from", "base", "--augmentation_scale", 0.5], "augmentation_scale is for stage 1"),
         (["--init_from", "base", "--dry_run", "true"], "dry run"),
         (["--init_from", "adapter"], "is an adapter"),
     ],
