@@ -34,7 +34,7 @@ class RegionAdapterMixin:
     @property
     def region_grid_size(self: Any) -> int:
         """k of the active adapter, or else of the configuration: a region becomes k x k visual tokens."""
-        adapter = _active_module(self.soft_prompts)
+        adapter = active_module(self.soft_prompts)
         return self.config.region_grid_size if adapter is None else int(adapter.grid_size)
 
     @torch.compiler.assume_constant_result
@@ -63,7 +63,7 @@ class RegionAdapterMixin:
         Raises:
             ValueError: where it was trained on another base.
         """
-        adapter = None if torch.compiler.is_compiling() else _active_module(module)
+        adapter = None if torch.compiler.is_compiling() else active_module(module)
         if adapter is None or getattr(adapter.trained_on, "checked", False):
             return
         trained_on, own = adapter.trained_on.float().cpu(), self.base_signature()
@@ -170,7 +170,7 @@ class RegionAdapterMixin:
         return layers
 
 
-def _active_module(module: Any) -> Any:
+def active_module(module: Any) -> Any:
     """An adapter's copy of a module, where one is active."""
     copies = getattr(module, "modules_to_save", None)
     if copies is None or module.disable_adapters or not module.active_adapters:
@@ -178,4 +178,4 @@ def _active_module(module: Any) -> Any:
     return copies[module.active_adapters[0]]
 
 
-__all__ = ["REGION_ADAPTERS", "RegionAdapterMixin"]
+__all__ = ["REGION_ADAPTERS", "RegionAdapterMixin", "active_module"]

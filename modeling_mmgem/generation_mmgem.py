@@ -5,7 +5,12 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import GenerationMixin
+from transformers.utils import logging
 
+from .adapters_mmgem import active_module
+
+
+logger = logging.get_logger(__name__)
 
 MAX_ROWS = 256  # captions that are written at a time
 
@@ -39,6 +44,15 @@ class CaptionGenerationMixin(GenerationMixin):
             raise ValueError(
                 "The pictures have no <image> placeholder in input_ids, so no caption would see them; use "
                 'processor(images=…, task="caption").'
+            )
+        if (
+            picture["boxes"] is None
+            and picture["masks"] is None
+            and active_module(self.caption_projection) is not None
+        ):
+            logger.warning_once(
+                "region-caption is active, but these are whole pictures and stage 1's prompt. Caption them as the "
+                'region that covers them (boxes, task="region-caption"), or call model.disable_adapters() first.'
             )
         features, grid = self._patch_features(pixel_values)
         at_a_time = len(input_ids) if kwargs.get("return_dict_in_generate") else MAX_ROWS
