@@ -35,14 +35,6 @@ class RegionTrainer(MMGEMTrainer):
         processor: its `region_grid_size` is the k that the adapter is trained with.
     """
 
-    def make_trainable(self, model: MMGEMModel, args: MMGEMTrainingArguments) -> PeftModel:
-        return add_region_adapter(model, args.stage, self._processor.region_grid_size)
-
-    def make_collator(
-        self, processor: MMGEMProcessor, args: MMGEMTrainingArguments, pack_length: int
-    ) -> RegionCollator:
-        return RegionCollator(processor, args.objective)
-
     def __init__(
         self,
         model: MMGEMModel,
@@ -52,11 +44,18 @@ class RegionTrainer(MMGEMTrainer):
         eval_dataset: RegionDataset | None = None,
         **kwargs: Any,
     ):
-        self._processor = processor
         train_dataset.image_processor = processor.image_processor
         if args.gradient_checkpointing:
             refuse_dropout(model)
         super().__init__(model, args, processor, train_dataset, eval_dataset, **kwargs)
+
+    def make_trainable(self, model: MMGEMModel, args: MMGEMTrainingArguments, processor: MMGEMProcessor) -> PeftModel:
+        return add_region_adapter(model, args.stage, processor.region_grid_size)
+
+    def make_collator(
+        self, processor: MMGEMProcessor, args: MMGEMTrainingArguments, pack_length: int
+    ) -> RegionCollator:
+        return RegionCollator(processor, args.objective)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As [`MMGEMTrainer.train`], with the patch features in a file until it ends."""

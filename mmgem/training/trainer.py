@@ -90,7 +90,7 @@ class MMGEMTrainer(Trainer):
         sides = [size.get(name) or 0 for size in sizes for name in ("shortest_edge", "height", "width")]
         train_dataset.least_side = max(sides) if processor.image_processor.do_resize else 0
         super().__init__(
-            model=self.make_trainable(model, args),  # type: ignore[arg-type]
+            model=self.make_trainable(model, args, processor),  # type: ignore[arg-type]
             args=args,
             data_collator=self.make_collator(processor, args, pack_length),
             train_dataset=train_dataset,
@@ -116,7 +116,9 @@ class MMGEMTrainer(Trainer):
         if pack_length:
             check_packing(model, self.accelerator)
 
-    def make_trainable(self, model: MMGEMModel, args: MMGEMTrainingArguments) -> MMGEMModel | PeftModel:
+    def make_trainable(
+        self, model: MMGEMModel, args: MMGEMTrainingArguments, processor: MMGEMProcessor
+    ) -> MMGEMModel | PeftModel:
         """Freezes what this stage does not train; returns the model, or PEFT's around it."""
         lora = add_lora(model, args.lora_rank, args.lora_alpha) if args.lora_rank else None
         freeze_parameters(model, args.objective, args.freeze)

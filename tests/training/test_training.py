@@ -329,7 +329,7 @@ def test_gradient_cache_with_dropout_is_refused(processor, tmp_path):
 
 def test_fewer_pairs_than_a_batch_are_refused(processor, tmp_path):
     args = training_arguments(tmp_path, max_steps=1, per_device_train_batch_size=9)
-    with pytest.raises(ValueError, match="8 training pairs do not fill one batch of 9"):
+    with pytest.raises(ValueError, match="8 training examples do not fill one batch of 9"):
         MMGEMTrainer(make_model(processor), args, processor, eight_pictures())
 
 
