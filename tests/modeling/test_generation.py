@@ -130,13 +130,23 @@ def test_every_region_gets_its_own_caption(processor):
     assert len({tuple(row) for row in single}) > 1
 
 
-def test_many_regions_come_in_parts_with_the_same_captions(model, processor, monkeypatch):
+@pytest.mark.parametrize("k", [1, 2])
+def test_many_regions_come_in_parts_with_the_same_captions(processor, monkeypatch, k):
     """Five regions of two pictures, two at a time, as all at once; the parts may differ in length."""
+    processor = MMGEMProcessor(processor.image_processor, processor.tokenizer, num_soft_prompts=4, region_grid_size=k)
+    model = make_model(processor, config={"num_soft_prompts": 4, "region_grid_size": k})
+    with torch.no_grad():  # so that each region has a caption of its own
+        model.visual_projection.weight.normal_(std=2.0)
+        model.caption_projection.weight.normal_(std=2.0)
+        for layer in model.language_model.layers:
+            for parameter in layer.parameters():
+                parameter.mul_(6 if parameter.ndim == 2 else 1)
     boxes = [[[i, i, 20 + i, 20 + 2 * i] for i in range(4)], [[5, 5, 45, 38]]]
     inputs = processor(
         images=[make_picture(0), make_picture(1)], boxes=boxes, task="region-caption", return_tensors="pt"
     )
     whole = model.generate(**inputs, max_new_tokens=NEW, do_sample=False)
+    assert len({tuple(row) for row in new_tokens(model, inputs, whole)}) >= 4
     rows = []
     embed_tokens = MMGEMModel._embed_tokens
     monkeypatch.setattr(MMGEMModel, "_embed_tokens", lambda s, ids: rows.append(len(ids)) or embed_tokens(s, ids))
