@@ -45,15 +45,7 @@ class CaptionGenerationMixin(GenerationMixin):
                 "The pictures have no <image> placeholder in input_ids, so no caption would see them; use "
                 'processor(images=…, task="caption").'
             )
-        if (
-            picture["boxes"] is None
-            and picture["masks"] is None
-            and active_module(self.caption_projection) is not None
-        ):
-            logger.warning_once(
-                "region-caption is active, but these are whole pictures and stage 1's prompt. Caption them as the "
-                'region that covers them (boxes, task="region-caption"), or call model.disable_adapters() first.'
-            )
+        self._warn_of_prompts(input_ids, of_regions=picture["boxes"] is not None or picture["masks"] is not None)
         features, grid = self._patch_features(pixel_values)
         at_a_time = len(input_ids) if kwargs.get("return_dict_in_generate") else MAX_ROWS
         if len(input_ids) <= at_a_time:
@@ -79,6 +71,22 @@ class CaptionGenerationMixin(GenerationMixin):
         longest = max(part.shape[1] for part in parts)
         pad = self.generation_config.pad_token_id
         return torch.cat([nn.functional.pad(part, (0, longest - part.shape[1]), value=pad) for part in parts])
+
+    def _warn_of_prompts(self: Any, input_ids: torch.Tensor, of_regions: bool) -> None:
+        """Where what is active was not trained for them, captions are worse than they need be."""
+        adapter = active_module(self.soft_prompts)
+        if not of_regions and adapter is not None:
+            logger.warning_once(
+                "region-caption is active, but these are whole pictures and stage 1's prompt. Caption them as the "
+                'region that covers them (boxes, task="region-caption"), or call model.disable_adapters() first.'
+            )
+        learned = self.soft_prompts.weight if adapter is None else adapter.weight
+        has_soft_prompts = int(input_ids[0].eq(self.config.cap_token_id).sum()) == self.config.num_soft_prompts
+        if of_regions and has_soft_prompts and not learned.any():
+            logger.warning_once(
+                "No adapter for region captions is active, and this model's soft prompts were never trained: expect "
+                "nothing of these captions. model.load_adapter(folder) loads one."
+            )
 
     @staticmethod
     def _owners(

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from transformers import AutoModel
 
 from mmgem import MMGEMModel
+from mmgem.modeling_mmgem import generation_mmgem
 from mmgem.modeling_mmgem.adapters_mmgem import REGION_ADAPTERS
 from mmgem.training.region_adapters import add_region_adapter
 
@@ -270,3 +271,18 @@ def test_unknown_adapters_are_named(folder, base):
     with pytest.raises(OSError):
         base.load_adapter(str(folder / "nowhere"), adapter_name="nowhere")
     assert base.active_adapters() == ["region-caption"]
+
+
+def test_prompts_that_nothing_was_trained_for_are_warned_of(folder, base, processor, monkeypatch):
+    messages = []
+    monkeypatch.setattr(generation_mmgem.logger, "warning_once", messages.append)
+    whole = processor(images=[make_picture(0)], task="caption", return_tensors="pt")
+    base.generate(**whole, max_new_tokens=2)
+    assert not messages
+    base.generate(**region_inputs(processor), max_new_tokens=2)
+    assert "never trained" in messages.pop()
+    base.load_adapter(str(folder / "region-caption"))
+    base.generate(**region_inputs(processor, 2), max_new_tokens=2)
+    assert not messages
+    base.generate(**whole, max_new_tokens=2)
+    assert "stage 1's prompt" in messages.pop() and not messages
