@@ -49,7 +49,7 @@ def load_regions(arguments: DataArguments, image_size: int, seed: int) -> tuple[
     The pictures with regions to train stage 2 on, and those to evaluate on.
 
     Raises:
-        ValueError, FileNotFoundError: as [`load_pairs`]; for a table that has neither regions nor captions.
+        ValueError, FileNotFoundError: as [`load_pairs`]; for shards, which hold no regions.
     """
     if arguments.train_shards:
         raise ValueError("Shards hold no regions; stage 2 takes a table, annotations, or 'scenes'.")

@@ -170,7 +170,7 @@ def augmented_image(
 def open_image(content: bytes | Image.Image, least_side: int = 0) -> Image.Image:
     """A picture, fully decoded; a JPEG, with `least_side`, no larger than it must be for that many pixels per side."""
     image = opened(content)
-    if least_side:
+    if least_side and image is not content:  # a picture of the caller's keeps its size
         image.draft(None, (least_side, least_side))  # type: ignore[arg-type]
     image.load()
     return image

@@ -20,10 +20,10 @@ def add_region_adapter(model: MMGEMModel, stage: str, grid_size: int) -> PeftMod
     # No LoRA at all: PEFT asks for modules to put it on, and lets one name mean none.
     peft_model = get_peft_model(model, LoraConfig(target_modules="dummy-target-modules", modules_to_save=modules))
     assert isinstance(peft_model, PeftModel)
+    signature = model.base_signature()
     with torch.no_grad():
         for name in modules:
             buffers = dict(getattr(model, name).modules_to_save["default"].named_buffers())
-            signature = model.base_signature()
             if "trained_on" in buffers and signature is not None:
                 buffers["trained_on"].copy_(signature)
             if "grid_size" in buffers:

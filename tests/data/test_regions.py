@@ -13,7 +13,7 @@ from PIL import Image
 
 from mmgem.data.annotations import read_annotations
 from mmgem.data.loading import load_pairs
-from mmgem.data.pairs import BadDataError
+from mmgem.data.pairs import BadDataError, PairDataset
 from mmgem.data.region_collator import RegionCollator
 from mmgem.data.regions import RegionDataset, as_regions
 from mmgem.data.scenes import ScenesDataset
@@ -40,6 +40,18 @@ def test_examples_keep_boxes_in_pixels_of_the_file():
     assert example["image"].size == (80, 60), "decoded at an eighth"
     assert example["size"] == (640, 480) and example["boxes"] == [[10, 20, 630, 470]]
     assert example["phrases"] == ["a dog"]
+
+
+def test_an_opened_jpeg_of_the_callers_keeps_its_size(tmp_path):
+    """Otherwise it would be another picture in the next epoch, and its boxes would lie elsewhere."""
+    make_picture(0, (640, 480)).save(tmp_path / "a.jpg")
+    table = Table([{**row(regions=[((10, 20, 630, 470), "a dog")]), "image": Image.open(tmp_path / "a.jpg")}])
+    for dataset in (RegionDataset(table), PairDataset(table)):
+        dataset.least_side = 60
+        table[0]["caption"] = ["a dog"]
+        for _ in range(2):
+            assert dataset.read(0)["image"].size == (640, 480)
+    assert RegionDataset(table).read(0)["size"] == (640, 480)
 
 
 def test_boxes_are_upright_as_a_viewer_shows_the_picture():
