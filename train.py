@@ -10,17 +10,15 @@ import os
 import sys
 from typing import Any
 
-import torch
 import transformers
 from safetensors import SafetensorError
 
-import mmgem
 from mmgem import MMGEMModel
 from mmgem.data.loading import load_pairs, load_regions
 from mmgem.data.pairs import BadDataError, PairDataset
 from mmgem.evaluation.evaluator import evaluate_model
-from mmgem.evaluation.region_report import evaluate_adapter, write_region_report
-from mmgem.evaluation.report import current_commit, write_report
+from mmgem.evaluation.region_report import add_to_report_of_base, evaluate_adapter, region_section
+from mmgem.evaluation.report import environment, pair_sections, write_report
 from mmgem.training.arguments import DataArguments, ModelArguments, parse_arguments
 from mmgem.training.building import build_model_and_processor, initial_image_size, planned_config
 from mmgem.training.checkpoints import CheckpointError
@@ -78,9 +76,10 @@ def main() -> None:
         trainer.save_model()
     except (OSError, SafetensorError) as error:
         sys.exit(f"error: the trained model could not be written to {args.output_dir}: {error}")
+    trainer.accelerator.wait_for_everyone()  # what one has saved, all load
     is_first = trainer.is_world_process_zero()  # outside of the group everyone is
-    trainer.leave_process_group()
-    if eval_dataset is None or not is_first:
+    if eval_dataset is None:
+        trainer.leave_process_group()
         return
     setting = {
         "dataset": data_args.dataset_name or data_args.validation_file or data_args.validation_annotations,
@@ -95,8 +94,7 @@ def main() -> None:
         "objective": args.objective,
         "caption_loss_weight": args.caption_loss_weight,
         "model": args.output_dir,
-        "commit": current_commit(),
-        "versions": {"mmgem": mmgem.__version__, "transformers": transformers.__version__, "torch": torch.__version__},
+        **environment(),
     }
     # What others will load, not what is at hand.
     if args.stage == "1":
@@ -104,7 +102,9 @@ def main() -> None:
         metrics, outputs = evaluate_model(
             model, trainer.processor, eval_dataset, args.per_device_eval_batch_size, args.caption_samples
         )
-        report = write_report(args.output_dir, metrics, setting, outputs, eval_dataset)
+        size = len(outputs["indices"])
+        setting.update(size=size, unreadable=len(eval_dataset) - size)
+        sections = pair_sections(metrics, outputs, eval_dataset) if is_first else []
     else:
         setting["base"] = model_args.init_from
         model = MMGEMModel.from_pretrained(model_args.init_from).to(args.device)
@@ -112,9 +112,15 @@ def main() -> None:
         metrics, outputs = evaluate_adapter(
             model, trainer.processor, eval_dataset, args.stage, args.per_device_eval_batch_size
         )
-        report = write_region_report(
-            args.output_dir, metrics, setting, outputs, model, trainer.processor, eval_dataset
-        )
+        setting.update(size=len(eval_dataset), regions=len(outputs["stage_2"]), k=model.region_grid_size)
+        shown = (args.stage, metrics, outputs, model, trainer.processor, eval_dataset)
+        sections = [region_section(*shown)] if is_first else []
+    trainer.leave_process_group()
+    if not is_first:
+        return
+    report = write_report(args.output_dir, "Evaluation", sections, setting)
+    if args.stage != "1":
+        add_to_report_of_base(model_args.init_from, args.output_dir, sections[0])
     for name, value in metrics.items():
         print(f"{name:28} {value:.4f}")
     print(f"Report: {os.path.relpath(report)}")

@@ -58,12 +58,13 @@ def examples_of(captions: list[str]) -> list[dict]:
     return [{"image": picture, "image_id": i, "caption": c, "bad": {}} for i, c in enumerate(captions)]
 
 
-def joint_loss(model: MMGEMModel, batch: dict) -> torch.Tensor:
-    """L_Emb + L_Gen of a collator's batch."""
+def joint_losses(model: MMGEMModel, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
+    """L_Emb and L_Gen of a collator's batch."""
     names = ("input_ids", "attention_mask", "position_ids", "pixel_values", "labels")
-    outputs = model(**{name: batch[name] for name in names if name in batch}, return_loss=False)
-    texts = outputs.text_embeds[batch["text_index"]]
-    return outputs.caption_loss + contrastive_loss(texts, outputs.image_embeds, outputs.logit_scale)
+    outputs = model(**{name: batch[name] for name in names if name in batch}, return_loss=False, logits_to_keep=1)
+    texts, ids = outputs.text_embeds[batch["text_index"]], batch["pair_ids"]
+    contrastive = contrastive_loss(texts, outputs.image_embeds, outputs.logit_scale, pair_ids=ids)
+    return contrastive, outputs.caption_loss
 
 
 def make_step(model: torch.nn.Module) -> Callable[[Callable[[], torch.Tensor]], None]:

@@ -9,7 +9,7 @@ import random
 import time
 
 import torch
-from common import alternate, build, examples_of, joint_loss, make_step, print_result, read_captions
+from common import alternate, build, examples_of, joint_losses, make_step, print_result, read_captions
 
 from mmgem.data.collator import PairCollator, pack
 
@@ -48,7 +48,10 @@ def main() -> None:
     sequences = [n + extra for n in lengths[:64] for extra in (0, 1)]
     batches = {n: PairCollator(processor, pack_length=n)(examples) for n in LENGTHS}
     step = make_step(model)
-    runs = {f"rows of {n}": lambda batch=batch: step(lambda: joint_loss(model, batch)) for n, batch in batches.items()}
+    runs = {
+        f"rows of {n}": lambda batch=batch: step(lambda: sum(joint_losses(model, batch)))
+        for n, batch in batches.items()
+    }
     seconds = alternate(runs, args.repeats)
     print(f"\n{'batch 64':>12}{'pairs/s':>9}{'packing, share of the step':>28}")
     for n in LENGTHS:

@@ -15,6 +15,7 @@ import argparse
 
 import open_clip
 import torch
+from coca import build_coca, coca_texts
 from common import (
     IMAGE_SIZE,
     MAX_LENGTH,
@@ -23,7 +24,7 @@ from common import (
     alternate,
     build,
     examples_of,
-    joint_loss,
+    joint_losses,
     make_step,
     print_result,
     read_captions,
@@ -33,24 +34,6 @@ from mmgem.data.collator import PairCollator
 
 
 CONTEXT_LENGTH = 76  # of open_clip's CoCa configurations
-
-
-def build_coca(vocab_size: int, pad_id: int) -> torch.nn.Module:
-    """open_clip's coca_ViT-B-32 in the sizes of our towers."""
-    width, layers, heads = (TOWER[name] for name in ("hidden_size", "num_hidden_layers", "num_attention_heads"))
-    size = {"width": width, "layers": layers, "heads": heads}
-    text = {"context_length": CONTEXT_LENGTH, "vocab_size": vocab_size, **size}
-    vision = {"image_size": IMAGE_SIZE, "patch_size": PATCH_SIZE, "width": width, "layers": layers}
-    vision |= {"head_width": width // heads, "attentional_pool": True, "attn_pooler_heads": heads}
-    model = open_clip.coca_model.CoCa(
-        embed_dim=width,
-        multimodal_cfg={**text, "attn_pooler_heads": heads},
-        text_cfg={**text, "embed_cls": True, "output_tokens": True, "pad_id": pad_id},
-        vision_cfg={**vision, "output_tokens": True},
-        pad_id=pad_id,
-    )
-    torch.nn.init.normal_(model.text_decoder.text_projection, std=width**-0.5)  # the class leaves it as it is
-    return model.train()
 
 
 def main() -> None:
@@ -72,11 +55,11 @@ def main() -> None:
     for name, value in {"input_ids": tokenizer.pad_token_id, "attention_mask": 0, "labels": -100}.items():
         fixed[name] = torch.nn.functional.pad(padded[name], (0, missing), value=value)
 
-    coca = build_coca(len(tokenizer), tokenizer.pad_token_id)
+    width, layers, heads = (TOWER[name] for name in ("hidden_size", "num_hidden_layers", "num_attention_heads"))
+    vision = {"layers": layers, "heads": heads, "image_size": IMAGE_SIZE, "patch_size": PATCH_SIZE}
+    coca = build_coca(width, heads, vision, layers, layers, processor, CONTEXT_LENGTH)
     coca_loss = open_clip.CoCaLoss(caption_loss_weight=1, clip_loss_weight=1, pad_id=tokenizer.pad_token_id)
-    # "BOS caption EOS": CoCa predicts the caption and EOS, as we do.
-    texts = tokenizer(captions[: args.batch_size], padding=True, return_tensors="pt")["input_ids"]
-    texts[texts == tokenizer.convert_tokens_to_ids("[EMB]")] = tokenizer.eos_token_id
+    texts = coca_texts(processor, captions[: args.batch_size])
     rest = CONTEXT_LENGTH - texts.shape[1]
     long_texts = torch.nn.functional.pad(texts, (0, rest), value=tokenizer.pad_token_id)
     assert (texts[:, 1:] != tokenizer.pad_token_id).sum() == (packed["labels"] != -100).sum()
@@ -96,7 +79,7 @@ def main() -> None:
         "packed in rows of 128": packed,
     }
     for name, batch in rows.items():
-        runs[f"mmgem, {name}"] = lambda batch=batch: own_step(lambda: joint_loss(model, batch))
+        runs[f"mmgem, {name}"] = lambda batch=batch: own_step(lambda: sum(joint_losses(model, batch)))
     seconds = alternate(runs, args.repeats)
     coca_parameters, own_parameters = (sum(p.numel() for p in m.parameters()) / 1e6 for m in (coca, model))
     print(f"CoCa {coca_parameters:.1f} M parameters, mmgem {own_parameters:.1f} M; batch {args.batch_size}, float32")

@@ -109,7 +109,8 @@ class MMGEMProcessor(ProcessorMixin):
             task (`str`, *optional*): "caption" (one prompt per picture) or "region-caption" (one per region: k x k
                 placeholders and 64 [CAP]).
             return_tensors (`str`, *optional*): "pt" or "np".
-            **kwargs: `max_length`, `truncation`, `padding`, `padding_side` for texts; options of the image processor,
+            **kwargs: `max_length`, `truncation` (True cuts long texts without a warning, False leaves them),
+                `padding`, `padding_side` for texts; options of the image processor,
                 beside boxes or masks those alone that do not move pixels.
 
         Returns:
@@ -190,14 +191,15 @@ class MMGEMProcessor(ProcessorMixin):
     def _sentences(self, texts: list[str], text_kwargs: dict[str, Any]) -> dict[str, Any]:
         """Rows "(BOS) text [EMB]". A sentence that spells out a special token gets its letters, not the token."""
         max_length = text_kwargs.pop("max_length", self.max_length)
-        truncation = text_kwargs.pop("truncation", True)
+        truncation = text_kwargs.pop("truncation", None)
         rows = self.tokenizer(texts, split_special_tokens=True)["input_ids"]
         too_long = [i for i, row in enumerate(rows) if len(row) > max_length]
-        if truncation and too_long:
+        if truncation is None and too_long:
             logger.warning(
                 f"{len(too_long)} of {len(rows)} texts are longer than max_length={max_length} tokens (the first is "
                 f"text[{too_long[0]}] with {len(rows[too_long[0]])}) and were cut; [EMB] stays."
             )
+        if truncation is not False:
             for i in too_long:
                 rows[i] = rows[i][: max_length - 1] + rows[i][-1:]
         text_kwargs.setdefault("padding", True)

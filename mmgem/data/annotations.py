@@ -1,4 +1,4 @@
-"""The files in which COCO and Visual Genome describe their pictures."""
+"""The files in which datasets of pictures describe them, joined into one table."""
 
 import json
 import os
@@ -7,6 +7,8 @@ from typing import Any
 
 import datasets
 from transformers.utils import logging
+
+from .long_captions import read_long_captions
 
 
 logger = logging.get_logger(__name__)
@@ -20,53 +22,50 @@ FEATURES = datasets.Features(
         "regions": datasets.List(REGION),
         "width": datasets.Value("int64"),
         "height": datasets.Value("int64"),
+        "image_id": datasets.Value("string"),
+        "domain": datasets.Value("string"),
     }
 )
 
 
-def read_annotations(files: Sequence[str], image_folders: Sequence[str]) -> datasets.Dataset:
+def read_annotations(
+    files: Sequence[str], image_folders: Sequence[str], splits: Sequence[str] | None = None
+) -> datasets.Dataset:
     """
     Joins, by the pictures' files, any of
 
-    - COCO's `captions_*.json`: captions of whole pictures;
+    - COCO's `captions_*.json`: captions of whole pictures; NoCaps' file, which has their domains too;
+    - Karpathy's `dataset_coco.json`, `dataset_flickr30k.json`, `dataset_flickr8k.json`: the pictures of `splits`;
     - COCO's `instances_*.json`: boxes, described by the names of their categories; those of crowds are left out;
-    - Visual Genome's `region_descriptions.json`: boxes with phrases.
+    - Visual Genome's `region_descriptions.json`: boxes with phrases;
+    - long captions (DCI, DOCCI, ShareGPT4V, Urban1k): see [`read_long_captions`].
 
     Args:
-        files: such files, told apart by what they hold.
+        files: such files and folders, told apart by what they hold.
         image_folders: where the pictures lie: COCO's under the names that it gives, Visual Genome's under their ids
             (`VG_100K/107899.jpg`; under ids with leading zeros only where none is named otherwise).
+        splits: which of Karpathy's splits to read.
 
     Returns:
         columns `image` (path), `caption` (list of texts), `regions` (list of `{"box": [x0, y0, x1, y1], "phrase"}`),
-        `width` and `height` (pixels, null where the file does not say), a row for each picture that something is said
-        about and that is there. How many are not there is logged.
+        `width` and `height` (pixels), `image_id` (COCO's) and `domain` (NoCaps'), null where the file does not say; a
+        row for each picture that something is said about and that is there. How many are not there is logged.
 
     Raises:
-        ValueError: for a file of another kind, for two pictures of one name, or where no picture is there.
+        ValueError: for a file of another kind, for two pictures of one name, or where no picture is there; for a file
+            of Karpathy's that has none of `splits`.
         FileNotFoundError: for a file or folder that is not there.
     """
     paths = _pictures(image_folders)
     rows: dict[str, dict[str, Any]] = {}
     missing: list[str] = []
     for file in files:
-        with open(file, encoding="utf-8") as stream:
-            try:
-                content = json.load(stream)
-            except ValueError as error:
-                raise ValueError(f"{file} is no JSON: {error}.") from error
         try:
-            if isinstance(content, dict) and "annotations" in content:
-                missing += _add_coco(content, paths, rows)
-            elif isinstance(content, list) and content and "regions" in content[0]:
-                missing += _add_visual_genome(content, paths, rows)
-            else:
-                raise ValueError(
-                    f"{file} is none of COCO's captions_*.json and instances_*.json, nor Visual Genome's "
-                    "region_descriptions.json."
-                )
+            missing += _add(file, paths, rows, splits)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{file} is no JSON: {error}.") from error
         except (KeyError, TypeError, IndexError, AttributeError) as error:
-            raise ValueError(f"{file} is not as COCO or Visual Genome write it: {error!r}.") from error
+            raise ValueError(f"{file} is not as its kind is published: {error!r}.") from error
     folders = ", ".join(image_folders)
     found = [row for _, row in sorted(rows.items()) if row["caption"] or row["regions"]]
     if not found:
@@ -76,6 +75,25 @@ def read_annotations(files: Sequence[str], image_folders: Sequence[str]) -> data
     if missing:
         logger.warning(f"{len(missing)} pictures, such as {missing[0]}, are not in {folders}, and were left out.")
     return datasets.Dataset.from_list(found, features=FEATURES)
+
+
+def _add(file: str, paths: dict[str, str], rows: dict[str, dict[str, Any]], splits: Sequence[str] | None) -> list[str]:
+    """The names of pictures that are not there are returned."""
+    if (long_captions := read_long_captions(file)) is not None:
+        return _add_long_captions(long_captions, paths, rows)
+    if not os.path.isdir(file):
+        with open(file, encoding="utf-8") as stream:
+            content = json.load(stream)
+        if isinstance(content, dict) and "annotations" in content:
+            return _add_coco(content, paths, rows)
+        if isinstance(content, dict) and "sentences" in next(iter(content.get("images", [])), {}):
+            return _add_karpathy(file, content, paths, rows, splits)
+        if isinstance(content, list) and content and "regions" in content[0]:
+            return _add_visual_genome(content, paths, rows)
+    raise ValueError(
+        f"{file} is none of COCO's captions_*.json and instances_*.json, NoCaps', Karpathy's dataset_*.json, Visual "
+        "Genome's region_descriptions.json, nor the long captions of DCI, DOCCI, ShareGPT4V or Urban1k."
+    )
 
 
 def _pictures(folders: Sequence[str]) -> dict[str, str]:
@@ -90,21 +108,20 @@ def _pictures(folders: Sequence[str]) -> dict[str, str]:
     return paths
 
 
-def _row(rows: dict[str, dict[str, Any]], path: str, size: dict[str, Any]) -> dict[str, Any]:
-    row = rows.setdefault(path, {"image": path, "caption": [], "regions": [], "width": None, "height": None})
-    row.update({name: value for name, value in size.items() if value is not None})
+def _row(rows: dict[str, dict[str, Any]], path: str, known: dict[str, Any]) -> dict[str, Any]:
+    row = rows.setdefault(path, {**dict.fromkeys(FEATURES), "image": path, "caption": [], "regions": []})
+    row.update({name: value for name, value in known.items() if value is not None})
     return row
 
 
 def _add_coco(content: dict[str, Any], paths: dict[str, str], rows: dict[str, dict[str, Any]]) -> list[str]:
-    """The names of pictures that are not there are returned."""
     names = {category["id"]: category["name"] for category in content.get("categories", [])}
     pictures, missing = {}, []
     for image in content["images"]:
         name = os.path.basename(image["file_name"])
         if name in paths:
-            size = {"width": image.get("width"), "height": image.get("height")}
-            pictures[image["id"]] = _row(rows, paths[name], size)
+            known = {key: image.get(key) for key in ("width", "height", "domain")}
+            pictures[image["id"]] = _row(rows, paths[name], {**known, "image_id": str(image["id"])})
         else:
             missing.append(name)
     for annotation in content["annotations"]:
@@ -120,10 +137,45 @@ def _add_coco(content: dict[str, Any], paths: dict[str, str], rows: dict[str, di
     return missing
 
 
+def _add_karpathy(
+    file: str,
+    content: dict[str, Any],
+    paths: dict[str, str],
+    rows: dict[str, dict[str, Any]],
+    splits: Sequence[str] | None,
+) -> list[str]:
+    images = [image for image in content["images"] if splits is None or image["split"] in splits]
+    if not images:
+        there = sorted({image["split"] for image in content["images"]})
+        raise ValueError(f"{file} has no split {' or '.join(splits or ())}; it has {', '.join(there)}.")
+    missing = []
+    for image in images:
+        if image["filename"] not in paths:
+            missing.append(image["filename"])
+            continue
+        known = {"image_id": str(image["cocoid"]) if "cocoid" in image else None}
+        row = _row(rows, paths[image["filename"]], known)
+        row["caption"] += [sentence["raw"] for sentence in image["sentences"]]
+    return missing
+
+
+def _add_long_captions(
+    captions: dict[str, list[str]], paths: dict[str, str], rows: dict[str, dict[str, Any]]
+) -> list[str]:
+    by_stem = {os.path.splitext(name)[0]: path for name, path in paths.items()}
+    missing = []
+    for name, texts in captions.items():
+        path = paths.get(name) or by_stem.get(name)
+        if path is None:
+            missing.append(name)
+        else:
+            _row(rows, path, {})["caption"] += texts
+    return missing
+
+
 def _add_visual_genome(
     content: list[dict[str, Any]], paths: dict[str, str], rows: dict[str, dict[str, Any]]
 ) -> list[str]:
-    """The ids of pictures that are not there are returned."""
     by_stem = {os.path.splitext(name)[0]: path for name, path in paths.items()}
     if not any(str(image["id"]) in by_stem for image in content):
         # Never both: 9.jpg may be missing, and 000000000009.jpg is COCO's.

@@ -1,6 +1,7 @@
 """From the options to a training and an evaluation dataset."""
 
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import datasets
@@ -71,23 +72,24 @@ def _load_tables(arguments: DataArguments, image_size: int, seed: int) -> tuple[
         held_out = splits.get("validation", splits.get("test"))
         return (splits["train"], ""), None if held_out is None else (held_out, "")
     if arguments.train_annotations:
-        return (_annotations(arguments.train_annotations, arguments), ""), _read_held_out(arguments)
+        train = _annotations(arguments.train_annotations, arguments, ("train", "restval"))
+        return (train, ""), _read_held_out(arguments)
     assert arguments.train_file is not None
-    return (_read_file(arguments.train_file, "train"), arguments.train_file), _read_held_out(arguments)
+    return (read_file(arguments.train_file, "train"), arguments.train_file), _read_held_out(arguments)
 
 
 def _read_held_out(arguments: DataArguments) -> Table | None:
     if arguments.validation_annotations:
-        return _annotations(arguments.validation_annotations, arguments), ""
+        return _annotations(arguments.validation_annotations, arguments, ("val",)), ""
     if arguments.validation_file:
-        return _read_file(arguments.validation_file, "validation"), arguments.validation_file
+        return read_file(arguments.validation_file, "validation"), arguments.validation_file
     return None
 
 
-def _annotations(files: list[str], arguments: DataArguments) -> datasets.Dataset:
-    """With the columns named as the options say."""
+def _annotations(files: list[str], arguments: DataArguments, splits: tuple[str, ...]) -> datasets.Dataset:
+    """With the columns named as the options say; `splits` are Karpathy's."""
     names = {"image": arguments.image_column, "caption": arguments.caption_column, "regions": arguments.regions_column}
-    return read_annotations(files, arguments.image_folders).rename_columns(
+    return read_annotations(files, arguments.image_folders, splits).rename_columns(
         {old: new for old, new in names.items() if old != new}
     )
 
@@ -97,7 +99,8 @@ def _pairs(table: Table, arguments: DataArguments, seed: int, held_out: bool = F
     rows, file = table
     scale = 1.0 if held_out else arguments.augmentation_scale
     if isinstance(rows, datasets.Dataset):
-        rows = _checked(rows, arguments, [arguments.image_column, arguments.caption_column], held_out)
+        limit = arguments.max_eval_samples if held_out else arguments.max_train_samples
+        rows = checked_table(rows, arguments, ("image_column", "caption_column"), limit)
     if arguments.validation_annotations if held_out else arguments.train_annotations:
         rows = _with_captions(rows, arguments)
     return PairDataset(rows, arguments.image_column, arguments.caption_column, scale, seed, root=os.path.dirname(file))
@@ -114,7 +117,8 @@ def _with_captions(rows: datasets.Dataset, arguments: DataArguments) -> datasets
 def _regions(table: Table, arguments: DataArguments, seed: int, held_out: bool = False) -> RegionDataset:
     rows, file = table
     if isinstance(rows, datasets.Dataset):
-        rows = _checked(rows, arguments, [arguments.image_column, arguments.regions_column], held_out)
+        limit = arguments.max_eval_samples if held_out else arguments.max_train_samples
+        rows = checked_table(rows, arguments, ("image_column", "regions_column"), limit)
     return RegionDataset(
         rows,
         arguments.image_column,
@@ -127,14 +131,25 @@ def _regions(table: Table, arguments: DataArguments, seed: int, held_out: bool =
     )
 
 
-def _checked(
-    table: datasets.Dataset, arguments: DataArguments, columns: list[str], held_out: bool
+def checked_table(
+    table: datasets.Dataset, arguments: Any, needed: Sequence[str], limit: int | None
 ) -> datasets.Dataset:
-    for column in columns:
+    """
+    Its first `limit` rows, pictures not decoded yet.
+
+    Args:
+        arguments: whose options name the columns.
+        needed: the options whose columns must be there.
+
+    Raises:
+        ValueError: for a column that is not there, with those that are; for captions that are no texts.
+    """
+    for option in needed:
+        column = getattr(arguments, option)
         if column not in table.column_names:
             raise ValueError(
                 f"The dataset has no column {column!r}; its columns are {', '.join(table.column_names)}. Set "
-                "--image_column, --caption_column and --regions_column."
+                f"--{option}."
             )
     caption_type = table.features.get(arguments.caption_column, datasets.Value("string"))
     if getattr(getattr(caption_type, "feature", caption_type), "dtype", None) not in ("string", "large_string"):
@@ -142,7 +157,6 @@ def _checked(
             f"Column {arguments.caption_column!r} must hold texts, or lists of texts, but is {caption_type}; set "
             "--caption_column."
         )
-    limit = arguments.max_eval_samples if held_out else arguments.max_train_samples
     table = table.select(range(min(limit, len(table)))) if limit else table
     if isinstance(table.features[arguments.image_column], datasets.Image):
         # Decoded by us, so that one corrupt picture does not end the run.
@@ -150,7 +164,14 @@ def _checked(
     return table
 
 
-def _read_file(path: str, split: str) -> datasets.Dataset:
+def read_file(path: str, split: str) -> datasets.Dataset:
+    """
+    A table from parquet, jsonl, json or csv.
+
+    Raises:
+        ValueError: for another format.
+        FileNotFoundError: for a file that is not there.
+    """
     extension = os.path.splitext(path)[1]
     if extension not in FORMATS:
         raise ValueError(f"{path}: unknown format {extension!r}; use one of {', '.join(FORMATS)}.")

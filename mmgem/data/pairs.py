@@ -1,5 +1,6 @@
 """Pictures with captions, from any table that `datasets` reads, as examples for training and evaluation."""
 
+import contextlib
 import copy
 import hashlib
 import io
@@ -13,7 +14,6 @@ import torch
 from PIL import Image
 
 from ..processing.regions_mmgem import to_rgb
-from .scenes import ScenesDataset
 
 
 MAX_PIXELS = 2**26  # 67 megapixels, 200 MB decoded
@@ -62,6 +62,7 @@ class PairDataset(torch.utils.data.Dataset):
         self.augmentation_scale = augmentation_scale
         self.seed = seed
         self.root = root
+        self.max_captions: int | None = None  # that count of each picture
         self.least_side = 0  # pixels that the image processor needs of each side; 0 decodes whatever there is
         # Shared with the loader's worker processes, which are started before the epoch is known.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
@@ -81,9 +82,8 @@ class PairDataset(torch.utils.data.Dataset):
 
     def captions(self) -> list[list[str]]:
         """Every example's captions, without decoding a picture."""
-        scenes = isinstance(self.table, ScenesDataset)
-        values = self.table.captions if scenes else list(self.table[self.caption_column])
-        return [as_captions(values[row]) for row in self.rows]
+        values = list(self.table[self.caption_column])
+        return [as_captions(values[row])[: self.max_captions] for row in self.rows]
 
     def some_pictures(self, number: int = 256) -> Iterator[Image.Image]:
         """Pictures spread evenly over the dataset, one at a time."""
@@ -108,14 +108,23 @@ class PairDataset(torch.utils.data.Dataset):
         Raises:
             BadDataError: where it cannot be read, with the reason.
         """
-        try:
+        with _as_bad_data():
             return self._read(self.rows[index])
-        except Exception as error:  # Pillow's readers raise whatever they stumble over
-            raise BadDataError(f"{type(error).__name__}: {error}") from error
+
+    def picture(self, index: int) -> Image.Image:
+        """
+        The picture of example `index` alone, whole, whether it has a caption or not.
+
+        Raises:
+            BadDataError: as [`read`].
+        """
+        with _as_bad_data():
+            content = encoded(self.table[self.rows[index]][self.image_column], self.root)
+            return to_rgb(open_image(content, self.least_side))
 
     def _read(self, row: int) -> dict[str, Any]:
         columns = self.table[row]
-        captions = as_captions(columns[self.caption_column])
+        captions = as_captions(columns[self.caption_column])[: self.max_captions]
         if not captions:
             raise ValueError("it has no caption")
         rng = np.random.default_rng([self.seed, int(self._epoch), row])
@@ -125,6 +134,14 @@ class PairDataset(torch.utils.data.Dataset):
         image = augmented_image(content, self.augmentation_scale, self.least_side, rng)
         caption = captions[rng.integers(len(captions))]
         return {"image": image, "image_id": image_id, "caption": caption, "captions": captions}
+
+
+@contextlib.contextmanager
+def _as_bad_data() -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # Pillow's readers raise whatever they stumble over
+        raise BadDataError(f"{type(error).__name__}: {error}") from error
 
 
 def digest(content: bytes) -> int:

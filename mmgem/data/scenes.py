@@ -34,7 +34,9 @@ SIZES = {"small": 8.5, "large": 13.5}
 OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 TEXTURES = ("plain", "horizontally striped", "vertically striped", "dotted", "shaded")
 TONES = {"very dark": 18, "dark": 38, "dim": 58}
-SPLITS = ("train", "validation", "test")
+SPLITS = ("train", "validation", "test", "single")
+CLASSES = tuple(f"{colour} {shape}" for colour in COLOURS for shape in SHAPES)
+COLUMNS = ("caption", "long_caption", "captions", "label")
 GAP = 1.5  # least distance between two objects
 MARGIN = 4.0  # |dx| and |dy| of neighbours in a caption differ by this much, so that the relation is plain
 
@@ -89,14 +91,16 @@ class Scene:
 
 class ScenesDataset(torch.utils.data.Dataset):
     """
-    `size` scenes of a split: "train" (1 to 4 objects), "validation" or "test" (2 to 4, all captions distinct).
+    `size` scenes of a split: "train" (1 to 4 objects), "validation" or "test" (2 to 4, all captions distinct), or
+    "single" (one each, to be classified; such captions occur in training, these pictures do not).
 
-    An example is `{"image", "caption", "long_caption", "regions"}`: a PIL picture of `image_size` pixels per side, the
-    caption, 100 to 200 words, and per object `{"box": [x0, y0, x1, y1], "mask": (height, width) bool, "phrase",
-    "label"}`, in pixels. `captions` holds all captions without drawing anything.
+    An example is `{"image", "caption", "long_caption", "captions", "label", "regions"}`: a PIL picture of `image_size`
+    pixels per side, the caption, 100 to 200 words, both in a list, the place of the first object's colour and shape in
+    `CLASSES`, and per object `{"box": [x0, y0, x1, y1], "mask": (height, width) bool, "phrase", "label"}`, in pixels.
+    `dataset["caption"]` gives a whole column, but for pictures and regions, without drawing anything.
 
     Raises:
-        ValueError: for an unknown split.
+        ValueError: for an unknown split or column.
     """
 
     def __init__(self, split: str, size: int, image_size: int = 64, seed: int = 0):
@@ -110,17 +114,21 @@ class ScenesDataset(torch.utils.data.Dataset):
         for index in range(size):
             rng = np.random.default_rng([seed, number, index])
             while True:
+                if split == "single":
+                    scene = sample_scene(rng, at_most=1)
+                    break
                 scene = sample_scene(rng, at_least=1 if split == "train" else 2)
                 if scene.split == split and (split == "train" or scene.caption not in taken):
                     break
             taken.add(scene.caption)
             self.scenes.append(scene)
-        self.captions = [scene.caption for scene in self.scenes]
 
     def __len__(self) -> int:
         return len(self.scenes)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
+    def __getitem__(self, index: int | str) -> Any:
+        if isinstance(index, str):
+            return [_column(scene, index) for scene in self.scenes]
         scene = self.scenes[index]
         pixels, masks = draw(scene, self.image_size)
         regions = [
@@ -129,10 +137,21 @@ class ScenesDataset(torch.utils.data.Dataset):
         ]
         return {
             "image": Image.fromarray(pixels),
-            "caption": scene.caption,
-            "long_caption": long_caption(scene),
+            **{name: _column(scene, name) for name in COLUMNS},
             "regions": regions,
         }
+
+
+def _column(scene: Scene, name: str) -> Any:
+    if name == "caption":
+        return scene.caption
+    if name == "long_caption":
+        return long_caption(scene)
+    if name == "captions":
+        return [scene.caption, long_caption(scene)]
+    if name == "label":
+        return CLASSES.index(f"{scene.objects[0].colour} {scene.objects[0].shape}")
+    raise ValueError(f"Scenes have no column {name!r}; those that need no drawing are {', '.join(COLUMNS)}.")
 
 
 def parse_objects(caption: str) -> Counter[tuple[str, str]]:
@@ -156,10 +175,10 @@ def relation(first: SceneObject, second: SceneObject) -> str:
     return "above" if dy < 0 else "below"
 
 
-def sample_scene(rng: np.random.Generator, at_least: int = 1) -> Scene:
+def sample_scene(rng: np.random.Generator, at_least: int = 1, at_most: int = 4) -> Scene:
     """1 to 4 objects (weights 1:3:2:1) that fit without touching, those that the caption relates plainly placed."""
-    weights = np.array([1, 3, 2, 1])[at_least - 1 :]
-    count = int(rng.choice(np.arange(at_least, 5), p=weights / weights.sum()))
+    weights = np.array([1, 3, 2, 1])[at_least - 1 : at_most]
+    count = int(rng.choice(np.arange(at_least, at_most + 1), p=weights / weights.sum()))
     colours, sizes = list(COLOURS), list(SIZES)
     while True:
         objects: list[SceneObject] = []

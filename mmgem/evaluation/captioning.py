@@ -1,9 +1,13 @@
-"""CIDEr-D and BLEU in pure Python, as coco-caption computes them (which needs Java for its tokenizer)."""
+"""
+CIDEr-D, BLEU, ROUGE-L and METEOR's exact part in pure Python, as coco-caption computes them (which needs Java for its
+tokenizer and for METEOR).
+"""
 
 import math
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import numpy as np
 
@@ -112,6 +116,74 @@ def bleu(candidates: Sequence[str], references: Sequence[Sequence[str]], max_n: 
     )
     precisions = hits / np.maximum(totals, 1)
     return [penalty * float(np.exp(np.log(precisions[:n]).mean())) if n <= last else 0.0 for n in range(1, max_n + 1)]
+
+
+def rouge_l(candidates: Sequence[str], references: Sequence[Sequence[str]]) -> tuple[float, np.ndarray]:
+    """
+    ROUGE-L (Lin, 2004) as coco-caption has it: F with beta = 1.2 of the longest common subsequence's best precision
+    and best recall over the references.
+
+    Returns:
+        mean over the pictures and the score of each, 0 to 1.
+
+    Raises:
+        ValueError: as [`cider_d`].
+    """
+    _check(candidates, references)
+    scores = []
+    for candidate, of_image in zip(candidates, references):
+        words = tokenize(candidate)
+        precision = recall = 0.0
+        for reference in map(tokenize, of_image):
+            common = _common_subsequence(words, reference)
+            precision = max(precision, common / max(len(words), 1))
+            recall = max(recall, common / max(len(reference), 1))
+        denominator = recall + 1.2**2 * precision
+        scores.append((1 + 1.2**2) * precision * recall / denominator if denominator else 0.0)
+    return float(np.mean(scores)), np.array(scores)
+
+
+def meteor_exact(candidate: str, references: Sequence[str]) -> float:
+    """
+    METEOR (Banerjee and Lavie, 2005) by exact matches alone, without its stems and synonyms: 10 P R / (R + 9 P), less
+    half the cube of chunks per match; the best over the references, 0 to 1.
+    """
+    words = tokenize(candidate)
+    best = 0.0
+    for reference in map(tokenize, references):
+        matches = _aligned(words, reference)
+        if not matches:
+            continue
+        precision, recall = len(matches) / len(words), len(matches) / len(reference)
+        chunks = 1 + sum((b[0] - a[0], b[1] - a[1]) != (1, 1) for a, b in pairwise(matches))
+        mean = 10 * precision * recall / (recall + 9 * precision)
+        best = max(best, mean * (1 - 0.5 * (chunks / len(matches)) ** 3))
+    return best
+
+
+def _common_subsequence(first: list[str], second: list[str]) -> int:
+    """Length of the longest one."""
+    row = [0] * (len(second) + 1)
+    for word in first:
+        diagonal = 0
+        for i, other in enumerate(second, 1):
+            above = row[i]
+            row[i] = diagonal + 1 if word == other else max(above, row[i - 1])
+            diagonal = above
+    return row[-1]
+
+
+def _aligned(words: list[str], reference: list[str]) -> list[tuple[int, int]]:
+    """Places of equal words, each used once, in the order of `words`; from the last on, as NLTK does it."""
+    free = list(range(len(reference)))
+    matches = []
+    for i in reversed(range(len(words))):
+        for place in reversed(free):
+            if reference[place] == words[i]:
+                matches.append((i, place))
+                free.remove(place)
+                break
+    return matches[::-1]
 
 
 def _ngrams(words: list[str], max_n: int = 4) -> Ngrams:

@@ -1,6 +1,5 @@
-"""Embeds, captions and scores a dataset of pairs with one model."""
+"""Retrieval and captions of one model over a dataset of pairs."""
 
-import contextlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -8,12 +7,14 @@ import numpy as np
 import torch
 
 from ..data.collator import PairCollator
-from ..data.pairs import BadDataError, PairDataset
+from ..data.pairs import PairDataset
 from ..data.scenes import ScenesDataset, parse_objects
 from ..modeling_mmgem import MMGEMModel
 from ..processing import MMGEMProcessor
-from .captioning import best_constant_caption, bleu, cider_d
+from .captioning import best_constant_caption, bleu, cider_d, rouge_l
+from .embedding import embed_pairs, evaluating
 from .retrieval import retrieval_metrics
+from .sharing import gather_parts, own_part
 
 
 def evaluate_model(
@@ -24,75 +25,43 @@ def evaluate_model(
     caption_samples: int = 0,
 ) -> tuple[dict[str, float], dict[str, Any]]:
     """
-    Retrieval over the whole dataset, held-out L_Gen over all captions, and metrics of generated captions. Pictures
-    that cannot be read, or have no caption, are left out.
-
-    Args:
-        caption_samples: how many pictures to caption (greedily), from the first on; 0 for none.
+    [`evaluate_retrieval`] and [`evaluate_captions`] in one. Pictures that cannot be read, or have no caption, are left
+    out. Where there are several processes, all must call it; each does its part, and gets the whole.
 
     Returns:
-        the metrics, fractions except CIDEr and losses, and the outputs they were computed from: `image_embeds`
-        `(N, D)`, `text_embeds` `(T, D)`, `text_to_image` `(T,)`, `indices` (the N examples that count) and `captions`
-        (list of str).
+        the metrics and the outputs of both.
 
     Raises:
         BadDataError: where no example can be read.
     """
-    was_training = model.training
-    model.eval()
-    try:
-        outputs: dict[str, Any] = embed_pairs(model, processor, dataset, batch_size)
-        dataset = dataset.select(outputs["indices"])
-        metrics = retrieval_metrics(outputs["text_embeds"], outputs["image_embeds"], outputs["text_to_image"])
-        metrics["caption_loss"] = held_out_caption_loss(model, processor, dataset, batch_size)
-        if caption_samples:
-            count = min(caption_samples, len(dataset))
-            outputs["captions"] = generate_captions(model, processor, dataset, count, batch_size)
-            metrics.update(caption_metrics(outputs["captions"], dataset))
-    finally:
-        model.train(was_training)
-    return metrics, outputs
+    metrics, outputs = evaluate_retrieval(model, processor, dataset, batch_size)
+    readable = dataset.select(outputs["indices"])
+    of_captions, captions = evaluate_captions(model, processor, readable, batch_size, caption_samples)
+    return {**metrics, **of_captions}, {**outputs, **captions}
 
 
-@torch.inference_mode()
-def embed_pairs(
-    model: MMGEMModel,
-    processor: MMGEMProcessor,
-    dataset: PairDataset,
-    batch_size: int,
-    whole_image_box: bool = False,
-) -> dict[str, Any]:
+def evaluate_retrieval(
+    model: MMGEMModel, processor: MMGEMProcessor, dataset: PairDataset, batch_size: int = 64
+) -> tuple[dict[str, float], dict[str, Any]]:
+    """[`retrieval_metrics`] of all pictures and all their captions, and what [`embed_pairs`] gives."""
+    with evaluating(model):
+        outputs = embed_pairs(model, processor, dataset, batch_size)
+    return retrieval_metrics(outputs["text_embeds"], outputs["image_embeds"], outputs["text_to_image"]), outputs
+
+
+def evaluate_captions(
+    model: MMGEMModel, processor: MMGEMProcessor, dataset: PairDataset, batch_size: int = 64, caption_samples: int = 0
+) -> tuple[dict[str, float], dict[str, Any]]:
     """
-    Unit-norm embeddings of every picture that can be read (`indices`) and of its captions, on the CPU; `text_to_image`
-    says which belong together. With `whole_image_box` a picture is the region that covers it, through h4.
+    Held-out L_Gen over all captions, and the metrics of greedy ones of the first `caption_samples` pictures (0: none),
+    which are among the outputs as `captions`. Every picture must be readable: select those that are.
     """
-    indices: list[int] = []
-    images = []
-    for start in range(0, len(dataset), batch_size):
-        pictures = []
-        for i in range(start, min(start + batch_size, len(dataset))):
-            with contextlib.suppress(BadDataError):
-                pictures.append(dataset.read(i)["image"])
-                indices.append(i)
-        if pictures:
-            boxes = [[[0, 0, *picture.size]] for picture in pictures] if whole_image_box else None
-            inputs = processor(images=pictures, boxes=boxes, return_tensors="pt").to(model.device)
-            images.append(model.get_embedding(**inputs).float().cpu().view(len(pictures), -1))
-    if not indices:
-        raise BadDataError(f"None of the {len(dataset)} examples to evaluate on could be read.")
-    readable = dataset.select(indices).captions()
-    captions = [(i, caption) for i, of_image in enumerate(readable) for caption in of_image]
-    texts = []
-    for start in range(0, len(captions), batch_size):
-        batch = [caption for _, caption in captions[start : start + batch_size]]
-        inputs = processor(text=batch, return_tensors="pt").to(model.device)
-        texts.append(model.get_embedding(**inputs).float().cpu())
-    return {
-        "indices": indices,
-        "text_embeds": torch.cat(texts),
-        "image_embeds": torch.cat(images),
-        "text_to_image": torch.tensor([i for i, _ in captions]),
-    }
+    with evaluating(model):
+        metrics = {"caption_loss": held_out_caption_loss(model, processor, dataset, batch_size)}
+        if not caption_samples:
+            return metrics, {}
+        captions = generate_captions(model, processor, dataset, min(caption_samples, len(dataset)), batch_size)
+    return {**metrics, **caption_metrics(captions, dataset)}, {"captions": captions}
 
 
 @torch.inference_mode()
@@ -101,15 +70,16 @@ def held_out_caption_loss(
 ) -> float:
     """L_Gen in nats per token, EOS included, over all captions of the dataset."""
     collate = PairCollator(processor, "caption")
-    total, tokens = 0.0, 0
-    for examples in _batches(dataset, len(dataset), batch_size):
+    sums = []
+    for examples in _batches(dataset, own_part(len(dataset)), batch_size):
         pairs = [{**example, "caption": caption} for example in examples for caption in example["captions"]]
         for start in range(0, len(pairs), batch_size):
             batch = collate(pairs[start : start + batch_size])
             inputs = {name: batch[name].to(model.device) for name in batch if name not in ("bad", "truncated")}
-            total += float(model(**inputs, num_items_in_batch=1).caption_loss)
-            tokens += int((batch["labels"] != -100).sum())
-    return total / tokens
+            loss = float(model(**inputs, num_items_in_batch=1).caption_loss)
+            sums.append((loss, int((batch["labels"] != -100).sum())))
+    losses, tokens = zip(*gather_parts(sums))
+    return sum(losses) / sum(tokens)
 
 
 def generate_captions(
@@ -123,17 +93,18 @@ def generate_captions(
     """Captions of the first `count` pictures; greedy unless `generation` says otherwise."""
     options = {"do_sample": False, "max_new_tokens": processor.max_length, **generation}
     captions: list[str] = []
-    for examples in _batches(dataset, count, batch_size):
+    for examples in _batches(dataset, own_part(count), batch_size):
         inputs = processor(images=[e["image"] for e in examples], task="caption", return_tensors="pt")
         ids = model.generate(**inputs.to(model.device), **options)
         captions += [caption.strip() for caption in processor.batch_decode(ids, skip_special_tokens=True)]
-    return captions
+    return gather_parts(captions)
 
 
 def caption_metrics(captions: list[str], dataset: PairDataset) -> dict[str, float]:
     """
-    CIDEr-D, BLEU-4, how many captions are distinct, and object F1 on scenes. `caption_cider_shuffled`, these captions
-    given to other pictures, and `caption_cider_constant`, the best caption for all, say what CIDEr is worth here.
+    CIDEr-D, BLEU-1 to 4, ROUGE-L, how many captions are distinct, how many empty, and object F1 on scenes.
+    `caption_cider_shuffled`, these captions given to other pictures, and `caption_cider_constant`, the best caption
+    for all, say what CIDEr is worth here.
     """
     references = dataset.captions()[: len(captions)]
     order = np.random.default_rng(0).permutation(len(captions))
@@ -141,8 +112,10 @@ def caption_metrics(captions: list[str], dataset: PairDataset) -> dict[str, floa
         "caption_cider": cider_d(captions, references)[0],
         "caption_cider_shuffled": cider_d([captions[i] for i in order], references)[0],
         "caption_cider_constant": best_constant_caption(references)[1],
-        "caption_bleu4": bleu(captions, references)[3],
+        **{f"caption_bleu{n}": value for n, value in enumerate(bleu(captions, references), 1)},
+        "caption_rouge_l": rouge_l(captions, references)[0],
         "caption_distinct": len(set(captions)) / len(captions),
+        "caption_empty": sum(not caption for caption in captions) / len(captions),
     }
     if isinstance(dataset.table, ScenesDataset):
         metrics["caption_object_f1"] = object_f1(captions, [of_image[0] for of_image in references])
@@ -162,6 +135,6 @@ def object_f1(captions: list[str], references: list[str]) -> float:
     return 2 * hits / max(named + present, 1)
 
 
-def _batches(dataset: PairDataset, count: int, batch_size: int) -> Iterator[list[dict[str, Any]]]:
-    for start in range(0, count, batch_size):
-        yield [dataset[i] for i in range(start, min(start + batch_size, count))]
+def _batches(dataset: PairDataset, part: range, batch_size: int) -> Iterator[list[dict[str, Any]]]:
+    for start in range(0, len(part), batch_size):
+        yield [dataset[i] for i in part[start : start + batch_size]]

@@ -1,7 +1,6 @@
 """An adapter beside the stage 1 that it was trained on: figures, captioned regions, heat maps."""
 
 import copy
-import json
 import os
 import re
 from collections.abc import Iterator
@@ -15,9 +14,9 @@ from ..data.regions import RegionDataset
 from ..modeling_mmgem import MMGEMModel
 from ..processing import MMGEMProcessor
 from ..processing.regions_mmgem import geometry_of
-from .evaluator import embed_pairs
+from .embedding import embed_pairs
 from .regions import evaluate_regions, heat_map
-from .report import BLACK, CELL, GREEN, GREY, LINE, paste, write_text
+from .report import BLACK, CELL, GREEN, GREY, LINE, Section, paste, write_text
 from .retrieval import retrieval_metrics
 
 
@@ -73,62 +72,46 @@ def stage_1(model: MMGEMModel, processor: MMGEMProcessor) -> Iterator[MMGEMProce
         model.enable_adapters()
 
 
-def write_region_report(
-    output_dir: str,
+def region_section(
+    stage: str,
     metrics: dict[str, float],
-    setting: dict[str, Any],
     outputs: dict[str, Any],
     model: MMGEMModel,
     processor: MMGEMProcessor,
     dataset: RegionDataset,
-) -> str:
+) -> Section:
     """
-    Writes `results.json`, `report.md` and `regions.png` (region-caption) or `heat_maps.png` (region-retrieval); where
-    `output_dir` lies in the folder of the base, its report gets a section. Returns the report's path.
+    Both columns of figures, and `regions.png` (region-caption) or `heat_maps.png` (region-retrieval).
 
     Args:
         metrics, outputs: what [`evaluate_adapter`] returns.
-        setting: as for [`write_report`], with `stage` and `base`.
     """
-    setting = {**setting, "size": len(dataset), "regions": len(outputs["stage_2"]), "k": model.region_grid_size}
-    with open(os.path.join(output_dir, "results.json"), "w", encoding="utf-8") as file:
-        json.dump({"metrics": metrics, "setting": setting}, file, indent=2, ensure_ascii=False)
-        file.write("\n")
-    stage = setting["stage"]
     lines = ["| metric | stage 1 | with the adapter |", "|---|---|---|"]
     for name, value in metrics.items():
         if not name.startswith("stage_1_"):
             lines.append(f"| {name} | {metrics[f'stage_1_{name}']:.4g} | {value:.4g} |")
     if stage == "region-caption":
-        region_sheet(dataset, outputs).save(os.path.join(output_dir, "regions.png"))
+        pictures = {"regions.png": region_sheet(dataset, outputs)}
         lines += [
             "",
             "Grey: the reference. Then what stage 1 wrote, and what the adapter wrote (green: as the reference).",
         ]
-        lines += ["", "![](regions.png)", ""]
     else:
-        heat_sheet(dataset, outputs, model, processor).save(os.path.join(output_dir, "heat_maps.png"))
+        pictures = {"heat_maps.png": heat_sheet(dataset, outputs, model, processor)}
         lines += ["", "A sentence, the picture with its box, and where stage 1 and the adapter see what it says."]
-        lines += ["", "![](heat_maps.png)", ""]
-    rows = [f"| {name} | {value} |" for name, value in setting.items()]
-    path = os.path.join(output_dir, "report.md")
-    with open(path, "w", encoding="utf-8") as file:
-        file.write("\n".join([f"# {HEADINGS[stage]}", "", *lines, "| setting | |", "|---|---|", *rows, ""]))
-    _add_section(str(setting["base"]), output_dir, HEADINGS[stage], "\n".join(lines))
-    return path
+    return Section(HEADINGS[stage], metrics, lines, pictures)
 
 
-def _add_section(base: str, output_dir: str, heading: str, text: str) -> None:
-    """To the report of the base, or in place of the same section of an earlier run."""
+def add_to_report_of_base(base: str, output_dir: str, section: Section) -> None:
+    """Where the adapter's folder lies in that of its base: to the base's report, or in place of an earlier run's."""
     report, folder = os.path.join(base, "report.md"), os.path.relpath(output_dir, base)
     if not os.path.isfile(report) or folder.startswith(os.pardir):
         return
     with open(report, encoding="utf-8") as file:
         old = file.read()
-    section = f"## {heading}\n\n" + text.replace("![](", f"![]({folder}/") + "\n"
-    kept = re.sub(rf"^## {heading}\n.*?(?=^## |\Z)", "", old, flags=re.MULTILINE | re.DOTALL)
+    kept = re.sub(rf"^## {section.heading}\n.*?(?=^## |\Z)", "", old, flags=re.MULTILINE | re.DOTALL)
     with open(report, "w", encoding="utf-8") as file:
-        file.write(kept.rstrip("\n") + "\n\n" + section)
+        file.write(kept.rstrip("\n") + "\n\n" + section.text(folder))
 
 
 def region_sheet(dataset: RegionDataset, outputs: dict[str, Any], count: int = 10) -> Image.Image:

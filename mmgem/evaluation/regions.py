@@ -14,7 +14,10 @@ from ..data.scenes import COLOURS, SHAPES, SIZES, ScenesDataset
 from ..modeling_mmgem import MMGEMModel
 from ..processing import MMGEMProcessor
 from .captioning import cider_d
+from .dense_captioning import dense_captioning_map
+from .embedding import embed_texts, evaluating
 from .retrieval import retrieval_metrics
+from .sharing import gather_parts, gather_rows, own_part
 
 
 def evaluate_regions(
@@ -28,23 +31,23 @@ def evaluate_regions(
       region with that phrase is right (an item as near as the right one counts as nearer); and the pointing game
       (Zhang et al., 2016): how often the patch most similar to a phrase lies, with its centre, in a box that it
       describes, beside `pointing_game_chance`, the share of the picture that these boxes cover.
-    - "region-caption": CIDEr-D of greedy captions and the share that equals the phrase exactly; on scenes also how
-      often size, colour and shape are named right.
+    - "region-caption": CIDEr-D of greedy captions, the share that equals the phrase exactly, and dense captioning's
+      mean average precision for these boxes ([`dense_captioning_map`]; the boxes being given, only language counts),
+      ranked by how near the model embeds its caption to the region; on scenes also how often size, colour and shape
+      are named right.
+
+    Where there are several processes, all must call it.
 
     Returns:
         the metrics, fractions except CIDEr, and what they come from, per region in the order of the dataset: `index`
-        of the example and `box`, `phrase`, and `caption` or `hit`.
+        of the example and `box`, `phrase`, and `caption` with its `score`, or `hit`.
     """
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         if stage == "region-caption":
             regions = caption_regions(model, processor, dataset, batch_size)
             metrics = region_caption_metrics(regions, isinstance(dataset.table, ScenesDataset))
         else:
             metrics, regions = _retrieve_regions(model, processor, dataset, batch_size)
-    finally:
-        model.train(was_training)
     return metrics, {"regions": regions}
 
 
@@ -52,7 +55,10 @@ def evaluate_regions(
 def caption_regions(
     model: MMGEMModel, processor: MMGEMProcessor, dataset: RegionDataset, batch_size: int = 64, **generation: Any
 ) -> list[dict[str, Any]]:
-    """`{"index", "box", "phrase", "caption"}` of every region; greedy unless `generation` says otherwise."""
+    """
+    `{"index", "box", "phrase", "caption", "score"}` of every region; greedy unless `generation` says otherwise. The
+    score is the cosine of the caption's embedding with the region's (-1 for an empty caption).
+    """
     options = {"do_sample": False, "max_new_tokens": processor.max_length, **generation}
     processor = copy.copy(processor)
     processor.region_grid_size = model.region_grid_size
@@ -61,12 +67,24 @@ def caption_regions(
         images, boxes = [e["image"] for e in examples], [e["boxes"] for e in examples]
         inputs = processor(images=images, boxes=boxes, task="region-caption", return_tensors="pt").to(model.device)
         ids = model.generate(**inputs, **options)
-        captions = processor.batch_decode(ids, skip_special_tokens=True)
+        captions = [text.strip() for text in processor.batch_decode(ids, skip_special_tokens=True)]
+        embeds = embed_regions(model, processor, images, boxes)
+        written = sorted({caption for caption in captions if caption})
+        texts = dict(zip(written, embed_texts(model, processor, written, batch_size)))
         regions += [
-            {**region, "caption": caption.strip()}
-            for region, caption in zip(_regions(examples), captions, strict=True)
+            {**region, "caption": caption, "score": float(texts[caption] @ embed) if caption else -1.0}
+            for region, caption, embed in zip(_regions(examples), captions, embeds, strict=True)
         ]
-    return regions
+    return _gathered(regions, dataset)
+
+
+@torch.inference_mode()
+def embed_regions(
+    model: MMGEMModel, processor: MMGEMProcessor, images: list[Any], boxes: list[list[list[float]]]
+) -> torch.Tensor:
+    """`(N, D)` of all boxes of all pictures, unit norm, float32, on the CPU."""
+    inputs = processor(images=images, boxes=boxes, return_tensors="pt").to(model.device)
+    return model.get_embedding(**inputs)[inputs["region_mask"]].float().cpu()
 
 
 def region_caption_metrics(regions: list[dict[str, Any]], are_scenes: bool) -> dict[str, float]:
@@ -81,7 +99,11 @@ def region_caption_metrics(regions: list[dict[str, Any]], are_scenes: bool) -> d
         for name, words in vocabulary.items():
             named = ([set(text.split()) & words for text in pair] for pair in pairs)
             metrics[f"region_caption_{name}"] = _share(caption == phrase for caption, phrase in named)
-    return metrics
+    by_picture: dict[int, list[dict[str, Any]]] = {}
+    for region in regions:
+        by_picture.setdefault(region["index"], []).append(region)
+    dense = dense_captioning_map(list(by_picture.values()), list(by_picture.values()))
+    return {**metrics, "dense_captioning_map": dense["dense_captioning_map"]}
 
 
 @torch.inference_mode()
@@ -89,9 +111,8 @@ def _retrieve_regions(
     model: MMGEMModel, processor: MMGEMProcessor, dataset: RegionDataset, batch_size: int
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:
     regions: list[dict[str, Any]] = []
-    embeds: list[torch.Tensor] = []
+    embeds = [torch.zeros(0, model.config.projection_dim)]
     texts: dict[str, torch.Tensor] = {}
-    covered = 0.0
     for examples in _batches(dataset, processor, batch_size):
         images, boxes = [e["image"] for e in examples], [e["boxes"] for e in examples]
         inputs = processor(images=images, boxes=boxes, return_tensors="pt").to(model.device)
@@ -106,19 +127,23 @@ def _retrieve_regions(
         similarity = torch.stack([patches[owner] @ query for owner, query in zip(owners, queries)])
         right = _same_phrase(batch, patches_inside(model, inputs)[inputs["region_mask"]].cpu())
         hits = right.gather(1, similarity.argmax(1, keepdim=True))[:, 0]
-        regions += [{**region, "hit": bool(hit)} for region, hit in zip(batch, hits)]
-        covered += right.float().mean(1).sum().item()
+        shares = right.float().mean(1).tolist()
+        regions += [{**region, "hit": bool(hit), "share": share} for region, hit, share in zip(batch, hits, shares)]
+    regions = _gathered(regions, dataset)
+    texts = dict(gather_parts(texts.items()))
     phrases = sorted(texts)
     number = {phrase: i for i, phrase in enumerate(phrases)}
     of_region = torch.tensor([number[region["phrase"]] for region in regions])
     # A region has one right phrase, a phrase any number of right regions: as texts and pictures elsewhere.
-    ranks = retrieval_metrics(torch.cat(embeds), torch.stack([texts[p] for p in phrases]), of_region, ks=(1, 5))
+    ranks = retrieval_metrics(
+        gather_rows(torch.cat(embeds)), torch.stack([texts[p] for p in phrases]), of_region, ks=(1, 5)
+    )
     metrics = {
         name.replace("text_to_image", "region_to_phrase").replace("image_to_text", "phrase_to_region"): value
         for name, value in ranks.items()
     }
     metrics["pointing_game"] = _share(region["hit"] for region in regions)
-    metrics["pointing_game_chance"] = covered / len(regions)
+    metrics["pointing_game_chance"] = sum(region.pop("share") for region in regions) / len(regions)
     return metrics, regions
 
 
@@ -157,32 +182,26 @@ def heat_map(model: MMGEMModel, processor: MMGEMProcessor, image: Any, sentence:
     return similarity.view(-1, pixels.shape[-1] // model.pool_aggregator.patch_size)
 
 
-@torch.inference_mode()
-def embed_texts(model: MMGEMModel, processor: MMGEMProcessor, texts: list[str], batch_size: int = 64) -> torch.Tensor:
-    """`(N, D)`, unit norm, float32, on the CPU."""
-    embeds = [torch.zeros(0, model.config.projection_dim)]
-    for start in range(0, len(texts), batch_size):
-        inputs = processor(text=texts[start : start + batch_size], return_tensors="pt").to(model.device)
-        embeds.append(model.get_embedding(**inputs).float().cpu())
-    return torch.cat(embeds)
-
-
 def _batches(dataset: RegionDataset, processor: MMGEMProcessor, batch_size: int) -> Iterator[list[dict[str, Any]]]:
-    """Examples that can be read, with their `index` and the regions that the centre crop keeps, as far as any."""
+    """This process's examples that can be read, with their `index` and the regions that the centre crop keeps."""
     dataset = dataset.whole(processor.image_processor)
     batch = []
-    found = False
-    for index in range(len(dataset)):
+    for index in own_part(len(dataset)):
         with contextlib.suppress(BadDataError):
             batch.append({**dataset.read(index), "index": index})
-            found = True
         if len(batch) == batch_size:
             yield batch
             batch = []
     if batch:
         yield batch
-    if not found:
+
+
+def _gathered(regions: list[dict[str, Any]], dataset: RegionDataset) -> list[dict[str, Any]]:
+    """Those of all processes."""
+    regions = gather_parts(regions)
+    if not regions:
         raise BadDataError(f"None of the {len(dataset)} pictures to evaluate on could be read and has a region.")
+    return regions
 
 
 def _regions(examples: list[dict[str, Any]]) -> list[dict[str, Any]]:

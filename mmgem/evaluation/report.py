@@ -4,11 +4,15 @@ import json
 import os
 import subprocess
 import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+import transformers
 from PIL import Image, ImageDraw, ImageFont
 
+from .._version import __version__
 from ..data.pairs import PairDataset
 
 
@@ -17,36 +21,67 @@ LINE = 14
 GREEN, GREY, BLACK = (20, 120, 40), (110, 110, 110), (20, 20, 20)
 
 
-def write_report(
-    output_dir: str, metrics: dict[str, float], setting: dict[str, Any], outputs: dict[str, Any], dataset: PairDataset
-) -> str:
+@dataclass
+class Section:
+    """A part of a report: figures, what there is to read (lines of Markdown), and pictures by the names of files."""
+
+    heading: str
+    metrics: dict[str, float]
+    lines: list[str]
+    pictures: dict[str, Image.Image]
+
+    def text(self, folder: str = "") -> str:
+        """Markdown; the pictures lie in `folder`."""
+        shown = [f"![]({os.path.join(folder, name)})" for name in self.pictures]
+        return "\n".join([f"## {self.heading}", "", *self.lines, "", *(line for p in shown for line in (p, ""))])
+
+
+def write_report(output_dir: str, title: str, sections: Sequence[Section], setting: dict[str, Any]) -> str:
     """
-    Writes `results.json`, `report.md`, `captions.png` and `retrieval.png`; returns the report's path.
+    Writes `results.json` (the metrics of all sections and the setting), `report.md`, and the pictures; returns the
+    report's path.
 
     Args:
-        metrics, outputs: what [`evaluate_model`] returns.
-        dataset: what it was given.
         setting: whatever it takes to reproduce the figures: dataset, split, size, model, seed, versions, …
     """
     os.makedirs(output_dir, exist_ok=True)
-    setting = {**setting, "size": len(outputs["indices"]), "unreadable": len(dataset) - len(outputs["indices"])}
-    dataset = dataset.select(outputs["indices"])
+    metrics = {name: value for section in sections for name, value in section.metrics.items()}
     with open(os.path.join(output_dir, "results.json"), "w", encoding="utf-8") as file:
         json.dump({"metrics": metrics, "setting": setting}, file, indent=2, ensure_ascii=False)
         file.write("\n")
-    lines = ["# Evaluation", "", "| metric | value |", "|---|---|"]
-    lines += [f"| {name} | {value:.4g} |" for name, value in metrics.items()]
-    lines += ["", "| setting | |", "|---|---|", *(f"| {name} | {value} |" for name, value in setting.items()), ""]
-    if outputs.get("captions"):
-        caption_sheet(dataset, outputs["captions"]).save(os.path.join(output_dir, "captions.png"))
-        lines += ["## Captions", "", "Grey: a reference. Black: written by the model.", "", "![](captions.png)", ""]
-    retrieval_sheet(dataset, outputs).save(os.path.join(output_dir, "retrieval.png"))
-    lines += ["## Search", "", "The five nearest pictures of each sentence; green is the right one.", ""]
-    lines += ["![](retrieval.png)", ""]
+    for section in sections:
+        for name, picture in section.pictures.items():
+            picture.save(os.path.join(output_dir, name))
+    rows = ["## Setting", "", "| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in setting.items()), ""]
     path = os.path.join(output_dir, "report.md")
     with open(path, "w", encoding="utf-8") as file:
-        file.write("\n".join(lines))
+        file.write("\n".join([f"# {title}", "", *(section.text() for section in sections), *rows]))
     return path
+
+
+def table(metrics: dict[str, float]) -> list[str]:
+    """Lines of Markdown."""
+    return ["| metric | value |", "|---|---|", *(f"| {name} | {value:.4g} |" for name, value in metrics.items())]
+
+
+def pair_sections(metrics: dict[str, float], outputs: dict[str, Any], dataset: PairDataset) -> list[Section]:
+    """Retrieval and captions, as [`evaluate_model`] found them in `dataset`."""
+    readable = dataset.select(outputs["indices"])
+    of_captions = {name: value for name, value in metrics.items() if name.startswith("caption_")}
+    of_search = {name: value for name, value in metrics.items() if name not in of_captions}
+    lines = [*table(of_search), "", "The five nearest pictures of each sentence; green is the right one."]
+    sections = [Section("Search", of_search, lines, {"retrieval.png": retrieval_sheet(readable, outputs)})]
+    lines, pictures = table(of_captions), {}
+    if outputs.get("captions"):
+        lines += ["", "Grey: a reference. Black: written by the model."]
+        pictures["captions.png"] = caption_sheet(readable, outputs["captions"])
+    return [*sections, Section("Captions", of_captions, lines, pictures)]
+
+
+def environment() -> dict[str, Any]:
+    """The commit and the versions that figures were made with."""
+    versions = {"mmgem": __version__, "transformers": transformers.__version__, "torch": torch.__version__}
+    return {"commit": current_commit(), "versions": versions}
 
 
 def current_commit() -> str | None:
@@ -95,6 +130,23 @@ def retrieval_sheet(dataset: PairDataset, outputs: dict[str, Any], count: int = 
             if i == int(owners[query]):
                 draw.rectangle((left - 5, top - 5, left + CELL + 4, top + CELL + 4), fill=GREEN)
             paste(sheet, dataset[i]["image"], left, top)
+    return sheet
+
+
+def class_sheet(
+    dataset: PairDataset, outputs: dict[str, Any], class_names: Sequence[str], count: int = 18, columns: int = 6
+) -> Image.Image:
+    """Pictures, one of every few, with the class that each was taken for (green where right) and its own."""
+    count = min(count, len(dataset))
+    width, height = CELL + 12, CELL + 3 * LINE + 8
+    sheet = Image.new("RGB", (columns * width + 8, -(-count // columns) * height + 8), "white")
+    for cell, i in enumerate(torch.linspace(0, len(dataset) - 1, count).long().tolist()):
+        left, top = cell % columns * width + 8, cell // columns * height + 8
+        found, right = (class_names[int(outputs[name][i])] for name in ("predicted", "labels"))
+        paste(sheet, dataset.picture(i), left, top)
+        below = write_text(sheet, found, left, top + CELL + 2, GREEN if found == right else BLACK, 26, 1)
+        if found != right:
+            write_text(sheet, right, left, below, GREY, 26, 1)
     return sheet
 
 

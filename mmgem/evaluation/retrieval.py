@@ -3,6 +3,12 @@
 from collections.abc import Sequence
 
 import torch
+from transformers.utils import logging
+
+
+logger = logging.get_logger(__name__)
+
+TIE = 1e-6  # cosines that differ by less are equal, whatever order their products were summed in
 
 
 def retrieval_metrics(
@@ -10,64 +16,88 @@ def retrieval_metrics(
     image_embeds: torch.Tensor,
     text_to_image: torch.Tensor,
     ks: Sequence[int] = (1, 5, 10),
-    chunk_size: int = 1024,
+    chunk_size: int = 2048,
 ) -> dict[str, float]:
     """
-    The protocol of COCO and Flickr30k: a text has one right picture, a picture any number of right texts, of which
-    the best-ranked one counts. An item as near as the right one counts as nearer, so that a constant embedding does
-    not score.
+    The protocol of COCO and Flickr30k: a query scores by the best-ranked of its right items, among all that are wrong
+    for it. A wrong item as near as the right one counts as nearer, so that a constant embedding does not score.
 
     Args:
         text_embeds (`torch.Tensor` of shape `(T, D)`), image_embeds (`torch.Tensor` of shape `(N, D)`): unit norm.
-        text_to_image (`torch.LongTensor` of shape `(T,)`): the picture that each text describes.
-        ks: ranks to report recall at.
-        chunk_size: queries at a time; memory grows with it, not with T x N.
+        text_to_image (`torch.LongTensor` of shape `(T,)` or `(M, 2)`): the picture that each text describes; or, where
+            texts have several, all right pairs of text and picture.
+        ks: ranks to report recall at. One for which there are too few items says nothing, and is left out.
+        chunk_size: queries and items at a time: beside the embeddings, memory is its square.
 
     Returns:
         `text_to_image_R@k` and `image_to_text_R@k` as fractions, `…_median_rank` from 1 on.
 
     Raises:
-        ValueError: for embeddings that are not finite (a NaN would rank first), or a picture without a text.
+        ValueError: for embeddings that are not finite (a NaN would rank first), or a text or picture without another
+            that is right.
     """
-    for side, embeds in (("text", text_embeds), ("image", image_embeds)):
-        bad = int((~embeds.isfinite()).any(-1).sum())
-        if bad:
-            raise ValueError(f"{bad} of {len(embeds)} {side} embeddings hold NaN or infinity; nothing can be ranked.")
-    counts = torch.bincount(text_to_image, minlength=len(image_embeds))
-    unknown = list(range(len(image_embeds), len(counts)))[-1:]
-    if wrong := unknown or (counts == 0).nonzero().flatten().tolist():
-        raise ValueError(
-            f"text_to_image must name each of the {len(image_embeds)} pictures at least once and no other; picture "
-            f"{wrong[0]} is wrong."
-        )
     texts, images = text_embeds.float(), image_embeds.float()
-    ranks = {
-        "text_to_image": _text_ranks(texts, images, text_to_image, chunk_size),
-        "image_to_text": _image_ranks(texts, images, text_to_image, chunk_size),
-    }
+    for side, embeds in (("text", texts), ("image", images)):
+        bad = (~embeds.isfinite()).any(-1).nonzero().flatten().tolist()
+        if bad:
+            raise ValueError(
+                f"{len(bad)} of {len(embeds)} {side} embeddings hold NaN or infinity, the first is number {bad[0]}; "
+                "nothing can be ranked."
+            )
+    pairs = text_to_image
+    if pairs.ndim == 1:
+        if len(pairs) != len(texts):
+            raise ValueError(f"text_to_image names a picture for {len(pairs)} of {len(texts)} texts.")
+        pairs = torch.stack([torch.arange(len(pairs), device=pairs.device), pairs], 1)
+    for side, column, embeds in (("text", 0, texts), ("picture", 1, images)):
+        _check_named(side, pairs[:, column], len(embeds))
     metrics = {}
-    for direction, rank in ranks.items():
-        metrics.update({f"{direction}_R@{k}": (rank <= k).float().mean().item() for k in ks})
-        metrics[f"{direction}_median_rank"] = rank.float().median().item()
+    for direction, queries, items, right in (
+        ("text_to_image", texts, images, pairs),
+        ("image_to_text", images, texts, pairs.flip(1)),
+    ):
+        ranks = best_ranks(queries, items, right, chunk_size)
+        for k in ks:
+            if k > len(items):
+                logger.warning_once(f"{direction}_R@{k} is left out: there are {len(items)} items to find.")
+            else:
+                metrics[f"{direction}_R@{k}"] = (ranks <= k).double().mean().item()
+        metrics[f"{direction}_median_rank"] = float(ranks.median())
     return metrics
 
 
-def _text_ranks(texts: torch.Tensor, images: torch.Tensor, owners: torch.Tensor, chunk_size: int) -> torch.Tensor:
-    """Rank of each text's picture, `(T,)`."""
-    ranks = []
-    for start in range(0, len(texts), chunk_size):
-        similarity = texts[start : start + chunk_size] @ images.T
-        own = similarity.gather(1, owners[start : start + chunk_size, None])
-        ranks.append((similarity >= own).sum(1))
-    return torch.cat(ranks)
+def best_ranks(
+    queries: torch.Tensor, items: torch.Tensor, right: torch.Tensor, chunk_size: int = 2048
+) -> torch.Tensor:
+    """
+    The rank, from 1 on, of the best right item of each query among the wrong ones: `(Q,)`.
+
+    Args:
+        queries (`(Q, D)`), items (`(N, D)`): unit norm, finite.
+        right (`torch.LongTensor` of shape `(M, 2)`): all right pairs of query and item; each query has one.
+    """
+    right = right[right[:, 0].argsort(stable=True)]
+    own = torch.cat([(queries[q] * items[i]).sum(-1) for q, i in (part.T for part in right.split(chunk_size))])
+    best = own.new_full((len(queries),), -torch.inf).scatter_reduce(0, right[:, 0], own, "amax")
+    ranks = torch.ones(len(queries), dtype=torch.int64, device=queries.device)
+    for start in range(0, len(queries), chunk_size):
+        end = min(start + chunk_size, len(queries))
+        first, last = torch.searchsorted(right[:, 0].contiguous(), torch.tensor([start, end], device=right.device))
+        own_pairs = right[first:last]
+        for begin in range(0, len(items), chunk_size):
+            similarity = queries[start:end] @ items[begin : begin + chunk_size].T
+            nearer = similarity >= best[start:end, None] - TIE
+            here = own_pairs[(own_pairs[:, 1] >= begin) & (own_pairs[:, 1] < begin + chunk_size)]
+            nearer[here[:, 0] - start, here[:, 1] - begin] = False
+            ranks[start:end] += nearer.sum(1)
+    return ranks
 
 
-def _image_ranks(texts: torch.Tensor, images: torch.Tensor, owners: torch.Tensor, chunk_size: int) -> torch.Tensor:
-    """Rank of each picture's best text among the texts of other pictures, `(N,)`."""
-    ranks = []
-    for start in range(0, len(images), chunk_size):
-        similarity = images[start : start + chunk_size] @ texts.T
-        is_own = owners[None] == torch.arange(start, start + len(similarity))[:, None]
-        best = similarity.masked_fill(~is_own, -torch.inf).amax(1, keepdim=True)
-        ranks.append(1 + ((similarity >= best) & ~is_own).sum(1))
-    return torch.cat(ranks)
+def _check_named(side: str, numbers: torch.Tensor, size: int) -> None:
+    counts = torch.bincount(numbers, minlength=size)
+    unknown = list(range(size, len(counts)))[-1:]
+    if wrong := unknown or (counts == 0).nonzero().flatten().tolist():
+        raise ValueError(
+            f"text_to_image must name each of the {size} {side}s at least once and no other; {side} {wrong[0]} is "
+            "wrong."
+        )

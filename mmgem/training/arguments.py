@@ -1,15 +1,14 @@
 """The options of train.py, one dataclass per concern, from YAML and the command line."""
 
-import difflib
 import importlib.util
 import json
-import sys
-from dataclasses import dataclass, field, fields
-from typing import Any, Literal, get_type_hints
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
-import yaml
-from transformers import HfArgumentParser, TrainingArguments
-from transformers.hf_argparser import DataClassType
+from transformers import TrainingArguments
+
+from ..evaluation.arguments import EvaluationArguments
+from ..options import load_yaml, parse_options
 
 
 @dataclass
@@ -103,8 +102,8 @@ class DataArguments:
     train_annotations: list[str] | None = field(
         default=None,
         metadata={
-            "help": "COCO's captions_*.json and instances_*.json, Visual Genome's region_descriptions.json: joined by "
-            "picture."
+            "help": "COCO's captions_*.json and instances_*.json, Karpathy's dataset_*.json, Visual Genome's "
+            "region_descriptions.json, long captions of DCI, DOCCI, ShareGPT4V or Urban1k: joined by picture."
         },
     )
     validation_annotations: list[str] | None = field(default=None, metadata={"help": "The same, to evaluate on."})
@@ -238,6 +237,11 @@ class MMGEMTrainingArguments(TrainingArguments):
         default=500, metadata={"help": "Pictures to caption in the final evaluation; 0 for none."}
     )
 
+    evaluation_config: str | None = field(
+        default=None,
+        metadata={"help": "Stage 1: options of `python -m mmgem.evaluation` (YAML), to run too at each evaluation."},
+    )
+
     def __post_init__(self) -> None:
         # Not Trainer's own; these are handed to it.
         self.kept_optimizer = {"lamb": "Lamb", "soap": "SOAP"}.get(self.optim)
@@ -259,6 +263,9 @@ class MMGEMTrainingArguments(TrainingArguments):
             raise ValueError(
                 "mini_batch_size is for the contrastive loss; a caption loss alone needs accumulation only."
             )
+        if self.evaluation_config:
+            of_it = ["--config", self.evaluation_config, "--model", str(self.output_dir)]
+            (self.evaluation,) = parse_options([EvaluationArguments], self.evaluation_config, of_it)
         if self.stage == "1" and self.cache_features:
             raise ValueError("cache_features is for stage 2; in stage 1 the ViT itself is trained.")
         if self.stage != "1":
@@ -289,15 +296,8 @@ def _parse_options(options: str | None) -> dict[str, Any]:
         name, equals, value = option.partition("=")
         if not equals:
             raise ValueError(f"optim_args are name=value, separated by commas; {option!r} is not.")
-        parsed[name.strip()] = _load_yaml(value, "optim_args")
+        parsed[name.strip()] = load_yaml(value, "optim_args")
     return parsed
-
-
-def _load_yaml(source: Any, name: str) -> Any:
-    try:
-        return yaml.safe_load(source)
-    except yaml.YAMLError as error:
-        raise ValueError(f"{name} is no YAML: {error}") from error
 
 
 def parse_arguments(
@@ -309,40 +309,16 @@ def parse_arguments(
     Raises:
         ValueError: for an unknown option, with the nearest known one.
     """
-    arguments = sys.argv[1:] if arguments is None else arguments
-    types: list[DataClassType] = [
-        ModelArguments,  # type: ignore[list-item]
-        DataArguments,  # type: ignore[list-item]
-        MMGEMTrainingArguments,  # type: ignore[list-item]
-        DryRunArguments,  # type: ignore[list-item]
-    ]
-    parser = HfArgumentParser(types, allow_abbrev=False)  # type: ignore[arg-type]
-    known = {f.name for data_class in types for f in fields(data_class) if f.init}  # type: ignore[arg-type]
-    hints = {name: hint for data_class in types for name, hint in get_type_hints(data_class).items()}
-    settings, rest = _read_config(arguments)
-    _refuse_unknown([name for name in settings if name not in known], known, "in the configuration file")
-    parser.usage = "train.py [--config FILE] [--option VALUE …]   (--help lists the options)"
-    if wrong := [
-        name for name, value in settings.items() if isinstance(value, list) and "list" not in str(hints[name])
-    ]:
-        raise ValueError(f"{wrong[0]} takes one value, not a list.")
-    # Single values go the way of the command line, and are checked like those from there.
-    single = {name: value for name, value in settings.items() if value is not None and not isinstance(value, list)}
-    parser.set_defaults(**{name: value for name, value in settings.items() if name not in single})
-    words = [f"--{name}={_as_word(value)}" for name, value in single.items()]
-    if parser.parse_known_args(words + rest)[0].dry_run:
-        words.append("--use_cpu=true")  # what GPUs will do can be asked on a machine without
-    *parsed, remaining = parser.parse_args_into_dataclasses(words + rest, return_remaining_strings=True)
-    unknown = [word.removeprefix("--").split("=")[0] for word in remaining if word.startswith("--")]
-    _refuse_unknown(unknown, known | {"config"}, "on the command line")
-    if remaining:
-        raise ValueError(f"Could not make sense of {' '.join(remaining)!r}: options are written --name value.")
-    model_args, data_args, args, dry_run_args = parsed
+    types = (ModelArguments, DataArguments, MMGEMTrainingArguments, DryRunArguments)
+    # What GPUs will do can be asked on a machine without.
+    model_args, data_args, args, dry_run_args = parse_options(
+        types, "train.py", arguments, lambda known: ["--use_cpu=true"] if known.dry_run else []
+    )
     if args.stage != "1":
         _check_stage_2(model_args, data_args, args, dry_run_args)
     elif model_args.region_grid_size is not None:
         raise ValueError("region_grid_size is for --stage region-caption; stage 1 has one visual token per picture.")
-    return tuple(parsed)  # type: ignore[return-value]
+    return model_args, data_args, args, dry_run_args
 
 
 def _check_stage_2(model_args: Any, data_args: Any, args: Any, dry_run_args: Any) -> None:
@@ -357,35 +333,3 @@ def _check_stage_2(model_args: Any, data_args: Any, args: Any, dry_run_args: Any
         raise ValueError("augmentation_scale is for stage 1: a random crop would move the regions.")
     if dry_run_args.dry_run:
         raise ValueError("The dry run is for stage 1.")
-
-
-def _as_word(value: Any) -> str:
-    """A value from YAML as it would stand on the command line."""
-    if isinstance(value, bool):
-        return str(value).lower()
-    return json.dumps(value) if isinstance(value, dict) else str(value)
-
-
-def _read_config(arguments: list[str]) -> tuple[dict[str, Any], list[str]]:
-    """The settings of `--config FILE` (or `--config=FILE`), and the other arguments."""
-    rest = [*arguments]
-    for i, word in enumerate(rest):
-        if word == "--config" and i + 1 < len(rest):
-            path, rest[i : i + 2] = rest[i + 1], []
-        elif word.startswith("--config="):
-            path, rest[i : i + 1] = word.removeprefix("--config="), []
-        else:
-            continue
-        with open(path, encoding="utf-8") as file:
-            settings = _load_yaml(file, path)
-        if not isinstance(settings, dict):
-            raise ValueError(f"{path} must hold a mapping of options to values.")
-        return settings, rest
-    return {}, rest
-
-
-def _refuse_unknown(unknown: list[str], known: set[str], where: str) -> None:
-    if unknown:
-        nearest = difflib.get_close_matches(unknown[0], known, n=1, cutoff=0.5)
-        hint = f"; did you mean {nearest[0]!r}?" if nearest else "; see --help."
-        raise ValueError(f"Unknown option {unknown[0]!r} {where}{hint}")

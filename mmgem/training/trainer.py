@@ -19,6 +19,7 @@ from ..data.collator import PairCollator
 from ..data.pairs import BadDataError, PairDataset
 from ..data.shards import ShardStream
 from ..evaluation.evaluator import evaluate_model
+from ..evaluation.tasks import run_tasks
 from ..modeling_mmgem import MMGEMModel, contrastive_loss
 from ..processing import MMGEMProcessor
 from .arguments import MMGEMTrainingArguments
@@ -368,10 +369,13 @@ class MMGEMTrainer(Trainer):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Retrieval and held-out L_Gen; every process computes all of it."""
+        """Retrieval and held-out L_Gen, and what `--evaluation_config` asks for; every process does its part."""
         dataset: Any = self.eval_dataset if eval_dataset is None else eval_dataset
         model = self.accelerator.unwrap_model(self.model)
         metrics = evaluate_model(model, self.processor, dataset, self.args.per_device_eval_batch_size)[0]
+        if self.args.evaluation_config:
+            for section in run_tasks(model, self.processor, self.args.evaluation):
+                metrics.update(section.metrics)
         return self._log_metrics(metrics, metric_key_prefix)
 
     def _log_metrics(self, metrics: dict[str, float], metric_key_prefix: str) -> dict[str, float]:

@@ -194,7 +194,7 @@ def test_files_that_are_something_else_are_named(annotations, tmp_path):
         with pytest.raises(ValueError, match=f"other.json.*{message}"):
             read_annotations([str(tmp_path / "other.json")], images)
     (tmp_path / "other.json").write_text('{"images": [{"id": 1}], "annotations": []}')
-    with pytest.raises(ValueError, match=r"other\.json is not as COCO"):
+    with pytest.raises(ValueError, match=r"other\.json is not as its kind"):
         read_annotations([str(tmp_path / "other.json")], images)
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="image_folders"):

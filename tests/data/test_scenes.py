@@ -20,16 +20,16 @@ def test():
 
 def test_same_seed_same_scenes_whatever_the_order_or_size(train):
     shorter = ScenesDataset("train", 20)
-    assert shorter.captions == train.captions[:20]
+    assert shorter["caption"] == train["caption"][:20]
     first, again = train[7], train[7]
     assert np.array_equal(np.asarray(first["image"]), np.asarray(again["image"]))
     assert first["long_caption"] == again["long_caption"]
-    assert ScenesDataset("train", 20, seed=1).captions != shorter.captions
+    assert ScenesDataset("train", 20, seed=1)["caption"] != shorter["caption"]
 
 
 def test_another_size_is_the_same_scene(test):
     large = ScenesDataset("test", 60, image_size=224)
-    assert large.captions == test.captions[:60]
+    assert large["caption"] == test["caption"][:60]
     for small, big in zip((test[i] for i in range(60)), large):
         assert big["image"].size == (224, 224)
         for a, b in zip(small["regions"], big["regions"]):
@@ -46,10 +46,10 @@ def test_held_out_captions_never_occur_in_training_read_from_either_end(train, t
         return f"a {phrases[0]}" + "".join(f" {r} a {p}" for r, p in zip(relations, phrases[1:]))
 
     validation = ScenesDataset("validation", 500)
-    seen = set(train.captions) | {backwards(scene) for scene in train.scenes}
-    assert not seen & set(test.captions) and not seen & set(validation.captions)
-    assert not set(test.captions) & set(validation.captions)
-    assert len(set(test.captions)) == 500
+    seen = set(train["caption"]) | {backwards(scene) for scene in train.scenes}
+    assert not seen & set(test["caption"]) and not seen & set(validation["caption"])
+    assert not set(test["caption"]) & set(validation["caption"])
+    assert len(set(test["caption"])) == 500
     assert min(len(scene.objects) for scene in test.scenes) == 2
     assert {len(scene.objects) for scene in train.scenes} == {1, 2, 3, 4}
 
@@ -95,13 +95,13 @@ def test_colour_counting_does_not_solve_retrieval(train, test):
         bins = draw(scene, 64)[0] // 64
         return np.bincount((bins @ np.array([16, 4, 1])).ravel(), minlength=64) / 64**2
 
-    words = sorted({word for caption in train.captions for word in caption.split()})
+    words = sorted({word for caption in train["caption"] for word in caption.split()})
 
     def bag(captions):
         return np.array([[caption.split().count(word) for word in words] for caption in captions], dtype=float)
 
-    x, y = np.array([histogram(scene) for scene in train.scenes]), bag(train.captions)
-    x_test, y_test = np.array([histogram(scene) for scene in test.scenes]), bag(test.captions)
+    x, y = np.array([histogram(scene) for scene in train.scenes]), bag(train["caption"])
+    x_test, y_test = np.array([histogram(scene) for scene in test.scenes]), bag(test["caption"])
     recalls = []
     for alpha in (1e-4, 1e-3, 1e-2, 1e-1, 1, 10):
         centred = x - x.mean(0)

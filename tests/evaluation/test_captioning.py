@@ -1,4 +1,4 @@
-"""CIDEr-D and BLEU against their formulas, written out slowly."""
+"""Caption metrics against their formulas, written out slowly, and against others' code."""
 
 import math
 from collections import Counter
@@ -6,8 +6,10 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from mmgem.evaluation.captioning import best_constant_caption, bleu, cider_d, tokenize
+from mmgem.evaluation.captioning import best_constant_caption, bleu, cider_d, meteor_exact, rouge_l, tokenize
 
 
 REFERENCES = [
@@ -114,3 +116,98 @@ def test_errors_name_the_offender():
         bleu(["a", "b"], [["a"], []])
     with pytest.raises(ValueError, match="0 candidates"):
         cider_d([], [])
+
+
+WORDS = ["a", "dog", "cat", "runs", "sleeps", "on", "the", "red", "blue", "sofa", "beach", "with", "two"]
+
+
+def corpus(seed, pictures=30):
+    """Captions and references of few words, so that many n-grams match."""
+    rng = np.random.default_rng(seed)
+    text = lambda: " ".join(rng.choice(WORDS, rng.integers(2, 12)))  # noqa: E731
+    references = [[text() for _ in range(rng.integers(1, 6))] for _ in range(pictures)]
+    return [text() if rng.random() < 0.7 else of[0] for of in references], references
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_equal_to_coco_captions_own_python(seed):
+    """Where its Java tokenizer has nothing to do: lower-case words with single spaces."""
+    from pycocoevalcap.bleu.bleu import Bleu
+    from pycocoevalcap.cider.cider import Cider
+    from pycocoevalcap.rouge.rouge import Rouge
+
+    candidates, references = corpus(seed)
+    results = {i: [caption] for i, caption in enumerate(candidates)}
+    of_images = dict(enumerate(references))
+    mean, scores = Cider().compute_score(of_images, results)
+    assert cider_d(candidates, references)[0] == pytest.approx(mean, rel=1e-6)
+    np.testing.assert_allclose(cider_d(candidates, references)[1], scores, atol=1e-6)
+    theirs, _ = Bleu(4).compute_score(of_images, results, verbose=0)
+    assert bleu(candidates, references) == pytest.approx(theirs, abs=1e-6)
+    mean, scores = Rouge().compute_score(of_images, results)
+    np.testing.assert_allclose(rouge_l(candidates, references)[1], scores, atol=1e-9)
+    assert rouge_l(candidates, references)[0] == pytest.approx(mean)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_bleu_equals_sacrebleu(seed):
+    from sacrebleu.metrics import BLEU
+
+    candidates, references = corpus(seed)
+    longest = max(map(len, references))
+    columns = [[of[i] if i < len(of) else None for of in references] for i in range(longest)]
+    score = BLEU(tokenize="none", smooth_method="none").corpus_score(candidates, columns)
+    assert bleu(candidates, references)[3] == pytest.approx(score.score / 100, abs=1e-6)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_meteors_exact_part_equals_nltks(seed):
+    from nltk.translate.meteor_score import meteor_score
+
+    class Nothing:
+        def stem(self, word):
+            return word
+
+        def synsets(self, word):
+            return []
+
+    for candidate, of_image in zip(*corpus(seed, 100)):
+        words = [reference.split() for reference in of_image]
+        theirs = meteor_score(words, candidate.split(), stemmer=Nothing(), wordnet=Nothing())
+        assert meteor_exact(candidate, of_image) == pytest.approx(theirs, abs=1e-9)
+
+
+def test_rouge_l_and_meteor_by_hand():
+    # Three of four words of the candidate, three of five of the reference, in order.
+    precision, recall = 3 / 4, 3 / 5
+    expected = (1 + 1.44) * precision * recall / (recall + 1.44 * precision)
+    assert rouge_l(["a dog sees sand"], [["a brown dog on sand"]])[0] == pytest.approx(expected)
+    assert rouge_l(["", "a dog"], [["a dog"], ["two cats"]])[0] == 0
+    # Two matches in two chunks: 10 P R / (R + 9 P) of P = 1 and R = 2/3, halved.
+    assert meteor_exact("dog a", ["a brown dog"]) == pytest.approx(10 * 2 / 3 / (2 / 3 + 9) * (1 - 0.5))
+    assert meteor_exact("a dog", ["cats", "a dog"]) == pytest.approx(1 - 0.5 * (1 / 2) ** 3)
+    assert meteor_exact("", ["a dog"]) == 0
+
+
+def test_captions_without_spaces_are_scored_by_their_characters():
+    references = [["一只狗在海滩上跑"], ["两个人骑自行车"], ["ねこが寝ている"]]
+    perfect = [of[0] for of in references]
+    assert cider_d(perfect, references)[0] == pytest.approx(10)
+    assert bleu(perfect, references) == pytest.approx([1] * 4)
+    near = ["一只狗在海滩上睡", *perfect[1:]]
+    assert 0.7 < rouge_l(near, references)[1][0] < 1 and 0 < cider_d(near, references)[1][0] < 10
+
+
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 10**6), order=st.randoms(use_true_random=False))
+def test_order_changes_nothing_and_a_perfect_caption_lowers_nothing(seed, order):
+    candidates, references = corpus(seed, 8)
+    places = list(range(8))
+    order.shuffle(places)
+    shuffled = [[side[i] for i in places] for side in (candidates, references)]
+    for metric in (cider_d, rouge_l):
+        assert metric(*shuffled)[0] == pytest.approx(metric(candidates, references)[0])
+    assert bleu(*shuffled) == pytest.approx(bleu(candidates, references))
+    perfect = [references[0][0], *candidates[1:]]
+    assert cider_d(perfect, references)[0] >= cider_d(["", *candidates[1:]], references)[0]
+    assert rouge_l(perfect, references)[1][0] == pytest.approx(1)

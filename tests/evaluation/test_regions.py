@@ -70,17 +70,25 @@ def test_captions_are_those_of_each_region_alone(model, processor, dataset):
         ids = model.generate(**inputs, max_new_tokens=4, do_sample=False)
         assert processor.batch_decode(ids, skip_special_tokens=True)[0].strip() == region["caption"]
     metrics, _ = evaluate_regions(model, processor, dataset, "region-caption")
-    assert set(metrics) == {"region_caption_exact", "region_caption_cider"}
+    assert set(metrics) == {"region_caption_exact", "region_caption_cider", "dense_captioning_map"}
+    for region in regions:
+        image = dataset.read(region["index"])["image"]
+        embed = model.get_embedding(**processor(images=[image], boxes=[[region["box"]]], return_tensors="pt"))[0, 0]
+        if region["caption"]:
+            text = model.get_embedding(**processor(text=[region["caption"]], return_tensors="pt"))[0]
+            assert region["score"] == pytest.approx(float((embed @ text).detach()), abs=1e-5)
 
 
 def test_what_counts_as_right_in_a_caption():
     written = ["a small red star", "a large red star", "red", "a small red star and a blue star"]
-    regions = [{"caption": caption, "phrase": "a small red star"} for caption in written]
+    region = {"index": 0, "phrase": "a small red star", "score": 0.5}
+    regions = [{**region, "box": [9 * i, 0, 9 * i + 8, 8], "caption": caption} for i, caption in enumerate(written)]
     metrics = region_caption_metrics(regions, are_scenes=True)
     assert metrics["region_caption_exact"] == 0.25
     assert metrics["region_caption_size"] == 0.5
     assert metrics["region_caption_colour"] == 0.75, "a second colour is wrong"
     assert metrics["region_caption_shape"] == 0.75
+    assert 0.25 < metrics["dense_captioning_map"] < 1
 
 
 def test_nothing_readable_is_an_error(model, processor):

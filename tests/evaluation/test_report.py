@@ -10,7 +10,7 @@ from PIL import Image
 from mmgem.data.pairs import PairDataset
 from mmgem.data.scenes import ScenesDataset
 from mmgem.evaluation.evaluator import caption_metrics, evaluate_model, object_f1
-from mmgem.evaluation.report import GREEN, write_report
+from mmgem.evaluation.report import GREEN, class_sheet, pair_sections, write_report
 from tests.conftest import Table, make_model, make_picture
 
 
@@ -49,9 +49,11 @@ def test_report_holds_metrics_setting_and_pictures(processor, dataset, tmp_path)
         "indices": list(range(12)),
         "captions": [c[0] for c in dataset.captions()],
     }
-    path = write_report(str(tmp_path / "new"), {"text_to_image_R@1": 1.0}, {"seed": 3}, outputs, dataset)
+    metrics = {"text_to_image_R@1": 1.0, "caption_cider": 2.5}
+    sections = pair_sections(metrics, outputs, dataset)
+    path = write_report(str(tmp_path / "new"), "Of a test", sections, {"seed": 3})
     results = json.loads((tmp_path / "new" / "results.json").read_text())
-    assert results == {"metrics": {"text_to_image_R@1": 1.0}, "setting": {"seed": 3, "size": 12, "unreadable": 0}}
+    assert results == {"metrics": metrics, "setting": {"seed": 3}}
     report = Path(path).read_text()
     assert "| text_to_image_R@1 | 1 |" in report and "| seed | 3 |" in report
     for name in ("captions.png", "retrieval.png"):
@@ -59,6 +61,14 @@ def test_report_holds_metrics_setting_and_pictures(processor, dataset, tmp_path)
         assert Image.open(tmp_path / "new" / name).size[0] > 600
     frame = [pixel for _, pixel in Image.open(tmp_path / "new" / "retrieval.png").getcolors(10**6)]
     assert GREEN in frame, "the right picture is marked"
+
+
+def test_sheet_of_classes_marks_what_is_right(dataset):
+    def colours(predicted):
+        outputs = {"labels": torch.zeros(12), "predicted": torch.full((12,), float(predicted))}
+        return {pixel for _, pixel in class_sheet(dataset, outputs, ["a dog", "a cat"]).getcolors(10**6)}
+
+    assert GREEN in colours(0) and GREEN not in colours(1)
 
 
 def test_object_f1_counts_pairs_over_the_whole_set():

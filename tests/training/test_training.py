@@ -335,6 +335,6 @@ def test_fewer_pairs_than_a_batch_are_refused(processor, tmp_path):
 
 def test_scenes_are_a_table_of_pairs(processor):
     dataset = PairDataset(ScenesDataset("test", 3, image_size=32))
-    assert dataset.captions() == [[caption] for caption in dataset.table.captions]
-    assert dataset[1]["caption"] == dataset.table.captions[1]
+    assert dataset.captions() == [[caption] for caption in dataset.table["caption"]]
+    assert dataset[1]["caption"] == dataset.table["caption"][1]
     assert isinstance(make_model(processor), MMGEMModel)

@@ -1,0 +1,74 @@
+"""The files in which pictures with captions of a hundred words and more are published."""
+
+import json
+import os
+from typing import Any
+
+
+def read_long_captions(path: str) -> dict[str, list[str]] | None:
+    """
+    Captions by the names of their pictures, from any of
+
+    - DCI (Urbanek et al., 2023): the folder of annotations, a JSON file for each picture (`short_caption` and
+      `extra_caption`, which together are the caption of the whole);
+    - DOCCI (Onoe et al., 2024): `docci_descriptions.jsonlines`;
+    - ShareGPT4V (Chen et al., 2023): the list of conversations, of which the first answer is the caption;
+    - Urban1k (Zhang et al., 2024): the folder of captions, a text file for each picture.
+
+    Names end in the extension of the picture, but for Urban1k, whose captions do not say it.
+
+    Returns:
+        None where the file or folder is of another kind.
+    """
+    if os.path.isdir(path):
+        return _read_folder(path)
+    if path.endswith((".jsonl", ".jsonlines")):
+        return _read_docci(path)
+    with open(path, encoding="utf-8") as stream:
+        start = stream.read(1 << 16)
+    if '"conversations"' not in start:
+        return None
+    with open(path, encoding="utf-8") as stream:
+        return _by_picture((row["image"], _answer(row)) for row in json.load(stream) if "image" in row)
+
+
+def _read_folder(path: str) -> dict[str, list[str]] | None:
+    names = sorted(entry.name for entry in os.scandir(path) if entry.is_file())
+    texts, files = ([n for n in names if n.endswith(end)] for end in (".txt", ".json"))
+    if texts:
+        captions = {}
+        for name in texts:
+            with open(os.path.join(path, name), encoding="utf-8") as stream:
+                captions[os.path.splitext(name)[0]] = [stream.read().strip()]
+        return captions
+    if not files:
+        return None
+    return _by_picture(_read_dci(os.path.join(path, name)) for name in files)
+
+
+def _read_dci(path: str) -> tuple[str, str]:
+    with open(path, encoding="utf-8") as stream:
+        row = json.load(stream)
+    return row["image"], f"{row.get('short_caption') or ''} {row.get('extra_caption') or ''}"
+
+
+def _read_docci(path: str) -> dict[str, list[str]] | None:
+    with open(path, encoding="utf-8") as stream:
+        rows = [json.loads(line) for line in stream if line.strip()]
+    if not rows or "image_file" not in rows[0]:
+        return None
+    return _by_picture((row["image_file"], row["description"]) for row in rows)
+
+
+def _answer(row: dict[str, Any]) -> str:
+    answers = [turn["value"] for turn in row["conversations"] if turn["from"] == "gpt"]
+    if not answers:
+        raise KeyError(f"an answer about {row['image']}")
+    return answers[0]
+
+
+def _by_picture(rows: Any) -> dict[str, list[str]]:
+    captions: dict[str, list[str]] = {}
+    for image, caption in rows:
+        captions.setdefault(os.path.basename(image), []).append(caption.strip())
+    return captions

@@ -1,0 +1,94 @@
+"""The options of `python -m mmgem.evaluation`."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+TASKS = ("retrieval", "classification", "captioning", "long_text", "regions")
+
+
+@dataclass
+class EvaluationArguments:
+    """What to evaluate a model on, and on what data."""
+
+    model: str | None = field(default=None, metadata={"help": "MM-GEM checkpoint, a folder or a Hub id."})
+    adapters: list[str] = field(default_factory=list, metadata={"help": "Adapters of stage 2 beside it, for regions."})
+    tasks: list[str] = field(
+        default_factory=lambda: ["retrieval", "captioning"],
+        metadata={"help": f"Any of {', '.join(TASKS)}, separated by commas or spaces."},
+    )
+    dataset_name: str | None = field(
+        default=None, metadata={"help": "'scenes' (built in), a Hub id, or a local folder of `datasets`."}
+    )
+    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the Hub dataset."})
+    split: str = field(default="test", metadata={"help": "Of the dataset, or of Karpathy's file."})
+    data_file: str | None = field(default=None, metadata={"help": "Instead: parquet, jsonl, json or csv."})
+    annotations: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Instead: COCO's captions_*.json or instances_*.json, NoCaps' file, Karpathy's dataset_*.json, "
+            "Visual Genome's region_descriptions.json, long captions of DCI, DOCCI, ShareGPT4V or Urban1k."
+        },
+    )
+    image_folders: list[str] = field(
+        default_factory=list, metadata={"help": "Where the pictures of the annotations lie."}
+    )
+    image_column: str = field(default="image", metadata={"help": "Pictures, bytes or paths."})
+    caption_column: str = field(default="caption", metadata={"help": "A string, or a list of strings: all count."})
+    long_caption_column: str = field(
+        default="long_caption", metadata={"help": "For long_text; caption_column where there is none of this name."}
+    )
+    label_column: str = field(default="label", metadata={"help": "For classification: numbers of classes."})
+    regions_column: str = field(default="regions", metadata={"help": "For regions: lists of {box, phrase}."})
+    captions_per_image: int = field(
+        default=5,
+        metadata={"help": "So many of a picture count, from the first; the protocols have 5."},
+    )
+    class_names: list[str] | None = field(
+        default=None, metadata={"help": "For classification: names of the classes, where the data does not name them."}
+    )
+    templates: list[str] | None = field(
+        default=None, metadata={"help": "For classification: sentences with {} for the name of the class."}
+    )
+    classification_suite: str | None = field(
+        default=None,
+        metadata={"help": "For classification: YAML, a list of datasets, each a mapping of options such as these."},
+    )
+    max_lengths: list[int] = field(
+        default_factory=lambda: [50, 200], metadata={"help": "For long_text: tokens that captions are cut to."}
+    )
+    caption_samples: int | None = field(default=None, metadata={"help": "Caption so many pictures; all by default."})
+    draws: int = field(
+        default=0, metadata={"help": "Draw so many captions of each picture, and let the model choose; 0: do not."}
+    )
+    caption_results: str | None = field(
+        default=None,
+        metadata={"help": "Without a model: captions in COCO's form to score."},
+    )
+    caption_references: str | None = field(default=None, metadata={"help": "COCO's or NoCaps' reference file."})
+    max_samples: int | None = field(default=None, metadata={"help": "Use the first so many (scenes: 500)."})
+    max_length: int | None = field(default=None, metadata={"help": "Tokens per text; the processor's own by default."})
+    batch_size: int = field(default=64, metadata={"help": "Pictures, or texts, at a time."})
+    dtype: Literal["float32", "bfloat16", "float16"] = field(default="float32", metadata={"help": "Of the weights."})
+    seed: int = field(default=0, metadata={"help": "Of captions that are drawn."})
+    output_dir: str = field(default="outputs/evaluation", metadata={"help": "For results.json, report.md, pictures."})
+
+    def __post_init__(self) -> None:
+        self.tasks = [task for word in self.tasks for task in word.split(",") if task]
+        if unknown := [task for task in self.tasks if task not in TASKS]:
+            raise ValueError(f"Unknown task {unknown[0]!r}; the tasks are {', '.join(TASKS)}.")
+        if (self.caption_results is None) != (self.caption_references is None):
+            raise ValueError("caption_results are scored against caption_references: give both.")
+        if self.caption_results is not None:
+            return
+        if self.model is None:
+            raise ValueError("Give --model, or captions to score with --caption_results and --caption_references.")
+        sources = (self.dataset_name, self.data_file, self.annotations)
+        suite_alone = self.tasks == ["classification"] and self.classification_suite is not None
+        if sum(source is not None for source in sources) != (0 if suite_alone else 1):
+            raise ValueError("Give dataset_name, data_file or annotations, one of the three.")
+        if self.annotations and not self.image_folders:
+            raise ValueError("Annotations name pictures only; say where these lie with --image_folders.")
+        for name in ("batch_size", "captions_per_image"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}.")

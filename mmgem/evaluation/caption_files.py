@@ -1,0 +1,104 @@
+"""Captions in the form in which COCO's and NoCaps' servers take them, against their reference files."""
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from transformers.utils import logging
+
+from .captioning import bleu, cider_d, rouge_l
+
+
+logger = logging.get_logger(__name__)
+
+DOMAINS = ("in-domain", "near-domain", "out-domain")
+
+
+def write_caption_results(path: str, image_ids: Sequence[str], captions: Sequence[str]) -> None:
+    """`[{"image_id", "caption"}, …]`, ids that are numbers as numbers."""
+    rows = [{"image_id": int(i) if i.isdigit() else i, "caption": text} for i, text in zip(image_ids, captions)]
+    with open(path, "w", encoding="utf-8") as file:
+        json.dump(rows, file, indent=0, ensure_ascii=False)
+
+
+def read_caption_results(path: str) -> dict[str, str]:
+    """
+    The caption of each picture.
+
+    Raises:
+        ValueError: for a file of another form, or a picture with two captions.
+    """
+    with open(path, encoding="utf-8") as file:
+        rows = json.load(file)
+    if not isinstance(rows, list) or not all(
+        isinstance(row, dict) and {"image_id", "caption"} <= row.keys() for row in rows
+    ):
+        raise ValueError(f"{path} is no list of image_id and caption, as COCO's result files are.")
+    twice = [image for image, count in Counter(str(row["image_id"]) for row in rows).items() if count > 1]
+    if twice:
+        raise ValueError(f"{path} has several captions for {len(twice)} pictures, such as image_id {twice[0]}.")
+    return {str(row["image_id"]): str(row["caption"]) for row in rows}
+
+
+def read_caption_references(path: str) -> tuple[dict[str, list[str]], dict[str, str]]:
+    """
+    The references of each picture of COCO's `captions_*.json` or NoCaps' file, and the domains of the latter.
+
+    Raises:
+        ValueError: for a file of another form, or two pictures of one id.
+    """
+    with open(path, encoding="utf-8") as file:
+        content = json.load(file)
+    try:
+        ids = [str(image["id"]) for image in content["images"]]
+        domains = {str(image["id"]): str(image["domain"]) for image in content["images"] if image.get("domain")}
+        references: dict[str, list[str]] = {image: [] for image in ids}
+        for annotation in content["annotations"]:
+            references[str(annotation["image_id"])].append(annotation["caption"])
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{path} is not as COCO writes references: {error!r}.") from error
+    if len(references) < len(ids):
+        twice = Counter(ids).most_common(1)[0][0]
+        raise ValueError(f"{path} has several pictures of the id {twice}.")
+    return references, domains
+
+
+def score_captions(
+    results: Mapping[str, str], references: Mapping[str, Sequence[str]], domains: Mapping[str, str] | None = None
+) -> dict[str, float]:
+    """
+    CIDEr-D, BLEU-1 to 4 and ROUGE-L of all captions, and with `domains` of each domain alone, its document frequencies
+    being those of its own references. An empty caption scores 0, and is counted.
+
+    Raises:
+        ValueError: for captions without references, and references without a caption.
+    """
+    without = [image for image in results if not references.get(image)]
+    if without:
+        raise ValueError(f"{len(without)} captions have no references, such as that of image_id {without[0]}.")
+    missing = [image for image in references if image not in results]
+    if missing:
+        raise ValueError(
+            f"{len(missing)} of {len(references)} pictures have no caption, such as image_id {missing[0]}; COCO's "
+            "servers refuse such a file too."
+        )
+    empty = sum(not caption.strip() for caption in results.values())
+    if empty:
+        logger.warning(f"{empty} of {len(results)} captions are empty, and score 0.")
+    metrics = {**_scores(list(references), results, references), "caption_empty": empty / len(results)}
+    for domain in DOMAINS:
+        images = [image for image in references if domains and domains.get(image) == domain]
+        if images:
+            scores = _scores(images, results, references)
+            metrics.update({f"{name}_{domain.replace('-', '_')}": value for name, value in scores.items()})
+    return metrics
+
+
+def _scores(images: list[str], results: Mapping[str, str], references: Mapping[str, Any]) -> dict[str, float]:
+    captions, of_images = [results[image] for image in images], [references[image] for image in images]
+    return {
+        "caption_cider": cider_d(captions, of_images)[0],
+        **{f"caption_bleu{n}": value for n, value in enumerate(bleu(captions, of_images), 1)},
+        "caption_rouge_l": rouge_l(captions, of_images)[0],
+    }

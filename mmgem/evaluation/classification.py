@@ -1,0 +1,127 @@
+"""Zero-shot classification: the class whose sentences lie nearest to the picture (Radford et al., 2021)."""
+
+import contextlib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.nn.functional import normalize
+
+from ..data.pairs import BadDataError, PairDataset
+from ..modeling_mmgem import MMGEMModel
+from ..processing import MMGEMProcessor
+from .embedding import embed_all_texts, embed_pictures, evaluating
+from .retrieval import TIE
+from .sharing import gather_parts, gather_rows, own_part
+
+
+DEFAULT_TEMPLATES = ("a photo of a {}.",)
+RESAMPLES = 1000
+
+
+def classification_metrics(scores: torch.Tensor, labels: torch.Tensor, seed: int = 0) -> dict[str, float]:
+    """
+    Args:
+        scores (`torch.Tensor` of shape `(N, C)`): cosines of each picture with each class.
+        labels (`torch.LongTensor` of shape `(N,)`): the right classes.
+        seed: of the bootstrap.
+
+    Returns:
+        `top1` and `top5` (with more than five classes) as fractions of the pictures, where a class as near as the
+        right one counts as nearer; `mean_per_class`, the mean of the classes' own top1; and `top1_low` and
+        `top1_high`, between which 95 % of 1,000 bootstrap resamples of the pictures have their top1.
+
+    Raises:
+        ValueError: for scores that are not finite, or a label that is no class.
+    """
+    bad = (~scores.isfinite()).any(-1).nonzero().flatten().tolist()
+    if bad:
+        raise ValueError(f"The scores of {len(bad)} of {len(scores)} pictures, first of number {bad[0]}, hold NaN.")
+    wrong = ((labels < 0) | (labels >= scores.shape[1])).nonzero().flatten().tolist()
+    if len(labels) != len(scores) or not len(scores) or wrong:
+        found = f"; label {int(labels[wrong[0]])} of picture {wrong[0]} is none" if wrong else ""
+        raise ValueError(
+            f"{len(scores)} pictures need as many labels, of {scores.shape[1]} classes; there are "
+            f"{len(labels)}{found}."
+        )
+    own = scores.gather(1, labels[:, None])
+    rank = (scores >= own - TIE).sum(1)
+    first = (rank == 1).double()
+    sums = torch.zeros(scores.shape[1], dtype=torch.float64).index_add(0, labels, first)
+    counts = torch.bincount(labels, minlength=scores.shape[1])
+    generator = torch.Generator().manual_seed(seed)
+    resampled = torch.stack(
+        [first[torch.randint(len(first), (len(first),), generator=generator)].mean() for _ in range(RESAMPLES)]
+    )
+    low, high = resampled.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    metrics = {"top1": first.mean().item()}
+    if scores.shape[1] > 5:
+        metrics["top5"] = (rank <= 5).double().mean().item()
+    metrics["mean_per_class"] = (sums / counts)[counts > 0].mean().item()
+    return {**metrics, "top1_low": low, "top1_high": high}
+
+
+def class_embeddings(
+    model: MMGEMModel,
+    processor: MMGEMProcessor,
+    class_names: Sequence[str],
+    templates: Sequence[str] = DEFAULT_TEMPLATES,
+    batch_size: int = 64,
+) -> torch.Tensor:
+    """
+    `(C, D)`: the mean of each class's sentences, brought to unit norm again.
+
+    Raises:
+        ValueError: for a class without a name, two of one name, or a template without `{}`.
+    """
+    names = list(class_names)
+    for i, name in enumerate(names):
+        if not isinstance(name, str) or not name.strip():
+            raise ValueError(f"Class {i} has no name; give class_names, one for each label.")
+        if name in names[:i]:
+            raise ValueError(
+                f"Classes {names.index(name)} and {i} are both called {name!r}: nothing tells them apart."
+            )
+    for template in templates:
+        if "{}" not in template:
+            raise ValueError(f"The template {template!r} has no {{}} for the name of the class.")
+    sentences = [template.replace("{}", name) for name in names for template in templates]
+    embeds = embed_all_texts(model, processor, sentences, batch_size)
+    return normalize(embeds.view(len(names), len(templates), -1).mean(1), dim=-1)
+
+
+def evaluate_classification(
+    model: MMGEMModel,
+    processor: MMGEMProcessor,
+    dataset: PairDataset,
+    labels: Sequence[int],
+    class_names: Sequence[str],
+    templates: Sequence[str] = DEFAULT_TEMPLATES,
+    batch_size: int = 64,
+) -> tuple[dict[str, float], dict[str, Any]]:
+    """
+    [`classification_metrics`] of the pictures of `dataset` that can be read, `labels[i]` being the class of picture i.
+
+    Returns:
+        the metrics, and `indices` of the pictures that count, their `labels` and the classes `predicted`.
+    """
+    with evaluating(model):
+        classes = class_embeddings(model, processor, class_names, templates, batch_size)
+        indices: list[int] = []
+        scores = [torch.zeros(0, len(classes))]
+        part = own_part(len(dataset))
+        for start in range(0, len(part), batch_size):
+            pictures = []
+            for i in part[start : start + batch_size]:
+                with contextlib.suppress(BadDataError):
+                    pictures.append(dataset.picture(i))
+                    indices.append(i)
+            if pictures:
+                scores.append(embed_pictures(model, processor, pictures) @ classes.T)
+    indices = gather_parts(indices)
+    if not indices:
+        raise BadDataError(f"None of the {len(dataset)} pictures to classify could be read.")
+    all_scores = gather_rows(torch.cat(scores))
+    right = torch.tensor([labels[i] for i in indices])
+    metrics = classification_metrics(all_scores, right)
+    return metrics, {"indices": indices, "labels": right, "predicted": all_scores.argmax(1)}

@@ -1,0 +1,102 @@
+"""Dense captioning: boxes and their captions found together (Johnson et al., 2016)."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from .captioning import meteor_exact
+
+
+IOU_THRESHOLDS = (0.3, 0.4, 0.5, 0.6, 0.7)
+LANGUAGE_THRESHOLDS = (0.0, 0.05, 0.1, 0.15, 0.2, 0.25)
+MERGE_IOU = 0.7  # boxes of the reference that overlap this much are one, with several phrases
+
+
+def dense_captioning_map(
+    predictions: Sequence[Sequence[dict[str, Any]]], references: Sequence[Sequence[dict[str, Any]]]
+) -> dict[str, float]:
+    """
+    Mean average precision over 5 thresholds of IoU and 6 of language, as DenseCap measures it: a prediction is right
+    where the box of the reference that it overlaps most is not taken yet, and both thresholds are reached.
+
+    Instead of METEOR, which needs Java and a thesaurus, its exact part is taken ([`meteor_exact`]): lower, as synonyms
+    do not count, so figures do not compare with published ones; they do with each other.
+
+    Args:
+        predictions: per picture `{"box": [x0, y0, x1, y1], "caption", "score"}`, the score saying how sure it is.
+        references: per picture `{"box", "phrase"}`.
+
+    Returns:
+        `dense_captioning_map`, and `dense_captioning_ap_iou_{threshold}`, the mean over the thresholds of language.
+
+    Raises:
+        ValueError: for lists of different length, no reference at all, or a score that is no finite number.
+    """
+    if len(predictions) != len(references):
+        raise ValueError(f"There are predictions for {len(predictions)} pictures, references for {len(references)}.")
+    merged = [_merged(of_picture) for of_picture in references]
+    total = sum(map(len, merged))
+    if not total:
+        raise ValueError("No picture has a reference, so there is nothing to find.")
+    candidates: list[tuple[float, float, float, tuple[int, int]]] = []
+    for picture, (found, targets) in enumerate(zip(predictions, merged)):
+        for prediction in found:
+            if not np.isfinite(prediction["score"]):
+                raise ValueError(f"A prediction for picture {picture} has the score {prediction['score']}.")
+            overlap, language, target = 0.0, 0.0, -1
+            if targets:
+                overlaps = [box_iou(prediction["box"], box) for box, _ in targets]
+                target = int(np.argmax(overlaps))
+                overlap = overlaps[target]
+                language = meteor_exact(prediction["caption"], targets[target][1])
+            candidates.append((float(prediction["score"]), overlap, language, (picture, target)))
+    candidates.sort(key=lambda item: -item[0])
+    metrics = {}
+    for iou in IOU_THRESHOLDS:
+        precisions = [_average_precision(candidates, iou, language, total) for language in LANGUAGE_THRESHOLDS]
+        metrics[f"dense_captioning_ap_iou_{iou}"] = float(np.mean(precisions))
+    return {"dense_captioning_map": float(np.mean(list(metrics.values()))), **metrics}
+
+
+def box_iou(first: Sequence[float], second: Sequence[float]) -> float:
+    """Intersection over union of two `[x0, y0, x1, y1]`."""
+    width = min(first[2], second[2]) - max(first[0], second[0])
+    height = min(first[3], second[3]) - max(first[1], second[1])
+    if width <= 0 or height <= 0:
+        return 0.0
+    areas = [(box[2] - box[0]) * (box[3] - box[1]) for box in (first, second)]
+    return width * height / (sum(areas) - width * height)
+
+
+def _merged(references: Sequence[dict[str, Any]]) -> list[tuple[list[float], list[str]]]:
+    """Boxes that overlap the one with most such neighbours become their mean, until none are left."""
+    boxes = [list(map(float, reference["box"])) for reference in references]
+    left = list(range(len(boxes)))
+    merged = []
+    while left:
+        groups = {i: [j for j in left if i == j or box_iou(boxes[i], boxes[j]) >= MERGE_IOU] for i in left}
+        group = max(groups.values(), key=len)
+        merged.append((np.mean([boxes[j] for j in group], 0).tolist(), [references[j]["phrase"] for j in group]))
+        left = [i for i in left if i not in group]
+    return merged
+
+
+def _average_precision(
+    candidates: Sequence[tuple[float, float, float, tuple[int, int]]], iou: float, language: float, total: int
+) -> float:
+    """Area under the highest precision at each of 101 recalls."""
+    taken = set()
+    right = []
+    for _, overlap, score, target in candidates:
+        hit = overlap >= iou and score >= language and target not in taken
+        if hit:
+            taken.add(target)
+        right.append(hit)
+    if not right:
+        return 0.0
+    hits = np.cumsum(right)
+    recall, precision = hits / total, hits / np.arange(1, len(right) + 1)
+    best_from = np.maximum.accumulate(precision[::-1])[::-1]
+    places = np.searchsorted(recall, np.linspace(0, 1, 101), side="left")
+    return float(np.append(best_from, 0.0)[np.minimum(places, len(best_from))].mean())

@@ -1,0 +1,125 @@
+"""Embeddings of whole datasets, each process doing its part."""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from transformers.utils import logging
+
+from ..data.pairs import BadDataError, PairDataset
+from ..modeling_mmgem import MMGEMModel
+from ..processing import MMGEMProcessor
+from .sharing import gather_parts, gather_rows, own_part, process
+
+
+logger = logging.get_logger(__name__)
+
+
+@contextlib.contextmanager
+def evaluating(model: MMGEMModel) -> Iterator[None]:
+    """In eval mode for a while, whatever mode it was in."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
+@torch.inference_mode()
+def embed_texts(
+    model: MMGEMModel,
+    processor: MMGEMProcessor,
+    texts: Sequence[str],
+    batch_size: int = 64,
+    max_length: int | None = None,
+) -> torch.Tensor:
+    """`(N, D)`, unit norm, float32, on the CPU; by this process alone, and cut to `max_length` without a word."""
+    embeds = [torch.zeros(0, model.config.projection_dim)]
+    options: dict[str, Any] = {"max_length": max_length or processor.max_length, "truncation": True}
+    for start in range(0, len(texts), batch_size):
+        inputs = processor(text=list(texts[start : start + batch_size]), return_tensors="pt", **options)
+        embeds.append(model.get_embedding(**inputs.to(model.device)).float().cpu())
+    return torch.cat(embeds)
+
+
+@torch.inference_mode()
+def embed_pictures(
+    model: MMGEMModel, processor: MMGEMProcessor, pictures: Sequence[Any], whole_image_box: bool = False
+) -> torch.Tensor:
+    """`(N, D)` of opened pictures, unit norm, float32, on the CPU; with `whole_image_box` through h4."""
+    boxes = [[[0, 0, *picture.size]] for picture in pictures] if whole_image_box else None
+    inputs = processor(images=list(pictures), boxes=boxes, return_tensors="pt").to(model.device)
+    return model.get_embedding(**inputs).float().cpu().view(len(pictures), -1)
+
+
+def embed_dataset(
+    model: MMGEMModel,
+    processor: MMGEMProcessor,
+    dataset: PairDataset,
+    batch_size: int,
+    whole_image_box: bool = False,
+) -> tuple[list[int], torch.Tensor]:
+    """
+    The pictures that can be read and have a caption, by their indices, and their embeddings `(N, D)`, by all processes
+    together. With `whole_image_box` a picture is the region that covers it, through h4.
+
+    Raises:
+        BadDataError: where none can be read.
+    """
+    indices: list[int] = []
+    embeds = [torch.zeros(0, model.config.projection_dim)]
+    part = own_part(len(dataset))
+    for start in range(0, len(part), batch_size):
+        pictures = []
+        for i in part[start : start + batch_size]:
+            with contextlib.suppress(BadDataError):
+                pictures.append(dataset.read(i)["image"])
+                indices.append(i)
+        if pictures:
+            embeds.append(embed_pictures(model, processor, pictures, whole_image_box))
+    indices = gather_parts(indices)
+    if not indices:
+        raise BadDataError(f"None of the {len(dataset)} examples to evaluate on could be read.")
+    return indices, gather_rows(torch.cat(embeds))
+
+
+def embed_all_texts(
+    model: MMGEMModel,
+    processor: MMGEMProcessor,
+    texts: Sequence[str],
+    batch_size: int,
+    max_length: int | None = None,
+) -> torch.Tensor:
+    """As [`embed_texts`], by all processes together."""
+    part = own_part(len(texts))
+    return gather_rows(embed_texts(model, processor, texts[part.start : part.stop], batch_size, max_length))
+
+
+def embed_pairs(
+    model: MMGEMModel,
+    processor: MMGEMProcessor,
+    dataset: PairDataset,
+    batch_size: int,
+    whole_image_box: bool = False,
+) -> dict[str, Any]:
+    """
+    `image_embeds` of the pictures that can be read (`indices`), `text_embeds` of their captions, and `text_to_image`,
+    which says which belong together.
+    """
+    indices, images = embed_dataset(model, processor, dataset, batch_size, whole_image_box)
+    readable = dataset.select(indices).captions()
+    texts = [caption for captions in readable for caption in captions]
+    tokens = processor.tokenizer(texts, split_special_tokens=True)["input_ids"]
+    cut = sum(len(row) > processor.max_length for row in tokens)
+    if cut and process()[0] == 0:
+        logger.warning(
+            f"{cut} of {len(texts)} captions are longer than max_length={processor.max_length}, and are cut."
+        )
+    return {
+        "indices": indices,
+        "image_embeds": images,
+        "text_embeds": embed_all_texts(model, processor, texts, batch_size),
+        "text_to_image": torch.tensor([i for i, captions in enumerate(readable) for _ in captions]),
+    }

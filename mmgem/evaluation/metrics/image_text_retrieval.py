@@ -1,0 +1,28 @@
+"""Image-text retrieval as a metric of `evaluate`."""
+
+import datasets
+import evaluate
+import numpy as np
+import torch
+
+from mmgem.evaluation.retrieval import retrieval_metrics
+
+
+class ImageTextRetrieval(evaluate.Metric):
+    """R@1, R@5, R@10 and the median rank, both ways: see `mmgem.evaluation.retrieval.retrieval_metrics`."""
+
+    def _info(self) -> evaluate.MetricInfo:
+        embedding = datasets.List(datasets.Value("float32"))
+        return evaluate.MetricInfo(
+            description=self.__doc__,
+            citation="",
+            inputs_description=(
+                "predictions: the embedding of each text, of unit norm. references: the number of the picture that it "
+                "describes. image_embeds: the embeddings of the pictures, of unit norm."
+            ),
+            features=datasets.Features({"predictions": embedding, "references": datasets.Value("int64")}),
+        )
+
+    def _compute(self, predictions, references, image_embeds, ks=(1, 5, 10)):  # type: ignore[no-untyped-def]
+        texts, images = (torch.from_numpy(np.asarray(part, dtype=np.float32)) for part in (predictions, image_embeds))
+        return retrieval_metrics(texts, images, torch.as_tensor(np.asarray(references)), ks)

@@ -1,0 +1,86 @@
+"""
+MM-GEM for MTEB and MIEB (`pip install "mmgem[mteb]"`).
+
+    import mteb
+    from mmgem.evaluation.mteb import MMGEMEncoder
+
+    mteb.evaluate(MMGEMEncoder("org/mm-gem"), mteb.get_tasks(["Flickr30kT2IRetrieval", "STS17"]))
+"""
+
+from typing import Any
+
+import numpy as np
+import torch
+from mteb.models import ModelMeta
+from mteb.models.abs_encoder import AbsEncoder
+from mteb.models.model_meta import ScoringFunction
+from mteb.types import PromptType
+from torch.nn.functional import normalize
+
+from .._version import __version__
+from ..modeling_mmgem import MMGEMModel
+from ..processing import MMGEMProcessor
+from .embedding import embed_pictures, embed_texts
+
+
+class MMGEMEncoder(AbsEncoder):
+    """
+    Texts and pictures to one space; an input that has both becomes the mean of its two embeddings, of unit norm again.
+    No instructions: the model knows none.
+
+    Args:
+        model (`str`): folder or Hub id.
+        revision (`str`, *optional*): of the Hub.
+        device (`str`, *optional*): the GPU where there is one.
+    """
+
+    def __init__(self, model: str, revision: str | None = None, device: str | None = None, **kwargs: Any):
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        loaded: Any = MMGEMModel.from_pretrained(model, revision=revision or "main", **kwargs)
+        self.model = loaded.to(device).eval()
+        self.processor = MMGEMProcessor.from_pretrained(model, revision=revision or "main")
+        self.mteb_model_meta = ModelMeta(
+            loader=None,
+            name=f"mmgem/{model.rstrip('/').split('/')[-1]}",
+            revision=revision or __version__,
+            release_date=None,
+            languages=None,
+            n_parameters=self.model.num_parameters(),
+            memory_usage_mb=None,
+            max_tokens=self.processor.max_length,
+            embed_dim=self.model.config.projection_dim,
+            license="apache-2.0",
+            open_weights=True,
+            public_training_code=None,
+            public_training_data=None,
+            framework=["PyTorch", "Transformers"],
+            similarity_fn_name=ScoringFunction.COSINE,
+            use_instructions=False,
+            training_datasets=None,
+            modalities=["image", "text"],
+        )
+
+    def encode(
+        self,
+        inputs: Any,
+        *,
+        task_metadata: Any,
+        hf_split: str,
+        hf_subset: str,
+        prompt_type: PromptType | None = None,
+        **kwargs: Any,
+    ) -> np.ndarray:
+        """`(N, D)` of batches with `text`, `image`, or both; unit norm, float32."""
+        embeds = []
+        for batch in inputs:
+            parts = []
+            if "text" in batch:
+                # Some corpora hold empty documents, which the processor refuses.
+                texts = [text if text.strip() else "." for text in batch["text"]]
+                parts.append(embed_texts(self.model, self.processor, texts, len(texts)))
+            if "image" in batch:
+                parts.append(embed_pictures(self.model, self.processor, batch["image"]))
+            if not parts:
+                raise ValueError(f"MM-GEM embeds text and pictures; this batch has {', '.join(batch)}.")
+            embeds.append(normalize(torch.stack(parts).mean(0), dim=-1))
+        return torch.cat(embeds).numpy()

@@ -1,0 +1,93 @@
+"""Options of a script: dataclasses filled from a YAML file and the command line."""
+
+import difflib
+import json
+import sys
+from argparse import Namespace
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from typing import Any, get_type_hints
+
+import yaml
+from transformers import HfArgumentParser
+
+
+def parse_options(
+    types: Sequence[Any],
+    script: str,
+    arguments: list[str] | None = None,
+    implied: Callable[[Namespace], list[str]] = lambda known: [],
+) -> tuple[Any, ...]:
+    """
+    An instance of each dataclass of `types`, from `--config file.yaml` and `--option value`, the command line winning.
+
+    Args:
+        script: as the help calls it.
+        arguments: of the command line, without the script.
+        implied: options that follow from others.
+
+    Raises:
+        ValueError: for an unknown option, with the nearest known one.
+    """
+    arguments = sys.argv[1:] if arguments is None else arguments
+    parser = HfArgumentParser(list(types), allow_abbrev=False)  # type: ignore[arg-type]
+    known = {f.name for data_class in types for f in fields(data_class) if f.init}
+    hints = {name: hint for data_class in types for name, hint in get_type_hints(data_class).items()}
+    settings, rest = _read_config(arguments)
+    _refuse_unknown([name for name in settings if name not in known], known, "in the configuration file")
+    parser.usage = f"{script} [--config FILE] [--option VALUE …]   (--help lists the options)"
+    if wrong := [
+        name for name, value in settings.items() if isinstance(value, list) and "list" not in str(hints[name])
+    ]:
+        raise ValueError(f"{wrong[0]} takes one value, not a list.")
+    # Single values go the way of the command line, and are checked like those from there.
+    single = {name: value for name, value in settings.items() if value is not None and not isinstance(value, list)}
+    parser.set_defaults(**{name: value for name, value in settings.items() if name not in single})
+    words = [f"--{name}={_as_word(value)}" for name, value in single.items()]
+    words += implied(parser.parse_known_args(words + rest)[0])
+    *parsed, remaining = parser.parse_args_into_dataclasses(words + rest, return_remaining_strings=True)
+    unknown = [word.removeprefix("--").split("=")[0] for word in remaining if word.startswith("--")]
+    _refuse_unknown(unknown, known | {"config"}, "on the command line")
+    if remaining:
+        raise ValueError(f"Could not make sense of {' '.join(remaining)!r}: options are written --name value.")
+    return tuple(parsed)
+
+
+def load_yaml(source: Any, name: str) -> Any:
+    """What a text or an open file holds; a fault in it names `name`."""
+    try:
+        return yaml.safe_load(source)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{name} is no YAML: {error}") from error
+
+
+def _as_word(value: Any) -> str:
+    """A value from YAML as it would stand on the command line."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    return json.dumps(value) if isinstance(value, dict) else str(value)
+
+
+def _read_config(arguments: list[str]) -> tuple[dict[str, Any], list[str]]:
+    """The settings of `--config FILE` (or `--config=FILE`), and the other arguments."""
+    rest = [*arguments]
+    for i, word in enumerate(rest):
+        if word == "--config" and i + 1 < len(rest):
+            path, rest[i : i + 2] = rest[i + 1], []
+        elif word.startswith("--config="):
+            path, rest[i : i + 1] = word.removeprefix("--config="), []
+        else:
+            continue
+        with open(path, encoding="utf-8") as file:
+            settings = load_yaml(file, path)
+        if not isinstance(settings, dict):
+            raise ValueError(f"{path} must hold a mapping of options to values.")
+        return settings, rest
+    return {}, rest
+
+
+def _refuse_unknown(unknown: list[str], known: set[str], where: str) -> None:
+    if unknown:
+        nearest = difflib.get_close_matches(unknown[0], known, n=1, cutoff=0.5)
+        hint = f"; did you mean {nearest[0]!r}?" if nearest else "; see --help."
+        raise ValueError(f"Unknown option {unknown[0]!r} {where}{hint}")

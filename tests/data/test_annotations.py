@@ -1,0 +1,98 @@
+"""Karpathy's splits, NoCaps' domains and the files of long captions."""
+
+import json
+
+import pytest
+
+from mmgem.data.annotations import read_annotations
+from tests.conftest import make_picture
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Four pictures, a.jpg to d.jpg."""
+    (tmp_path / "images").mkdir()
+    for i, name in enumerate("abcd"):
+        make_picture(i).save(tmp_path / "images" / f"{name}.jpg")
+    return tmp_path
+
+
+def read(folder, content, splits=None, name="file.json"):
+    (folder / name).write_text(content if isinstance(content, str) else json.dumps(content))
+    return read_annotations([str(folder / name)], [str(folder / "images")], splits)
+
+
+def captions(table):
+    return {row["image"].split("/")[-1]: row["caption"] for row in table}
+
+
+def test_karpathys_splits(folder):
+    image = {"sentences": [{"raw": "one"}, {"raw": "two"}], "filepath": "../../etc"}
+    images = [{**image, "filename": f"{n}.jpg", "split": s} for n, s in zip("abc", ("train", "restval", "test"))]
+    images[2]["cocoid"] = 42
+    content = {"images": images, "dataset": "coco"}
+    assert captions(read(folder, content, ("train", "restval"))) == {"a.jpg": ["one", "two"], "b.jpg": ["one", "two"]}
+    table = read(folder, content, ("test",))
+    assert captions(table) == {"c.jpg": ["one", "two"]} and table["image_id"][0] == "42"
+    assert len(read(folder, content)) == 3
+    with pytest.raises(ValueError, match=r"no split val; it has restval, test, train"):
+        read(folder, content, ("val",))
+
+
+def test_nocaps_domains(folder):
+    images = [
+        {"id": i, "file_name": f"{n}.jpg", "domain": f"{d}-domain"}
+        for i, (n, d) in enumerate(zip("ab", ("in", "out")))
+    ]
+    annotations = [{"image_id": i, "caption": f"number {i}"} for i in (0, 1, 1)]
+    table = read(folder, {"images": images, "annotations": annotations})
+    assert [(row["image_id"], row["domain"], len(row["caption"])) for row in table] == [
+        ("0", "in-domain", 1),
+        ("1", "out-domain", 2),
+    ]
+
+
+def test_dci(folder):
+    (folder / "dci").mkdir()
+    for name in "ab":
+        row = {
+            "image": f"{name}.jpg",
+            "short_caption": f"Short {name}.",
+            "extra_caption": "Much more.",
+            "mask_data": {},
+        }
+        (folder / "dci" / f"{name}.json").write_text(json.dumps(row))
+    table = read_annotations([str(folder / "dci")], [str(folder / "images")])
+    assert captions(table) == {"a.jpg": ["Short a. Much more."], "b.jpg": ["Short b. Much more."]}
+
+
+def test_docci(folder):
+    rows = [{"example_id": n, "split": "test", "image_file": f"{n}.jpg", "description": f"All of {n}."} for n in "acx"]
+    table = read(folder, "\n".join(map(json.dumps, rows)), name="docci_descriptions.jsonlines")
+    assert captions(table) == {"a.jpg": ["All of a."], "c.jpg": ["All of c."]}
+
+
+def test_sharegpt4v(folder):
+    def row(name, answer):
+        turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": answer}]
+        return {"id": name, "image": f"coco/train2017/{name}.jpg", "conversations": turns}
+
+    content = [row("a", "A long one."), {"id": "text alone", "conversations": []}, row("d", " Another. ")]
+    assert captions(read(folder, content)) == {"a.jpg": ["A long one."], "d.jpg": ["Another."]}
+    content[0]["conversations"] = content[0]["conversations"][:1]
+    with pytest.raises(ValueError, match=r"file\.json is not as its kind is published.*coco/train2017/a\.jpg"):
+        read(folder, content)
+
+
+def test_urban1k(folder):
+    (folder / "caption").mkdir()
+    for name in "bd":
+        (folder / "caption" / f"{name}.txt").write_text(f"The city {name}.\n")
+    table = read_annotations([str(folder / "caption")], [str(folder / "images")])
+    assert captions(table) == {"b.jpg": ["The city b."], "d.jpg": ["The city d."]}
+
+
+def test_an_empty_folder_is_none_of_them(folder):
+    (folder / "nothing").mkdir()
+    with pytest.raises(ValueError, match="none of COCO's"):
+        read_annotations([str(folder / "nothing")], [str(folder / "images")])

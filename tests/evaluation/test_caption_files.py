@@ -1,0 +1,68 @@
+"""Files of captions and references, as COCO and NoCaps have them."""
+
+import json
+
+import pytest
+
+from mmgem.evaluation.caption_files import (
+    read_caption_references,
+    read_caption_results,
+    score_captions,
+    write_caption_results,
+)
+from mmgem.evaluation.captioning import bleu, cider_d, rouge_l
+
+
+REFERENCES = {"1": ["a dog runs", "the dog"], "2": ["two cats sleep"], "x": ["a boat at night", "a red boat"]}
+RESULTS = {"1": "a dog runs fast", "2": "two cats", "x": "a red boat at sea"}
+
+
+def test_what_is_written_is_read(tmp_path):
+    path = str(tmp_path / "captions.json")
+    write_caption_results(path, list(RESULTS), list(RESULTS.values()))
+    assert read_caption_results(path) == RESULTS
+    assert [row["image_id"] for row in json.loads((tmp_path / "captions.json").read_text())] == [1, 2, "x"]
+
+
+def test_scores_are_the_metrics_whatever_order_the_files_have():
+    scores = score_captions(RESULTS, REFERENCES)
+    captions = [RESULTS[image] for image in REFERENCES]
+    assert scores["caption_cider"] == cider_d(captions, list(REFERENCES.values()))[0]
+    assert scores["caption_bleu2"] == bleu(captions, list(REFERENCES.values()))[1]
+    assert scores["caption_rouge_l"] == rouge_l(captions, list(REFERENCES.values()))[0]
+    assert score_captions(dict(reversed(RESULTS.items())), REFERENCES) == scores
+
+
+def test_domains_are_scored_each_by_its_own_references(tmp_path):
+    domains = {"1": "in-domain", "2": "out-domain", "x": "out-domain"}
+    images = [{"id": image, "domain": domain} for image, domain in domains.items()]
+    annotations = [{"image_id": image, "caption": text} for image, of in REFERENCES.items() for text in of]
+    (tmp_path / "nocaps.json").write_text(json.dumps({"images": images, "annotations": annotations}))
+    references, read_domains = read_caption_references(str(tmp_path / "nocaps.json"))
+    assert (references, read_domains) == (REFERENCES, domains)
+    scores = score_captions(RESULTS, references, read_domains)
+    of_out = cider_d([RESULTS["2"], RESULTS["x"]], [REFERENCES["2"], REFERENCES["x"]])[0]
+    assert scores["caption_cider_out_domain"] == of_out != scores["caption_cider"]
+    assert "caption_cider_near_domain" not in scores
+
+
+def test_bad_files_name_the_offender(tmp_path, caplog):
+    path = tmp_path / "captions.json"
+    path.write_text('[{"image_id": 7, "caption": "a"}, {"image_id": "7", "caption": "b"}]')
+    with pytest.raises(ValueError, match="several captions for 1 pictures, such as image_id 7"):
+        read_caption_results(str(path))
+    path.write_text('{"7": "a"}')
+    with pytest.raises(ValueError, match="no list of image_id and caption"):
+        read_caption_results(str(path))
+    path.write_text('{"images": [{"id": 3}, {"id": 3}], "annotations": []}')
+    with pytest.raises(ValueError, match="several pictures of the id 3"):
+        read_caption_references(str(path))
+    path.write_text('{"images": [{"id": 3}], "annotations": [{"image_id": 4, "caption": "a"}]}')
+    with pytest.raises(ValueError, match="not as COCO writes references: KeyError\\('4'\\)"):
+        read_caption_references(str(path))
+    with pytest.raises(ValueError, match="1 captions have no references, such as that of image_id 9"):
+        score_captions({**RESULTS, "9": "a dog"}, REFERENCES)
+    with pytest.raises(ValueError, match="1 of 3 pictures have no caption, such as image_id x"):
+        score_captions({"1": "a", "2": "b"}, REFERENCES)
+    scores = score_captions({**RESULTS, "2": " "}, REFERENCES)
+    assert "1 of 3 captions are empty" in caplog.text and scores["caption_empty"] == pytest.approx(1 / 3)

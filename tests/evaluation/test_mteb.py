@@ -1,0 +1,56 @@
+"""The encoder in MTEB's own mock tasks, which need no download."""
+
+import mteb
+import numpy as np
+import pytest
+import torch
+from mteb import mocks
+
+from mmgem.evaluation.mteb import MMGEMEncoder
+from tests.conftest import make_model, make_picture
+
+
+@pytest.fixture
+def encoder(processor, tmp_path):
+    make_model(processor).save_pretrained(tmp_path / "tiny")
+    processor.save_pretrained(tmp_path / "tiny")
+    return MMGEMEncoder(str(tmp_path / "tiny"))
+
+
+@pytest.mark.parametrize(
+    "task",
+    [
+        mocks.MockSTSTask,
+        mocks.MockRetrievalTask,
+        mocks.MockAny2AnyRetrievalI2TTask,
+        mocks.MockAny2AnyRetrievalT2ITask,
+        mocks.MockZeroShotClassificationTask,
+        mocks.MockImageTextPairClassificationTask,
+        mocks.MockImageClassificationTask,
+    ],
+)
+def test_runs_mock_tasks(encoder, task):
+    results = mteb.evaluate(encoder, task(), cache=None, show_progress_bar=False)
+    scores = results.task_results[0].scores
+    assert all(np.isfinite(entry["main_score"]) for split in scores.values() for entry in split)
+
+
+def test_embeddings_are_the_models_own(encoder, processor):
+    texts, pictures = ["a dog", "the cat", "snow"], [make_picture(i) for i in range(3)]
+
+    def encode(**columns):
+        batches = [{name: values[i : i + 2] for name, values in columns.items()} for i in (0, 2)]
+        return encoder.encode(batches, task_metadata=None, hf_split="test", hf_subset="default")
+
+    model = encoder.model
+    with torch.no_grad():
+        expected_texts = model.get_embedding(**processor(text=texts, return_tensors="pt")).numpy()
+        expected_images = model.get_embedding(**processor(images=pictures, return_tensors="pt")).numpy()
+    np.testing.assert_allclose(encode(text=texts), expected_texts, atol=1e-6)
+    np.testing.assert_allclose(encode(image=pictures), expected_images, atol=1e-6)
+    both = expected_texts + expected_images
+    both /= np.linalg.norm(both, axis=1, keepdims=True)
+    np.testing.assert_allclose(encode(text=texts, image=pictures), both, atol=1e-6)
+    assert np.isfinite(encode(text=["", "a dog", " "])).all()
+    with pytest.raises(ValueError, match="this batch has audio"):
+        encode(audio=[0, 0, 0])
