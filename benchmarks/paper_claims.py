@@ -1,0 +1,231 @@
+"""
+The paper's claims on scenes, with several seeds each: what joint training costs, what the language model brings to
+long texts, what stage 2 brings to regions and to long texts, what a higher resolution brings. Writes
+docs/paper-claims.md.
+
+    python benchmarks/paper_claims.py            # three seeds, under 90 minutes on two CPU cores
+    python benchmarks/paper_claims.py --quick    # one seed and short runs, 6 minutes: does it all work?
+
+Every run is kept in `--output_dir`; started again, the script goes on with what is missing.
+"""
+
+import argparse
+import json
+import math
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytorch_optimizer
+import torch
+import yaml
+from clip_text import ClipTextSide, LanguageModelSide
+from common import print_result
+from paper_claims_page import write_page
+
+from mmgem import MMGEMModel, MMGEMProcessor
+from mmgem.data.pairs import PairDataset
+from mmgem.data.scenes import ScenesDataset
+from mmgem.evaluation.long_text import evaluate_long_text
+from mmgem.evaluation.retrieval import retrieval_metrics
+from mmgem.training.arguments import ModelArguments
+from mmgem.training.building import build_model_and_processor
+from mmgem.training.stages import parameter_groups
+
+
+ROOT = Path(__file__).parents[1]
+CONFIGS = ROOT / "configs"
+TEXT_SIDE_STEPS = 400  # of (b)
+TOWERS = ("vision_config", "text_config", "vocab_size", "projection_dim")
+Metrics = dict[str, float]
+
+
+class Runs:
+    """The runs of all claims, each done once."""
+
+    def __init__(self, folder: Path, quick: bool):
+        self.folder = folder
+        self.quick = quick
+        self.eval_samples = 100 if quick else 500
+        self.scenes = yaml.safe_load((CONFIGS / "scenes.yaml").read_text())
+        # To go on from a checkpoint, which has its own towers.
+        going_on = {name: value for name, value in self.scenes.items() if name not in TOWERS}
+        (folder / "going-on.yaml").write_text(yaml.safe_dump(going_on))
+
+    def train(self, name: str, config: Path, **options: Any) -> Metrics:
+        """A run of train.py; its metrics."""
+        results = self.folder / name / "results.json"
+        if not results.exists():
+            if self.quick:
+                options = {"max_train_samples": 2560, "warmup_steps": 10, **options, "max_steps": 40}
+            options = {"max_eval_samples": self.eval_samples, "eval_strategy": "no", "disable_tqdm": True, **options}
+            words = [word for key, value in options.items() for word in (f"--{key}", str(value))]
+            command = [sys.executable, "train.py", "--config", str(config), *words]
+            print(f"{time.strftime('%H:%M:%S')} {name}", flush=True)
+            log = self.folder / f"{name.replace('/', ' ')}.log"
+            with open(log, "w") as output:
+                subprocess.run(
+                    [*command, "--output_dir", str(results.parent)], cwd=ROOT, stdout=output, stderr=output, check=True
+                )
+        return json.loads(results.read_text())["metrics"]
+
+    def compute(self, name: str, function: Callable[[], Metrics]) -> Metrics:
+        """What a function gives, kept."""
+        file = self.folder / f"{name}.json"
+        if not file.exists():
+            print(f"{time.strftime('%H:%M:%S')} {name}", flush=True)
+            file.write_text(json.dumps(function(), indent=2) + "\n")
+        return json.loads(file.read_text())
+
+    def objectives(self, seed: int) -> dict[str, Metrics]:
+        """(a) The three objectives, the same examples in the same order."""
+        return {
+            objective: self.train(f"{objective}-{seed}", CONFIGS / "scenes.yaml", objective=objective, seed=seed)
+            for objective in ("joint", "contrastive", "caption")
+        }
+
+    def regions(self, seed: int) -> Metrics:
+        """(c) Both adapters on the joint model."""
+        base = {"init_from": str(self.folder / f"joint-{seed}"), "seed": seed}
+        found = {}
+        for adapter in ("region-caption", "region-retrieval"):
+            found.update(self.train(f"joint-{seed}/{adapter}", CONFIGS / f"scenes-{adapter}.yaml", **base))
+        return found
+
+    def text_sides(self, seed: int) -> dict[str, Metrics]:
+        """(b) Contrastive alone on short and long captions: the language model, and CLIP's text tower."""
+        sides = {"language-model": LanguageModelSide, "clip-text": ClipTextSide}
+        return {
+            name: self.compute(f"{name}-{seed}", lambda name=name, side=side: self._text_side(side, name, seed))
+            for name, side in sides.items()
+        }
+
+    def _text_side(self, side_class: Any, name: str, seed: int, column: str = "captions") -> Metrics:
+        steps = 40 if self.quick else TEXT_SIDE_STEPS
+        scenes = ScenesDataset("train", steps * self.scenes["per_device_train_batch_size"], seed=seed)
+        torch.manual_seed(seed)
+        towers = ModelArguments(**{key: self.scenes[key] for key in TOWERS})
+        words = PairDataset(scenes, caption_column="captions")  # the tokenizer knows those of long captions too
+        model, processor = build_model_and_processor(towers, words, max_length=200)
+        side = side_class(model, processor)
+        train_contrastive(side, PairDataset(scenes, caption_column=column, seed=seed), steps, self.scenes, seed)
+        if side_class is LanguageModelSide:
+            model.save_pretrained(self.folder / f"{name}-{seed}")
+            processor.save_pretrained(self.folder / f"{name}-{seed}")
+        test = ScenesDataset("test", self.eval_samples)
+        images = side.embed_pictures([test[i]["image"] for i in range(len(test))])
+        metrics = {"parameters": float(side.text_parameters())}
+        for texts in ("caption", "long_caption"):
+            for length in side.lengths:
+                ranks = retrieval_metrics(side.embed_texts(test[texts], length), images, torch.arange(len(test)))
+                metrics.update({f"{texts}_{length}_{key}": value for key, value in ranks.items()})
+        return metrics
+
+    def long_text_through_h4(self, seed: int) -> dict[str, Metrics]:
+        """
+        (d) h4 on regions and whole pictures with all their captions, beside the language model of (b), which has seen
+        long captions, and beside one that has seen short ones alone, as the paper's stage 1.
+        """
+        self.text_sides(seed)
+        short = f"short-captions-{seed}"
+        self.compute(short, lambda: self._text_side(LanguageModelSide, "short-captions", seed, column="caption"))
+        found = {}
+        for name in ("language-model", "short-captions"):
+            base = self.folder / f"{name}-{seed}"
+            options = {"init_from": str(base), "seed": seed, "caption_column": "captions", "max_length": 200}
+            adapter = CONFIGS / "scenes-region-retrieval.yaml"
+            self.train(f"{name}-{seed}/region-retrieval", adapter, **options)
+            found[name] = self.compute(f"long-text-{name}-{seed}", lambda base=base: self._long_text(base))
+        return found
+
+    def _long_text(self, base: Path) -> Metrics:
+        data = PairDataset(ScenesDataset("test", self.eval_samples), caption_column="long_caption")
+        model, processor = MMGEMModel.from_pretrained(base).eval(), MMGEMProcessor.from_pretrained(base)
+        before, _ = evaluate_long_text(model, processor, data, whole_image_box=True)
+        model.load_adapter(str(base / "region-retrieval"))
+        after, _ = evaluate_long_text(model, processor, data, whole_image_box=True)
+        return {**{f"stage_1_{key}": value for key, value in before.items()}, **after}
+
+    def resolutions(self, seed: int) -> dict[str, Metrics]:
+        """(e) The joint model trained on, on new scenes, at its own resolution and at a higher one."""
+        options = {
+            "init_from": str(self.folder / f"joint-{seed}"),
+            "seed": seed + 100,
+            "max_train_samples": 9600,
+            "max_steps": 150,
+            "learning_rate": 2e-3,
+            "warmup_steps": 15,
+        }
+        config = self.folder / "going-on.yaml"
+        return {str(side): self.train(f"{side}px-{seed}", config, image_size=side, **options) for side in (64, 96)}
+
+
+def train_contrastive(side: Any, data: PairDataset, steps: int, config: dict[str, Any], seed: int) -> None:
+    """As `configs/scenes.yaml` trains, the contrastive loss alone."""
+    groups = parameter_groups(side.trained(), config["learning_rate"], 1.0, config["weight_decay"])
+    options = {"precondition_frequency": 5, "max_precondition_dim": 256}
+    betas = (config["adam_beta1"], config["adam_beta2"])
+    optimizer = pytorch_optimizer.SOAP(groups, lr=config["learning_rate"], betas=betas, **options)
+    warmup = config["warmup_steps"] if steps > 100 else 10
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer,
+        lambda step: min(
+            (step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * max(step - warmup, 0) / (steps - warmup)))
+        ),
+    )
+    generator = torch.Generator().manual_seed(seed)
+    loader = torch.utils.data.DataLoader(
+        data, config["per_device_train_batch_size"], True, drop_last=True, collate_fn=side.collate, generator=generator
+    )
+    for step, batch in zip(range(steps), loader):
+        loss = side.loss(batch)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(side.trained().parameters(), config["max_grad_norm"])
+        optimizer.step()
+        schedule.step()
+        side.clamp()
+        if step % 100 == 0:
+            print(f"  step {step}, loss {loss.item():.3f}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--output_dir", type=Path, default=None)
+    parser.add_argument("--page", type=Path, default=None, help="docs/paper-claims.md; beside the runs with --quick")
+    parser.add_argument("--seeds", type=int, nargs="+", default=None)
+    options = parser.parse_args()
+    folder = options.output_dir or Path("outputs/paper-claims-quick" if options.quick else "outputs/paper-claims")
+    folder.mkdir(parents=True, exist_ok=True)
+    seeds = options.seeds or ([0] if options.quick else [0, 1, 2])
+    runs = Runs(folder.resolve(), options.quick)
+    start = time.time()
+    found: dict[str, list[Any]] = {}
+    for seed in seeds:
+        for claim in ("objectives", "regions", "text_sides", "long_text_through_h4", "resolutions"):
+            found.setdefault(claim, []).append(getattr(runs, claim)(seed))
+    minutes = (time.time() - start) / 60
+    page = options.page or (folder / "paper-claims.md" if options.quick else ROOT / "docs" / "paper-claims.md")
+    write_page(page, found, seeds, runs.eval_samples)
+    pictures = page.parent / "images"
+    pictures.mkdir(exist_ok=True)
+    for name in ("region-caption/regions.png", "region-retrieval/heat_maps.png", "captions.png"):
+        target = pictures / f"paper-claims-{Path(name).name.replace('_', '-')}"
+        shutil.copy(folder / f"joint-{seeds[0]}" / name, target)
+    ratio = statistics.mean(
+        run["joint"]["text_to_image_R@1"] / run["contrastive"]["text_to_image_R@1"] for run in found["objectives"]
+    )
+    print(f"{minutes:.0f} minutes, but for what was done before. {page}")
+    print_result(
+        "paper_claims", round(ratio, 3), "x R@1 of contrastive alone, joint", "about 1", "itself, without L_Gen"
+    )
+
+
+if __name__ == "__main__":
+    main()
