@@ -5,10 +5,12 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import datasets
 import torch
 import transformers
+from PIL import Image
 from transformers.models.clip import CLIPImageProcessorPil
 
 import mmgem
@@ -89,6 +91,13 @@ def alternate(runs: dict[str, Callable[[], object]], repeats: int) -> dict[str, 
             if repeat > 0:
                 seconds[name].append(time.perf_counter() - start)
     return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def save_for_docs(source: str | Path, target: str | Path) -> None:
+    """A copy of a picture that a page can bear: 900 pixels wide at most, 128 colours."""
+    image = Image.open(source).convert("RGB")
+    image.thumbnail((900, 10_000), Image.Resampling.LANCZOS)
+    image.quantize(128, dither=Image.Dither.NONE).save(target, optimize=True)
 
 
 def print_result(name: str, value: float, unit: str, goal: str, peer: str, **versions: str) -> None:

@@ -12,7 +12,6 @@ Every run is kept in `--output_dir`; started again, the script goes on with what
 import argparse
 import json
 import math
-import shutil
 import statistics
 import subprocess
 import sys
@@ -25,7 +24,7 @@ import pytorch_optimizer
 import torch
 import yaml
 from clip_text import ClipTextSide, LanguageModelSide
-from common import print_result
+from common import print_result, save_for_docs
 from paper_claims_page import write_page
 
 from mmgem import MMGEMModel, MMGEMProcessor
@@ -217,7 +216,7 @@ def main() -> None:
     pictures.mkdir(exist_ok=True)
     for name in ("region-caption/regions.png", "region-retrieval/heat_maps.png", "captions.png"):
         target = pictures / f"paper-claims-{Path(name).name.replace('_', '-')}"
-        shutil.copy(folder / f"joint-{seeds[0]}" / name, target)
+        save_for_docs(folder / f"joint-{seeds[0]}" / name, target)
     ratio = statistics.mean(
         run["joint"]["text_to_image_R@1"] / run["contrastive"]["text_to_image_R@1"] for run in found["objectives"]
     )

@@ -28,8 +28,8 @@ INTRODUCTION = """
 Written by `python benchmarks/paper_claims.py`. The demo's model (0.8 M parameters) and data (drawn scenes, 64 px);
 every row of a table was trained on the same examples for as many steps, with {seeds} seed(s), and judged on {samples}
 held-out scenes. Figures are means, ± the standard deviation over seeds. "Holds" means: in the direction claimed by
-more than the standard deviation of the difference over seeds, or, where the claim is that nothing is lost, not worse by
-more.
+more than the standard deviation of the difference over seeds, or, where the claim is that nothing is lost, not worse
+by more.
 """
 
 

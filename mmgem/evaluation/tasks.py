@@ -116,13 +116,23 @@ def long_text(model: MMGEMModel, processor: MMGEMProcessor, arguments: Evaluatio
         model, processor, dataset, arguments.batch_size, arguments.max_lengths, whole_image_box=through_h4
     )
     words = outputs["words"]
+    names = [f"{way}_{name}" for way in ("text_to_image", "image_to_text") for name in ("R@1", "R@5", "R@10")]
     lines = [
         f"{_counted(dataset.select(outputs['indices']), dataset)}, {len(words)} captions of {min(words)} to "
         f"{max(words)} words, on average {sum(words) / len(words):.0f}.",
         "",
-        *table(metrics),
+        f"| cut to | that many are | pictures | {' | '.join(names)} |",
+        "|---" * (3 + len(names)) + "|",
     ]
-    return Section("Long texts", metrics, lines, {})
+    for length in arguments.max_lengths:
+        for path, called in {"": "whole", "_whole_box": "as the box that covers them, through h4"}.items():
+            keys = [f"long_text_{length}{path}_{name}" for name in names]
+            if any(key in metrics for key in keys):
+                cells = [f"{metrics[key]:.4g}" if key in metrics else "" for key in keys]
+                cut = f"{metrics[f'long_text_{length}_cut']:.0%}"
+                lines.append(f"| {length} tokens | {cut} | {called} | {' | '.join(cells)} |")
+    by_words = {name: value for name, value in metrics.items() if name.endswith("_words")}
+    return Section("Long texts", metrics, [*lines, "", *table(by_words)], {})
 
 
 def regions(model: MMGEMModel, processor: MMGEMProcessor, arguments: EvaluationArguments) -> Section:
