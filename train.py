@@ -97,24 +97,26 @@ def main() -> None:
         **environment(),
     }
     # What others will load, not what is at hand.
-    if args.stage == "1":
-        model = MMGEMModel.from_pretrained(args.output_dir).to(args.device)
-        metrics, outputs = evaluate_model(
-            model, trainer.processor, eval_dataset, args.per_device_eval_batch_size, args.caption_samples
-        )
-        size = len(outputs["indices"])
-        setting.update(size=size, unreadable=len(eval_dataset) - size)
-        sections = pair_sections(metrics, outputs, eval_dataset) if is_first else []
-    else:
-        setting["base"] = model_args.init_from
-        model = MMGEMModel.from_pretrained(model_args.init_from).to(args.device)
-        model.load_adapter(args.output_dir, adapter_name=args.stage)
-        metrics, outputs = evaluate_adapter(
-            model, trainer.processor, eval_dataset, args.stage, args.per_device_eval_batch_size
-        )
-        setting.update(size=len(eval_dataset), regions=len(outputs["stage_2"]), k=model.region_grid_size)
-        shown = (args.stage, metrics, outputs, model, trainer.processor, eval_dataset)
-        sections = [region_section(*shown)] if is_first else []
+    base = args.output_dir if args.stage == "1" else model_args.init_from
+    model = MMGEMModel.from_pretrained(base).to(args.device)
+    try:
+        if args.stage == "1":
+            metrics, outputs = evaluate_model(
+                model, trainer.processor, eval_dataset, args.per_device_eval_batch_size, args.caption_samples
+            )
+            size = len(outputs["indices"])
+            setting.update(size=size, unreadable=len(eval_dataset) - size)
+            sections = pair_sections(metrics, outputs, eval_dataset) if is_first else []
+        else:
+            model.load_adapter(args.output_dir, adapter_name=args.stage)
+            shown = (model, trainer.processor, eval_dataset)
+            metrics, outputs = evaluate_adapter(*shown, args.stage, args.per_device_eval_batch_size)
+            setting.update(
+                size=len(eval_dataset), regions=len(outputs["stage_2"]), k=model.region_grid_size, base=base
+            )
+            sections = [region_section(args.stage, metrics, outputs, *shown)] if is_first else []
+    except ValueError as error:
+        sys.exit(f"error: {args.output_dir} is saved, but could not be evaluated: {error}")
     trainer.leave_process_group()
     if not is_first:
         return

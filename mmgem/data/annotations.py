@@ -19,6 +19,7 @@ FEATURES = datasets.Features(
     {
         "image": datasets.Value("string"),
         "caption": datasets.List(datasets.Value("string")),
+        "long_caption": datasets.List(datasets.Value("string")),
         "regions": datasets.List(REGION),
         "width": datasets.Value("int64"),
         "height": datasets.Value("int64"),
@@ -38,7 +39,7 @@ def read_annotations(
     - Karpathy's `dataset_coco.json`, `dataset_flickr30k.json`, `dataset_flickr8k.json`: the pictures of `splits`;
     - COCO's `instances_*.json`: boxes, described by the names of their categories; those of crowds are left out;
     - Visual Genome's `region_descriptions.json`: boxes with phrases;
-    - long captions (DCI, DOCCI, ShareGPT4V, Urban1k): see [`read_long_captions`].
+    - long captions (DCI, DOCCI, ShareGPT4V, Urban1k): see [`read_long_captions`]; in a column of their own.
 
     Args:
         files: such files and folders, told apart by what they hold.
@@ -47,15 +48,18 @@ def read_annotations(
         splits: which of Karpathy's splits to read.
 
     Returns:
-        columns `image` (path), `caption` (list of texts), `regions` (list of `{"box": [x0, y0, x1, y1], "phrase"}`),
-        `width` and `height` (pixels), `image_id` (COCO's) and `domain` (NoCaps'), null where the file does not say; a
-        row for each picture that something is said about and that is there. How many are not there is logged.
+        columns `image` (path), `caption` (list of texts), `long_caption` (the same; where there is any), `regions`
+        (list of `{"box": [x0, y0, x1, y1], "phrase"}`), `width` and `height` (pixels), `image_id` (COCO's) and
+        `domain` (NoCaps'), null where the file does not say; a row for each picture that something is said about and
+        that is there. How many are not there is logged.
 
     Raises:
-        ValueError: for a file of another kind, for two pictures of one name, or where no picture is there; for a file
-            of Karpathy's that has none of `splits`.
+        ValueError: for a file of another kind, for two pictures of one name or id, for a file given twice, or where no
+            picture is there; for a file of Karpathy's that has none of `splits`.
         FileNotFoundError: for a file or folder that is not there.
     """
+    if len({os.path.realpath(file) for file in files}) < len(files):
+        raise ValueError(f"One of {', '.join(files)} is given twice.")
     paths = _pictures(image_folders)
     rows: dict[str, dict[str, Any]] = {}
     missing: list[str] = []
@@ -67,14 +71,15 @@ def read_annotations(
         except (KeyError, TypeError, IndexError, AttributeError) as error:
             raise ValueError(f"{file} is not as its kind is published: {error!r}.") from error
     folders = ", ".join(image_folders)
-    found = [row for _, row in sorted(rows.items()) if row["caption"] or row["regions"]]
+    found = [row for _, row in sorted(rows.items()) if row["caption"] or row["long_caption"] or row["regions"]]
     if not found:
         raise ValueError(
             f"None of the pictures that {', '.join(files)} speak of is in {folders}; set --image_folders."
         )
     if missing:
         logger.warning(f"{len(missing)} pictures, such as {missing[0]}, are not in {folders}, and were left out.")
-    return datasets.Dataset.from_list(found, features=FEATURES)
+    table = datasets.Dataset.from_list(found, features=FEATURES)
+    return table if any(row["long_caption"] for row in found) else table.remove_columns("long_caption")
 
 
 def _add(file: str, paths: dict[str, str], rows: dict[str, dict[str, Any]], splits: Sequence[str] | None) -> list[str]:
@@ -85,7 +90,7 @@ def _add(file: str, paths: dict[str, str], rows: dict[str, dict[str, Any]], spli
         with open(file, encoding="utf-8") as stream:
             content = json.load(stream)
         if isinstance(content, dict) and "annotations" in content:
-            return _add_coco(content, paths, rows)
+            return _add_coco(file, content, paths, rows)
         if isinstance(content, dict) and "sentences" in next(iter(content.get("images", [])), {}):
             return _add_karpathy(file, content, paths, rows, splits)
         if isinstance(content, list) and content and "regions" in content[0]:
@@ -109,15 +114,21 @@ def _pictures(folders: Sequence[str]) -> dict[str, str]:
 
 
 def _row(rows: dict[str, dict[str, Any]], path: str, known: dict[str, Any]) -> dict[str, Any]:
-    row = rows.setdefault(path, {**dict.fromkeys(FEATURES), "image": path, "caption": [], "regions": []})
+    row = rows.setdefault(
+        path, {**dict.fromkeys(FEATURES), "image": path, "caption": [], "long_caption": [], "regions": []}
+    )
     row.update({name: value for name, value in known.items() if value is not None})
     return row
 
 
-def _add_coco(content: dict[str, Any], paths: dict[str, str], rows: dict[str, dict[str, Any]]) -> list[str]:
+def _add_coco(file: str, content: dict[str, Any], paths: dict[str, str], rows: dict[str, dict[str, Any]]) -> list[str]:
     names = {category["id"]: category["name"] for category in content.get("categories", [])}
     pictures, missing = {}, []
+    taken = set()
     for image in content["images"]:
+        if image["id"] in taken:
+            raise ValueError(f"{file} has two pictures of the id {image['id']}.")
+        taken.add(image["id"])
         name = os.path.basename(image["file_name"])
         if name in paths:
             known = {key: image.get(key) for key in ("width", "height", "domain")}
@@ -153,7 +164,7 @@ def _add_karpathy(
         if image["filename"] not in paths:
             missing.append(image["filename"])
             continue
-        known = {"image_id": str(image["cocoid"]) if "cocoid" in image else None}
+        known = {"image_id": str(image.get("cocoid", image["filename"]))}
         row = _row(rows, paths[image["filename"]], known)
         row["caption"] += [sentence["raw"] for sentence in image["sentences"]]
     return missing
@@ -169,7 +180,7 @@ def _add_long_captions(
         if path is None:
             missing.append(name)
         else:
-            _row(rows, path, {})["caption"] += texts
+            _row(rows, path, {})["long_caption"] += texts
     return missing
 
 

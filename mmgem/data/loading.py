@@ -89,9 +89,9 @@ def _read_held_out(arguments: DataArguments) -> Table | None:
 def _annotations(files: list[str], arguments: DataArguments, splits: tuple[str, ...]) -> datasets.Dataset:
     """With the columns named as the options say; `splits` are Karpathy's."""
     names = {"image": arguments.image_column, "caption": arguments.caption_column, "regions": arguments.regions_column}
-    return read_annotations(files, arguments.image_folders, splits).rename_columns(
-        {old: new for old, new in names.items() if old != new}
-    )
+    table = read_annotations(files, arguments.image_folders, splits)
+    # "long_caption" is there already where there is one.
+    return table.rename_columns({old: new for old, new in names.items() if new not in table.column_names})
 
 
 def _pairs(table: Table, arguments: DataArguments, seed: int, held_out: bool = False) -> PairDataset:

@@ -13,14 +13,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from accelerate import PartialState
+from datasets.exceptions import DatasetsError
 
-from ..data.pairs import BadDataError
-from ..modeling_mmgem import MMGEMModel
 from ..options import parse_options
 from ..processing import MMGEMProcessor
 from .arguments import EvaluationArguments
 from .report import environment, write_report
-from .tasks import run_tasks, score_caption_files
+from .tasks import load_model, run_tasks, score_caption_files
 
 
 def main() -> None:
@@ -32,36 +31,18 @@ def main() -> None:
             setting = {"captions": arguments.caption_results, "references": arguments.caption_references}
         else:
             state = PartialState(cpu=not torch.cuda.is_available())
-            model, processor = load_model(arguments, state.device)
-            sections = run_tasks(model, processor, arguments)
+            model, processor = load_model(arguments)
+            sections = run_tasks(model.to(state.device), processor, arguments)
             setting = describe(arguments, processor, state)
             if not state.is_main_process:
                 return
-    except (ValueError, OSError, BadDataError) as error:
+    except (ValueError, OSError, DatasetsError) as error:
         sys.exit(f"error: {error}")
     report = write_report(arguments.output_dir, "Evaluation", sections, {**setting, **environment()})
     for section in sections:
         for name, value in section.metrics.items():
             print(f"{name:44} {value:.4f}")
     print(f"Report: {os.path.relpath(report)}")
-
-
-def load_model(arguments: EvaluationArguments, device: torch.device) -> tuple[MMGEMModel, MMGEMProcessor]:
-    """The checkpoint with its adapters, all of them active, in eval mode."""
-    assert arguments.model is not None
-    try:
-        model = MMGEMModel.from_pretrained(arguments.model, dtype=getattr(torch, arguments.dtype)).eval()
-        processor = MMGEMProcessor.from_pretrained(arguments.model)
-    except OSError as error:
-        raise OSError(f"{arguments.model} is no checkpoint that can be loaded: {error}") from error
-    names = [f"adapter_{i}" for i in range(len(arguments.adapters))]
-    for name, adapter in zip(names, arguments.adapters):
-        model.load_adapter(adapter, adapter_name=name)
-    if names:
-        model.set_adapter(names)
-    processor.max_length = arguments.max_length or processor.max_length
-    processor.region_grid_size = model.region_grid_size
-    return model.to(device), processor
 
 
 def describe(arguments: EvaluationArguments, processor: MMGEMProcessor, state: PartialState) -> dict[str, Any]:
@@ -72,15 +53,13 @@ def describe(arguments: EvaluationArguments, processor: MMGEMProcessor, state: P
         "dataset": arguments.dataset_name or arguments.data_file or arguments.annotations,
         **used,
         "prompt": "<image>[CAP]",
-        "max_length": processor.max_length,
+        "max_length": arguments.max_length or processor.max_length,
         "device": str(state.device),
         "processes": state.num_processes,
     }
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    main()
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -42,7 +42,7 @@ class EvaluationArguments:
     regions_column: str = field(default="regions", metadata={"help": "For regions: lists of {box, phrase}."})
     captions_per_image: int = field(
         default=5,
-        metadata={"help": "So many of a picture count, from the first; the protocols have 5."},
+        metadata={"help": "For retrieval: the first so many of a picture."},
     )
     class_names: list[str] | None = field(
         default=None, metadata={"help": "For classification: names of the classes, where the data does not name them."}
@@ -58,6 +58,7 @@ class EvaluationArguments:
         default_factory=lambda: [50, 200], metadata={"help": "For long_text: tokens that captions are cut to."}
     )
     caption_samples: int | None = field(default=None, metadata={"help": "Caption so many pictures; all by default."})
+    num_beams: int = field(default=1, metadata={"help": "For captioning: beams; 1: the most probable word by word."})
     draws: int = field(
         default=0, metadata={"help": "Draw so many captions of each picture, and let the model choose; 0: do not."}
     )
@@ -65,7 +66,12 @@ class EvaluationArguments:
         default=None,
         metadata={"help": "Without a model: captions in COCO's form to score."},
     )
-    caption_references: str | None = field(default=None, metadata={"help": "COCO's or NoCaps' reference file."})
+    caption_references: str | None = field(
+        default=None, metadata={"help": "COCO's, NoCaps' or Karpathy's reference file (with --split)."}
+    )
+    caption_subset: bool = field(
+        default=False, metadata={"help": "Score the pictures that caption_results has, not all of caption_references."}
+    )
     max_samples: int | None = field(default=None, metadata={"help": "Use the first so many (scenes: 500)."})
     max_length: int | None = field(default=None, metadata={"help": "Tokens per text; the processor's own by default."})
     batch_size: int = field(default=64, metadata={"help": "Pictures, or texts, at a time."})
@@ -89,6 +95,12 @@ class EvaluationArguments:
             raise ValueError("Give dataset_name, data_file or annotations, one of the three.")
         if self.annotations and not self.image_folders:
             raise ValueError("Annotations name pictures only; say where these lie with --image_folders.")
-        for name in ("batch_size", "captions_per_image"):
-            if getattr(self, name) < 1:
+        for name, least in {"batch_size": 1, "captions_per_image": 1, "num_beams": 1, "draws": 0}.items():
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be {least} or more, got {getattr(self, name)}.")
+        for name in ("caption_samples", "max_samples"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}.")
+        for length in [*self.max_lengths, *filter(None, [self.max_length])]:
+            if length < 4:
+                raise ValueError(f"A text of {length} tokens holds no word beside BOS and [EMB].")

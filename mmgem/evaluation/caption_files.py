@@ -38,23 +38,33 @@ def read_caption_results(path: str) -> dict[str, str]:
     twice = [image for image, count in Counter(str(row["image_id"]) for row in rows).items() if count > 1]
     if twice:
         raise ValueError(f"{path} has several captions for {len(twice)} pictures, such as image_id {twice[0]}.")
-    return {str(row["image_id"]): str(row["caption"]) for row in rows}
+    if wrong := [row["image_id"] for row in rows if not isinstance(row["caption"], str)]:
+        raise ValueError(f"{path} has no text as the caption of image_id {wrong[0]}.")
+    return {str(row["image_id"]): row["caption"] for row in rows}
 
 
-def read_caption_references(path: str) -> tuple[dict[str, list[str]], dict[str, str]]:
+def read_caption_references(path: str, split: str = "test") -> tuple[dict[str, list[str]], dict[str, str]]:
     """
-    The references of each picture of COCO's `captions_*.json` or NoCaps' file, and the domains of the latter.
+    The references of each picture of COCO's `captions_*.json`, NoCaps' file or a `split` of Karpathy's, and the
+    domains of NoCaps'.
 
     Raises:
-        ValueError: for a file of another form, or two pictures of one id.
+        ValueError: for a file of another form, a reference that is no text, or two pictures of one id.
     """
     with open(path, encoding="utf-8") as file:
         content = json.load(file)
     try:
-        ids = [str(image["id"]) for image in content["images"]]
-        domains = {str(image["id"]): str(image["domain"]) for image in content["images"] if image.get("domain")}
+        images = content["images"]
+        if images and "sentences" in images[0]:
+            images = [{**i, "id": i.get("cocoid", i["filename"])} for i in images if i["split"] == split]
+            texts = [(image["id"], sentence["raw"]) for image in images for sentence in image["sentences"]]
+            content = {"annotations": [{"image_id": image, "caption": text} for image, text in texts]}
+        ids = [str(image["id"]) for image in images]
+        domains = {str(image["id"]): str(image["domain"]) for image in images if image.get("domain")}
         references: dict[str, list[str]] = {image: [] for image in ids}
         for annotation in content["annotations"]:
+            if not isinstance(annotation["caption"], str):
+                raise ValueError(f"{path} has no text as a reference of picture {annotation['image_id']}.")
             references[str(annotation["image_id"])].append(annotation["caption"])
     except (KeyError, TypeError) as error:
         raise ValueError(f"{path} is not as COCO writes references: {error!r}.") from error
@@ -65,15 +75,21 @@ def read_caption_references(path: str) -> tuple[dict[str, list[str]], dict[str, 
 
 
 def score_captions(
-    results: Mapping[str, str], references: Mapping[str, Sequence[str]], domains: Mapping[str, str] | None = None
+    results: Mapping[str, str],
+    references: Mapping[str, Sequence[str]],
+    domains: Mapping[str, str] | None = None,
+    subset: bool = False,
 ) -> dict[str, float]:
     """
     CIDEr-D, BLEU-1 to 4 and ROUGE-L of all captions, and with `domains` of each domain alone, its document frequencies
-    being those of its own references. An empty caption scores 0, and is counted.
+    being those of its own references. An empty caption scores 0, and is counted. With `subset` references without a
+    caption are left out.
 
     Raises:
         ValueError: for captions without references, and references without a caption.
     """
+    if subset:
+        references = {image: of_image for image, of_image in references.items() if image in results}
     without = [image for image in results if not references.get(image)]
     if without:
         raise ValueError(f"{len(without)} captions have no references, such as that of image_id {without[0]}.")
@@ -81,7 +97,7 @@ def score_captions(
     if missing:
         raise ValueError(
             f"{len(missing)} of {len(references)} pictures have no caption, such as image_id {missing[0]}; COCO's "
-            "servers refuse such a file too."
+            "servers refuse such a file too. With --caption_subset the others alone are scored."
         )
     empty = sum(not caption.strip() for caption in results.values())
     if empty:

@@ -1,19 +1,20 @@
 """Zero-shot classification: the class whose sentences lie nearest to the picture (Radford et al., 2021)."""
 
-import contextlib
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch.nn.functional import normalize
+from transformers.utils import logging
 
-from ..data.pairs import BadDataError, PairDataset
+from ..data.pairs import PairDataset
 from ..modeling_mmgem import MMGEMModel
 from ..processing import MMGEMProcessor
-from .embedding import embed_all_texts, embed_pictures, evaluating
+from .embedding import embed_all_texts, embed_each, evaluating
 from .retrieval import TIE
-from .sharing import gather_parts, gather_rows, own_part
 
+
+logger = logging.get_logger(__name__)
 
 DEFAULT_TEMPLATES = ("a photo of a {}.",)
 RESAMPLES = 1000
@@ -22,7 +23,7 @@ RESAMPLES = 1000
 def classification_metrics(scores: torch.Tensor, labels: torch.Tensor, seed: int = 0) -> dict[str, float]:
     """
     Args:
-        scores (`torch.Tensor` of shape `(N, C)`): cosines of each picture with each class.
+        scores (`torch.Tensor` of shape `(N, C)`): of each picture for each class, such as cosines.
         labels (`torch.LongTensor` of shape `(N,)`): the right classes.
         seed: of the bootstrap.
 
@@ -45,7 +46,7 @@ def classification_metrics(scores: torch.Tensor, labels: torch.Tensor, seed: int
             f"{len(labels)}{found}."
         )
     own = scores.gather(1, labels[:, None])
-    rank = (scores >= own - TIE).sum(1)
+    rank = (scores >= own - TIE * own.abs()).sum(1)
     first = (rank == 1).double()
     sums = torch.zeros(scores.shape[1], dtype=torch.float64).index_add(0, labels, first)
     counts = torch.bincount(labels, minlength=scores.shape[1])
@@ -72,16 +73,12 @@ def class_embeddings(
     `(C, D)`: the mean of each class's sentences, brought to unit norm again.
 
     Raises:
-        ValueError: for a class without a name, two of one name, or a template without `{}`.
+        ValueError: for a class without a name, or a template without `{}`.
     """
     names = list(class_names)
     for i, name in enumerate(names):
         if not isinstance(name, str) or not name.strip():
             raise ValueError(f"Class {i} has no name; give class_names, one for each label.")
-        if name in names[:i]:
-            raise ValueError(
-                f"Classes {names.index(name)} and {i} are both called {name!r}: nothing tells them apart."
-            )
     for template in templates:
         if "{}" not in template:
             raise ValueError(f"The template {template!r} has no {{}} for the name of the class.")
@@ -101,27 +98,32 @@ def evaluate_classification(
 ) -> tuple[dict[str, float], dict[str, Any]]:
     """
     [`classification_metrics`] of the pictures of `dataset` that can be read, `labels[i]` being the class of picture i.
+    Classes of one name (CLIP's list for ImageNet has two "sunglasses") are one class.
 
     Returns:
-        the metrics, and `indices` of the pictures that count, their `labels` and the classes `predicted`.
+        the metrics, and `indices` of the pictures that count, their `labels` and the classes `predicted`, by the
+        `class_names` that are left.
     """
+    if wrong := [i for i, label in enumerate(labels) if label is None or not 0 <= label < len(class_names)]:
+        raise ValueError(
+            f"{len(wrong)} of {len(labels)} labels are no class from 0 to {len(class_names) - 1}, such as "
+            f"{labels[wrong[0]]} of picture {wrong[0]}."
+        )
+    first = {name: i for i, name in reversed(list(enumerate(class_names)))}
+    if len(first) < len(class_names):
+        logger.warning(f"{len(class_names) - len(first)} classes have the name of another, and count as one.")
+    place = {i: k for k, i in enumerate(sorted(first.values()))}
+    labels = [place[first[class_names[label]]] for label in labels]
+    class_names = [class_names[i] for i in sorted(first.values())]
     with evaluating(model):
         classes = class_embeddings(model, processor, class_names, templates, batch_size)
-        indices: list[int] = []
-        scores = [torch.zeros(0, len(classes))]
-        part = own_part(len(dataset))
-        for start in range(0, len(part), batch_size):
-            pictures = []
-            for i in part[start : start + batch_size]:
-                with contextlib.suppress(BadDataError):
-                    pictures.append(dataset.picture(i))
-                    indices.append(i)
-            if pictures:
-                scores.append(embed_pictures(model, processor, pictures) @ classes.T)
-    indices = gather_parts(indices)
-    if not indices:
-        raise BadDataError(f"None of the {len(dataset)} pictures to classify could be read.")
-    all_scores = gather_rows(torch.cat(scores))
+        indices, images = embed_each(model, processor, dataset, batch_size, dataset.picture)
+    all_scores = images @ classes.T
     right = torch.tensor([labels[i] for i in indices])
     metrics = classification_metrics(all_scores, right)
-    return metrics, {"indices": indices, "labels": right, "predicted": all_scores.argmax(1)}
+    return metrics, {
+        "indices": indices,
+        "labels": right,
+        "predicted": all_scores.argmax(1),
+        "class_names": class_names,
+    }

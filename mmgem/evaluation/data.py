@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import datasets
@@ -17,6 +17,14 @@ from .arguments import EvaluationArguments
 from .classification import DEFAULT_TEMPLATES
 
 
+SOURCES = ("dataset_name", "dataset_config_name", "data_file", "annotations")
+# Of an entry of a suite.
+ENTRY = {
+    **dict.fromkeys(("name", "metric", "dataset_name", "dataset_config_name", "data_file", "split"), str),
+    **dict.fromkeys(("image_column", "label_column"), str),
+    **dict.fromkeys(("class_names", "templates"), list),
+    "max_samples": int,
+}
 SCENE_TEMPLATES = ("a small {}", "a large {}")
 
 
@@ -29,11 +37,15 @@ class LabelledPictures:
     labels: Sequence[int]
     class_names: Sequence[str]
     templates: Sequence[str]
+    metric: str = "top1"
 
 
-def load_pairs(arguments: EvaluationArguments, image_size: int, long: bool = False) -> PairDataset:
+def load_pairs(
+    arguments: EvaluationArguments, image_size: int, long: bool = False, max_captions: int | None = None
+) -> PairDataset:
     """
-    Pictures with their captions, the long ones where there are such and they are asked for.
+    Pictures with their captions (of each the first `max_captions`), the long ones where there are such and they are
+    asked for.
 
     Raises:
         ValueError: for a column that is not there, with those that are.
@@ -47,7 +59,7 @@ def load_pairs(arguments: EvaluationArguments, image_size: int, long: bool = Fal
         named = replace(arguments, caption_column=column)
         rows = checked_table(rows, named, ("image_column", "caption_column"), arguments.max_samples)
     dataset = PairDataset(rows, arguments.image_column, column, root=os.path.dirname(file))
-    dataset.max_captions = arguments.captions_per_image
+    dataset.max_captions = max_captions
     return dataset
 
 
@@ -57,7 +69,9 @@ def load_regions(arguments: EvaluationArguments, image_size: int) -> RegionDatas
     if isinstance(rows, datasets.Dataset):
         rows = checked_table(rows, arguments, ("image_column", "regions_column"), arguments.max_samples)
     columns = (arguments.image_column, arguments.caption_column, arguments.regions_column)
-    return RegionDataset(rows, *columns, max_regions=0, root=os.path.dirname(file))
+    dataset = RegionDataset(rows, *columns, max_regions=0, root=os.path.dirname(file))
+    dataset.max_captions = arguments.captions_per_image
+    return dataset
 
 
 def load_labelled(arguments: EvaluationArguments, image_size: int) -> list[LabelledPictures]:
@@ -65,7 +79,7 @@ def load_labelled(arguments: EvaluationArguments, image_size: int) -> list[Label
     Pictures to classify: those of the dataset, or of each dataset of `classification_suite`.
 
     Raises:
-        ValueError: as [`load_pairs`]; for an entry of the suite that is no dataset, by its place in the list.
+        ValueError: as [`load_pairs`], with the place of the entry in the suite.
     """
     if arguments.classification_suite is None:
         return [_labelled("", arguments, image_size)]
@@ -74,23 +88,32 @@ def load_labelled(arguments: EvaluationArguments, image_size: int) -> list[Label
         entries = load_yaml(file, path)
     if not isinstance(entries, list):
         raise ValueError(f"{path} must hold a list of datasets.")
-    known = {f.name for f in fields(EvaluationArguments)}
-    nothing = {"dataset_name": None, "data_file": None, "annotations": None, "dataset_config_name": None}
-    loaded = []
+    loaded: list[LabelledPictures] = []
     for i, entry in enumerate(entries):
-        if not isinstance(entry, dict) or not entry.get("name") or (wrong := entry.keys() - known - {"name"}):
-            what = (
-                f"has the unknown option {min(wrong)!r}"
-                if isinstance(entry, dict) and entry.get("name")
-                else "has no name"
-            )
-            raise ValueError(
-                f"Entry {i} of {path} {what}; it is a mapping of a name and options such as dataset_name."
-            )
-        options = {name: value for name, value in entry.items() if name != "name"}
-        own = replace(arguments, classification_suite=None, **{**nothing, **options})
-        loaded.append(_labelled(entry["name"], own, image_size))
+        try:
+            own = _entry_options(entry, [data.name for data in loaded])
+            alone = {"classification_suite": None, **dict.fromkeys(SOURCES)}
+            data = _labelled(entry["name"], replace(arguments, **{**alone, **own}), image_size)
+        except (ValueError, OSError) as error:
+            raise ValueError(f"Entry {i} of {path}: {error}") from error
+        loaded.append(replace(data, metric=entry.get("metric", "top1")))
     return loaded
+
+
+def _entry_options(entry: Any, taken: list[str]) -> dict[str, Any]:
+    """The options of an entry of a suite, of the right types."""
+    if not isinstance(entry, dict):
+        raise ValueError("it is no mapping of options.")
+    for name, value in entry.items():
+        if name not in ENTRY:
+            raise ValueError(f"unknown option {name!r}; it has {', '.join(ENTRY)}.")
+        if not isinstance(value, ENTRY[name]):
+            raise ValueError(f"{name} must be of type {ENTRY[name].__name__}, got {value!r}.")
+    if "name" not in entry or entry["name"] in taken:
+        raise ValueError("it needs a name that no other has.")
+    if entry.get("metric", "top1") not in ("top1", "mean_per_class"):
+        raise ValueError(f"metric is top1 or mean_per_class, got {entry['metric']!r}.")
+    return {name: value for name, value in entry.items() if name not in ("name", "metric")}
 
 
 def _labelled(name: str, arguments: EvaluationArguments, image_size: int) -> LabelledPictures:
@@ -129,4 +152,4 @@ def _load_table(arguments: EvaluationArguments, split: str, image_size: int) -> 
     assert arguments.annotations is not None
     rows = read_annotations(arguments.annotations, arguments.image_folders, (split,))
     names = {"image": arguments.image_column, "caption": arguments.caption_column, "regions": arguments.regions_column}
-    return rows.rename_columns({old: new for old, new in names.items() if old != new}), ""
+    return rows.rename_columns({old: new for old, new in names.items() if new not in rows.column_names}), ""

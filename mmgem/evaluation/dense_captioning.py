@@ -17,8 +17,9 @@ def dense_captioning_map(
     predictions: Sequence[Sequence[dict[str, Any]]], references: Sequence[Sequence[dict[str, Any]]]
 ) -> dict[str, float]:
     """
-    Mean average precision over 5 thresholds of IoU and 6 of language, as DenseCap measures it: a prediction is right
-    where the box of the reference that it overlaps most is not taken yet, and both thresholds are reached.
+    Mean average precision over 5 thresholds of IoU and 6 of language, as DenseCap measures it: a prediction belongs to
+    the box of the reference that it overlaps most, of several the surest takes it, and it is right where IoU reaches
+    its threshold and language is above its own (so that for 0 something must match).
 
     Instead of METEOR, which needs Java and a thesaurus, its exact part is taken ([`meteor_exact`]): lower, as synonyms
     do not count, so figures do not compare with published ones; they do with each other.
@@ -44,11 +45,10 @@ def dense_captioning_map(
         for prediction in found:
             if not np.isfinite(prediction["score"]):
                 raise ValueError(f"A prediction for picture {picture} has the score {prediction['score']}.")
-            overlap, language, target = 0.0, 0.0, -1
-            if targets:
-                overlaps = [box_iou(prediction["box"], box) for box, _ in targets]
-                target = int(np.argmax(overlaps))
-                overlap = overlaps[target]
+            overlaps = [box_iou(prediction["box"], box) for box, _ in targets]
+            overlap, language, target = max(overlaps, default=0.0), 0.0, -1
+            if overlap > 0:
+                target = overlaps.index(overlap)
                 language = meteor_exact(prediction["caption"], targets[target][1])
             candidates.append((float(prediction["score"]), overlap, language, (picture, target)))
     candidates.sort(key=lambda item: -item[0])
@@ -72,11 +72,11 @@ def box_iou(first: Sequence[float], second: Sequence[float]) -> float:
 def _merged(references: Sequence[dict[str, Any]]) -> list[tuple[list[float], list[str]]]:
     """Boxes that overlap the one with most such neighbours become their mean, until none are left."""
     boxes = [list(map(float, reference["box"])) for reference in references]
+    near = [[i == j or box_iou(a, b) >= MERGE_IOU for j, b in enumerate(boxes)] for i, a in enumerate(boxes)]
     left = list(range(len(boxes)))
     merged = []
     while left:
-        groups = {i: [j for j in left if i == j or box_iou(boxes[i], boxes[j]) >= MERGE_IOU] for i in left}
-        group = max(groups.values(), key=len)
+        group = max(([j for j in left if near[i][j]] for i in left), key=len)
         merged.append((np.mean([boxes[j] for j in group], 0).tolist(), [references[j]["phrase"] for j in group]))
         left = [i for i in left if i not in group]
     return merged
@@ -89,10 +89,9 @@ def _average_precision(
     taken = set()
     right = []
     for _, overlap, score, target in candidates:
-        hit = overlap >= iou and score >= language and target not in taken
-        if hit:
+        right.append(overlap >= iou and score > language and target not in taken)
+        if overlap > 0:
             taken.add(target)
-        right.append(hit)
     if not right:
         return 0.0
     hits = np.cumsum(right)

@@ -1,7 +1,7 @@
 """Embeddings of whole datasets, each process doing its part."""
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -18,13 +18,14 @@ logger = logging.get_logger(__name__)
 
 @contextlib.contextmanager
 def evaluating(model: MMGEMModel) -> Iterator[None]:
-    """In eval mode for a while, whatever mode it was in."""
-    was_training = model.training
+    """In eval mode for a while, and then as it was, part by part."""
+    modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         yield
     finally:
-        model.train(was_training)
+        for module, mode in modes:
+            module.training = mode
 
 
 @torch.inference_mode()
@@ -54,6 +55,32 @@ def embed_pictures(
     return model.get_embedding(**inputs).float().cpu().view(len(pictures), -1)
 
 
+def readable_examples(dataset: PairDataset) -> list[int]:
+    """
+    The examples that can be read and have a caption, by their indices, found by all processes together.
+
+    Raises:
+        BadDataError: where there is none.
+    """
+    found, reasons = [], []
+    for i in own_part(len(dataset)):
+        try:
+            dataset.read(i)
+            found.append(i)
+        except BadDataError as error:
+            reasons.append(f"{i}: {error}")
+    return _usable(found, reasons, dataset)
+
+
+def _usable(indices: list[int], reasons: list[str], dataset: PairDataset) -> list[int]:
+    indices, reasons = gather_parts(indices), gather_parts(reasons)
+    if not indices:
+        raise BadDataError(f"None of the {len(dataset)} examples to evaluate on can be used; {reasons[0]}.")
+    if reasons and process()[0] == 0:
+        logger.warning(f"{len(reasons)} of {len(dataset)} examples are left out, such as {reasons[0]}.")
+    return indices
+
+
 def embed_dataset(
     model: MMGEMModel,
     processor: MMGEMProcessor,
@@ -68,21 +95,37 @@ def embed_dataset(
     Raises:
         BadDataError: where none can be read.
     """
+    return embed_each(
+        model, processor, dataset, batch_size, lambda i: dataset.read(i)["image"], whole_image_box=whole_image_box
+    )
+
+
+def embed_each(
+    model: MMGEMModel,
+    processor: MMGEMProcessor,
+    dataset: PairDataset,
+    batch_size: int,
+    read: Callable[[int], Any],
+    whole_image_box: bool = False,
+) -> tuple[list[int], torch.Tensor]:
+    """As [`embed_dataset`], of the pictures that `read` gives for their indices."""
     indices: list[int] = []
     embeds = [torch.zeros(0, model.config.projection_dim)]
+    reasons: list[str] = []
     part = own_part(len(dataset))
     for start in range(0, len(part), batch_size):
         pictures = []
         for i in part[start : start + batch_size]:
-            with contextlib.suppress(BadDataError):
-                pictures.append(dataset.read(i)["image"])
+            try:
+                pictures.append(read(i))
                 indices.append(i)
+            except BadDataError as error:
+                reasons.append(f"{i}: {error}")
         if pictures:
             embeds.append(embed_pictures(model, processor, pictures, whole_image_box))
-    indices = gather_parts(indices)
-    if not indices:
-        raise BadDataError(f"None of the {len(dataset)} examples to evaluate on could be read.")
-    return indices, gather_rows(torch.cat(embeds))
+    indices, images = _usable(indices, reasons, dataset), gather_rows(torch.cat(embeds))
+    _check_finite(images, [f"picture {i}" for i in indices])
+    return indices, images
 
 
 def embed_all_texts(
@@ -94,7 +137,18 @@ def embed_all_texts(
 ) -> torch.Tensor:
     """As [`embed_texts`], by all processes together."""
     part = own_part(len(texts))
-    return gather_rows(embed_texts(model, processor, texts[part.start : part.stop], batch_size, max_length))
+    embeds = gather_rows(embed_texts(model, processor, texts[part.start : part.stop], batch_size, max_length))
+    _check_finite(embeds, texts)
+    return embeds
+
+
+def _check_finite(embeds: torch.Tensor, names: Sequence[str]) -> None:
+    bad = (~embeds.isfinite()).any(-1).nonzero().flatten().tolist()
+    if bad:
+        raise ValueError(
+            f"{len(bad)} of {len(embeds)} embeddings hold NaN or infinity, the first that of {names[bad[0]]!r}; the "
+            "model diverged, or its dtype is too small for it."
+        )
 
 
 def embed_pairs(

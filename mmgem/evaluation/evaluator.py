@@ -1,5 +1,6 @@
 """Retrieval and captions of one model over a dataset of pairs."""
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -50,17 +51,24 @@ def evaluate_retrieval(
 
 
 def evaluate_captions(
-    model: MMGEMModel, processor: MMGEMProcessor, dataset: PairDataset, batch_size: int = 64, caption_samples: int = 0
+    model: MMGEMModel,
+    processor: MMGEMProcessor,
+    dataset: PairDataset,
+    batch_size: int = 64,
+    caption_samples: int = 0,
+    **generation: Any,
 ) -> tuple[dict[str, float], dict[str, Any]]:
     """
-    Held-out L_Gen over all captions, and the metrics of greedy ones of the first `caption_samples` pictures (0: none),
-    which are among the outputs as `captions`. Every picture must be readable: select those that are.
+    Held-out L_Gen over all captions, and the metrics of captions of the first `caption_samples` pictures (0: none),
+    greedy unless `generation` says otherwise, which are among the outputs as `captions`. Every picture must be
+    readable: select those that are.
     """
     with evaluating(model):
         metrics = {"caption_loss": held_out_caption_loss(model, processor, dataset, batch_size)}
         if not caption_samples:
             return metrics, {}
-        captions = generate_captions(model, processor, dataset, min(caption_samples, len(dataset)), batch_size)
+        count = min(caption_samples, len(dataset))
+        captions = generate_captions(model, processor, dataset, count, batch_size, **generation)
     return {**metrics, **caption_metrics(captions, dataset)}, {"captions": captions}
 
 
@@ -79,7 +87,10 @@ def held_out_caption_loss(
             loss = float(model(**inputs, num_items_in_batch=1).caption_loss)
             sums.append((loss, int((batch["labels"] != -100).sum())))
     losses, tokens = zip(*gather_parts(sums))
-    return sum(losses) / sum(tokens)
+    loss = sum(losses) / sum(tokens)
+    if not math.isfinite(loss):
+        raise ValueError(f"The held-out caption loss is {loss}: the model diverged, or its dtype is too small for it.")
+    return loss
 
 
 def generate_captions(

@@ -32,13 +32,22 @@ class MMGEMEncoder(AbsEncoder):
         model (`str`): folder or Hub id.
         revision (`str`, *optional*): of the Hub.
         device (`str`, *optional*): the GPU where there is one.
+        max_length (`int`, *optional*): tokens of a text; the processor's own by default.
     """
 
-    def __init__(self, model: str, revision: str | None = None, device: str | None = None, **kwargs: Any):
+    def __init__(
+        self,
+        model: str,
+        revision: str | None = None,
+        device: str | None = None,
+        max_length: int | None = None,
+        **kwargs: Any,
+    ):
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         loaded: Any = MMGEMModel.from_pretrained(model, revision=revision or "main", **kwargs)
         self.model = loaded.to(device).eval()
         self.processor = MMGEMProcessor.from_pretrained(model, revision=revision or "main")
+        self.processor.max_length = max_length or self.processor.max_length
         self.mteb_model_meta = ModelMeta(
             loader=None,
             name=f"mmgem/{model.rstrip('/').split('/')[-1]}",

@@ -14,7 +14,7 @@ from ..data.regions import RegionDataset
 from ..modeling_mmgem import MMGEMModel
 from ..processing import MMGEMProcessor
 from ..processing.regions_mmgem import geometry_of
-from .embedding import embed_pairs
+from .embedding import embed_pairs, evaluating
 from .regions import evaluate_regions, heat_map
 from .report import BLACK, CELL, GREEN, GREY, LINE, Section, paste, write_text
 from .retrieval import retrieval_metrics
@@ -29,12 +29,12 @@ def evaluate_adapter(
 ) -> tuple[dict[str, float], dict[str, Any]]:
     """
     The metrics of [`evaluate_regions`] for stage 1, under names that begin with `stage_1_`, and with the adapter. For
-    "region-retrieval", where there are captions, also retrieval of whole pictures by them, without a box (which no
-    adapter changes) and with the box that covers the picture, through h4 (`whole_box_…`; the paper's path for long
-    captions).
+    "region-retrieval", where there are captions, also retrieval of whole pictures by them, without a box
+    (`whole_picture_…`, which no adapter changes) and with the box that covers the picture, through h4 (`whole_box_…`;
+    the paper's path for long captions).
 
     Args:
-        model: with the adapter loaded; it is active afterwards.
+        model: with the adapter loaded, active, and no other.
 
     Returns:
         the metrics, and per region what [`evaluate_regions`] gives: `stage_1` and `stage_2`.
@@ -48,8 +48,9 @@ def evaluate_adapter(
             metrics.update({prefix + key: value for key, value in of_regions.items()})
             outputs[name] = found["regions"]
             if stage == "region-retrieval" and all(dataset.captions()):
-                for kind in ("", "whole_box_"):
-                    pairs = embed_pairs(model, processor, dataset, batch_size, whole_image_box=bool(kind))
+                for kind in ("whole_picture_", "whole_box_"):
+                    with evaluating(model):
+                        pairs = embed_pairs(model, processor, dataset, batch_size, kind == "whole_box_")
                     ranks = retrieval_metrics(pairs["text_embeds"], pairs["image_embeds"], pairs["text_to_image"])
                     metrics.update({f"{prefix}{kind}{key}": value for key, value in ranks.items() if "R@" in key})
     return metrics, outputs
@@ -58,18 +59,30 @@ def evaluate_adapter(
 @contextmanager
 def stage_1(model: MMGEMModel, processor: MMGEMProcessor) -> Iterator[MMGEMProcessor]:
     """
-    Switches the adapters off for a while, and gives a processor whose region prompts are stage 1's: one visual token
-    and one [CAP], as of a whole picture. It has never seen 64 of them, and would be worse than it is.
+    Switches adapters off for a while, where there are any, and gives a processor whose region prompts are stage 1's:
+    one visual token and one [CAP], as of a whole picture. It has never seen 64 of them, and would be worse than it is.
     """
-    model.disable_adapters()
     own_processor = copy.copy(processor)
     own_processor.num_soft_prompts = 1
     grid_size, model.config.region_grid_size = model.config.region_grid_size, 1
     try:
-        yield own_processor
+        with adapters_off(model):
+            yield own_processor
     finally:
         model.config.region_grid_size = grid_size
-        model.enable_adapters()
+
+
+@contextmanager
+def adapters_off(model: MMGEMModel) -> Iterator[None]:
+    """For a while, where there are any."""
+    loaded = getattr(model, "_hf_peft_config_loaded", False)
+    if loaded:
+        model.disable_adapters()
+    try:
+        yield
+    finally:
+        if loaded:
+            model.enable_adapters()
 
 
 def region_section(

@@ -29,8 +29,9 @@ def evaluate_regions(
 
     - "region-retrieval": R@k of each region's phrase among all distinct phrases and the other way round, where any
       region with that phrase is right (an item as near as the right one counts as nearer); and the pointing game
-      (Zhang et al., 2016): how often the patch most similar to a phrase lies, with its centre, in a box that it
-      describes, beside `pointing_game_chance`, the share of the picture that these boxes cover.
+      (Zhang et al., 2016, but without their tolerance of 15 pixels, and over all regions, not by category): how often
+      the patch most similar to a phrase lies, with its centre, in a box that it describes (is the one nearest to the
+      box's centre, where it holds none), beside `pointing_game_chance`, the share of the picture that they cover.
     - "region-caption": CIDEr-D of greedy captions, the share that equals the phrase exactly, and dense captioning's
       mean average precision for these boxes ([`dense_captioning_map`]; the boxes being given, only language counts),
       ranked by how near the model embeds its caption to the region; on scenes also how often size, colour and shape

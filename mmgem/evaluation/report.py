@@ -5,7 +5,7 @@ import os
 import subprocess
 import textwrap
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -23,12 +23,16 @@ GREEN, GREY, BLACK = (20, 120, 40), (110, 110, 110), (20, 20, 20)
 
 @dataclass
 class Section:
-    """A part of a report: figures, what there is to read (lines of Markdown), and pictures by the names of files."""
+    """
+    A part of a report: figures, what there is to read (lines of Markdown), pictures by the names of their files, and
+    how many examples counted and were left out.
+    """
 
     heading: str
     metrics: dict[str, float]
     lines: list[str]
     pictures: dict[str, Image.Image]
+    sizes: dict[str, int] = field(default_factory=dict)
 
     def text(self, folder: str = "") -> str:
         """Markdown; the pictures lie in `folder`."""
@@ -42,12 +46,21 @@ def write_report(output_dir: str, title: str, sections: Sequence[Section], setti
     report's path.
 
     Args:
-        setting: whatever it takes to reproduce the figures: dataset, split, size, model, seed, versions, …
+        setting: whatever it takes to reproduce the figures: dataset, split, model, seed, versions, …
+
+    Raises:
+        ValueError: where two sections have a metric of one name.
     """
     os.makedirs(output_dir, exist_ok=True)
-    metrics = {name: value for section in sections for name, value in section.metrics.items()}
+    metrics: dict[str, float] = {}
+    for section in sections:
+        if twice := metrics.keys() & section.metrics.keys():
+            raise ValueError(f"Two sections have the metric {min(twice)}; one would replace the other.")
+        metrics.update(section.metrics)
+    if sizes := {section.heading: section.sizes for section in sections if section.sizes}:
+        setting = {**setting, "sizes": sizes}
     with open(os.path.join(output_dir, "results.json"), "w", encoding="utf-8") as file:
-        json.dump({"metrics": metrics, "setting": setting}, file, indent=2, ensure_ascii=False)
+        json.dump({"metrics": metrics, "setting": setting}, file, indent=2, ensure_ascii=False, allow_nan=False)
         file.write("\n")
     for section in sections:
         for name, picture in section.pictures.items():

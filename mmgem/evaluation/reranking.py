@@ -1,5 +1,6 @@
 """Captions that the model chooses itself: of several that it writes, the one that it embeds nearest to the picture."""
 
+import math
 from typing import Any
 
 import torch
@@ -41,6 +42,8 @@ def draw_captions(
         own = embed_pictures(model, processor, [image])[0]
         written = sorted({caption for caption in captions if caption})
         cosines = dict(zip(written, (embed_texts(model, processor, written, draws) @ own).tolist()))
+        if not all(map(math.isfinite, cosines.values())):
+            raise ValueError(f"The embeddings of picture {i} or of a caption drawn of it hold NaN.")
         ranked = [(caption, cosines.get(caption, -1.0)) for caption in captions]
         drawn.append(sorted(ranked, key=lambda item: -item[1]))
     return gather_parts(drawn)

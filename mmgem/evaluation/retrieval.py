@@ -2,12 +2,14 @@
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from transformers.utils import logging
 
 
 logger = logging.get_logger(__name__)
 
+NORM_TOLERANCE = 1e-2  # half precision included
 TIE = 1e-6  # cosines that differ by less are equal, whatever order their products were summed in
 
 
@@ -30,11 +32,12 @@ def retrieval_metrics(
         chunk_size: queries and items at a time: beside the embeddings, memory is its square.
 
     Returns:
-        `text_to_image_R@k` and `image_to_text_R@k` as fractions, `…_median_rank` from 1 on.
+        `text_to_image_R@k` and `image_to_text_R@k` as fractions, `…_median_rank` from 1 on (of an even number, the
+        mean of the two in the middle, rounded down).
 
     Raises:
-        ValueError: for embeddings that are not finite (a NaN would rank first), or a text or picture without another
-            that is right.
+        ValueError: for embeddings that are not finite (a NaN would rank first) or not of unit norm, or a text or
+            picture without another that is right.
     """
     texts, images = text_embeds.float(), image_embeds.float()
     for side, embeds in (("text", texts), ("image", images)):
@@ -43,6 +46,13 @@ def retrieval_metrics(
             raise ValueError(
                 f"{len(bad)} of {len(embeds)} {side} embeddings hold NaN or infinity, the first is number {bad[0]}; "
                 "nothing can be ranked."
+            )
+        norms = embeds.norm(dim=-1)
+        wrong = ((norms - 1).abs() > NORM_TOLERANCE).nonzero().flatten().tolist()
+        if wrong:
+            raise ValueError(
+                f"{len(wrong)} of {len(embeds)} {side} embeddings are not of unit norm: number {wrong[0]} has "
+                f"{norms[wrong[0]]:.4g}; divide each by its norm."
             )
     pairs = text_to_image
     if pairs.ndim == 1:
@@ -62,7 +72,7 @@ def retrieval_metrics(
                 logger.warning_once(f"{direction}_R@{k} is left out: there are {len(items)} items to find.")
             else:
                 metrics[f"{direction}_R@{k}"] = (ranks <= k).double().mean().item()
-        metrics[f"{direction}_median_rank"] = float(ranks.median())
+        metrics[f"{direction}_median_rank"] = float(np.floor(np.median(ranks.cpu().numpy())))
     return metrics
 
 
@@ -94,8 +104,8 @@ def best_ranks(
 
 
 def _check_named(side: str, numbers: torch.Tensor, size: int) -> None:
-    counts = torch.bincount(numbers, minlength=size)
-    unknown = list(range(size, len(counts)))[-1:]
+    unknown = numbers[(numbers < 0) | (numbers >= size)].tolist()
+    counts = torch.bincount(numbers.clamp(0, size), minlength=size)
     if wrong := unknown or (counts == 0).nonzero().flatten().tolist():
         raise ValueError(
             f"text_to_image must name each of the {size} {side}s at least once and no other; {side} {wrong[0]} is "

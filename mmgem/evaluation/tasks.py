@@ -1,21 +1,23 @@
 """The tasks of the suite: each loads its data, evaluates, and gives a section of the report."""
 
+import copy
 import os
-from dataclasses import replace
 from typing import Any
 
+import torch
 from peft import PeftConfig
 
+from ..data.pairs import PairDataset
 from ..modeling_mmgem import MMGEMModel
 from ..processing import MMGEMProcessor
 from .arguments import EvaluationArguments
 from .caption_files import read_caption_references, read_caption_results, score_captions, write_caption_results
 from .classification import evaluate_classification
 from .data import load_labelled, load_pairs, load_regions
-from .embedding import embed_dataset
+from .embedding import evaluating, readable_examples
 from .evaluator import evaluate_captions, evaluate_retrieval
 from .long_text import evaluate_long_text
-from .region_report import evaluate_adapter, region_section
+from .region_report import adapters_off, evaluate_adapter, region_section, stage_1
 from .regions import evaluate_regions
 from .report import Section, caption_sheet, class_sheet, retrieval_sheet, table
 from .reranking import evaluate_reranking
@@ -28,7 +30,10 @@ STAGES = {"caption_projection": "region-caption", "region_projection": "region-r
 def run_tasks(model: MMGEMModel, processor: MMGEMProcessor, arguments: EvaluationArguments) -> list[Section]:
     """
     A section for each of `arguments.tasks`, with its metrics. Where there are several processes, all must call it;
-    each does its part, and gets the whole.
+    each does its part of embedding and writing, and gets all the figures; pictures are drawn by the first.
+
+    Args:
+        model: with the adapters that `arguments` name loaded under the names of their stages, as [`load_model`] does.
 
     Raises:
         ValueError, FileNotFoundError: for data that is not there, or not as it should be.
@@ -40,86 +45,116 @@ def run_tasks(model: MMGEMModel, processor: MMGEMProcessor, arguments: Evaluatio
         "long_text": long_text,
         "regions": regions,
     }
-    return [tasks[task](model, processor, arguments) for task in arguments.tasks]
+    processor = copy.copy(processor)
+    processor.max_length = arguments.max_length or processor.max_length
+    with evaluating(model):
+        return [tasks[task](model, processor, arguments) for task in arguments.tasks]
+
+
+def load_model(arguments: EvaluationArguments) -> tuple[MMGEMModel, MMGEMProcessor]:
+    """
+    The checkpoint with its adapters, all of them active, in eval mode.
+
+    Raises:
+        OSError: for a checkpoint or adapter that cannot be loaded.
+        ValueError: for an adapter of no stage, or two of one.
+    """
+    assert arguments.model is not None
+    try:
+        model = MMGEMModel.from_pretrained(arguments.model, dtype=getattr(torch, arguments.dtype)).eval()
+        processor = MMGEMProcessor.from_pretrained(arguments.model)
+    except OSError as error:
+        raise OSError(f"{arguments.model} is no checkpoint that can be loaded: {error}") from error
+    stages: list[str] = []
+    for adapter in arguments.adapters:
+        modules = getattr(PeftConfig.from_pretrained(adapter), "modules_to_save", None) or []
+        stage = next((STAGES[module] for module in modules if module in STAGES), None)
+        if stage is None or stage in stages:
+            raise ValueError(f"{adapter} is {'no adapter of stage 2' if stage is None else f'a second {stage}'}.")
+        model.load_adapter(adapter, adapter_name=stage)
+        stages.append(stage)
+    if stages:
+        model.set_adapter(stages)
+    processor.region_grid_size = model.region_grid_size
+    return model, processor
 
 
 def retrieval(model: MMGEMModel, processor: MMGEMProcessor, arguments: EvaluationArguments) -> Section:
-    dataset = load_pairs(arguments, _image_size(model))
+    dataset = load_pairs(arguments, _image_size(model), max_captions=arguments.captions_per_image)
     metrics, outputs = evaluate_retrieval(model, processor, dataset, arguments.batch_size)
     readable = dataset.select(outputs["indices"])
-    texts = len(outputs["text_embeds"])
-    lines = [f"{_counted(readable, dataset)}, {texts} captions.", "", *table(metrics)]
+    lines = [f"{_counted(readable, dataset)}, {len(outputs['text_embeds'])} captions.", "", *table(metrics)]
     lines += ["", "The five nearest pictures of each sentence; green is the right one."]
-    return Section("Retrieval", metrics, lines, {"retrieval.png": retrieval_sheet(readable, outputs)})
+    pictures = {"retrieval.png": retrieval_sheet(readable, outputs)} if _is_first() else {}
+    return Section("Retrieval", metrics, lines, pictures, _sizes(readable, dataset))
 
 
 def classification(model: MMGEMModel, processor: MMGEMProcessor, arguments: EvaluationArguments) -> Section:
-    metrics: dict[str, float] = {}
-    lines, pictures = [], {}
-    top1 = []
+    section = Section("Zero-shot classification", {}, [], {})
+    main = []
     for data in load_labelled(arguments, _image_size(model)):
         found, outputs = evaluate_classification(
             model, processor, data.dataset, data.labels, data.class_names, data.templates, arguments.batch_size
         )
         prefix = f"classification_{data.name}_" if data.name else "classification_"
-        metrics.update({prefix + name: value for name, value in found.items()})
-        top1.append(found["top1"])
+        section.metrics.update({prefix + name: value for name, value in found.items()})
+        main.append(found[data.metric])
         readable = data.dataset.select(outputs["indices"])
-        kinds = f"{len(data.class_names)} classes, templates {', '.join(map(repr, data.templates))}"
-        lines += [f"{data.name or 'The dataset'}: {_counted(readable, data.dataset)}, {kinds}.", ""]
-        file = f"classification{'_' if data.name else ''}{_file_name(data.name)}.png"
-        pictures[file] = class_sheet(readable, outputs, data.class_names)
-    if len(top1) > 1:
-        metrics["classification_mean_top1"] = sum(top1) / len(top1)
-    lines += [*table(metrics), "", "What each picture was taken for; grey: what it is."]
-    return Section("Zero-shot classification", metrics, lines, pictures)
+        section.sizes.update({prefix + name: value for name, value in _sizes(readable, data.dataset).items()})
+        kinds = f"{len(outputs['class_names'])} classes, templates {', '.join(map(repr, data.templates))}"
+        section.lines += [f"{data.name or 'The dataset'}: {_counted(readable, data.dataset)}, {kinds}.", ""]
+        if _is_first():
+            file = "classification.png" if not data.name else f"classification_{len(main)}.png"
+            section.pictures[file] = class_sheet(readable, outputs, outputs["class_names"])
+    if len(main) > 1:
+        section.metrics["classification_mean"] = sum(main) / len(main)
+    section.lines += [*table(section.metrics), "", "What each picture was taken for; grey: what it is."]
+    return section
 
 
 def captioning(model: MMGEMModel, processor: MMGEMProcessor, arguments: EvaluationArguments) -> Section:
     """By stage 1, whose prompt it is: "region-caption" is for regions."""
-    if arguments.adapters:
-        model.disable_adapters()
-        section = captioning(model, processor, replace(arguments, adapters=[]))
-        model.enable_adapters()
-        return section
     dataset = load_pairs(arguments, _image_size(model))
-    readable = dataset.select(embed_dataset(model, processor, dataset, arguments.batch_size)[0])
-    count = arguments.caption_samples or len(readable)
-    metrics, outputs = evaluate_captions(model, processor, readable, arguments.batch_size, count)
-    count = len(outputs["captions"])
-    drawn = None
-    if arguments.draws:
-        of_draws, drawn = evaluate_reranking(model, processor, readable, count, arguments.draws, arguments.seed)
-        metrics.update(of_draws)
+    readable = dataset.select(readable_examples(dataset))
+    count = min(arguments.caption_samples or len(readable), len(readable))
+    with adapters_off(model):
+        metrics, outputs = evaluate_captions(
+            model, processor, readable, arguments.batch_size, count, num_beams=arguments.num_beams
+        )
+        drawn = None
+        if arguments.draws:
+            of_draws, drawn = evaluate_reranking(model, processor, readable, count, arguments.draws, arguments.seed)
+            metrics.update(of_draws)
     ids = _image_ids(readable, count)
-    if arguments.annotations and process()[0] == 0:
+    if arguments.annotations and _is_first():
         os.makedirs(arguments.output_dir, exist_ok=True)
         write_caption_results(os.path.join(arguments.output_dir, "captions.json"), ids, outputs["captions"])
-    domains = _domains(readable, count)
-    if domains:
+    if domains := _domains(readable, count):
         references = dict(zip(ids, readable.captions()))
         scores = score_captions(dict(zip(ids, outputs["captions"])), references, dict(zip(ids, domains)))
         metrics.update({name: value for name, value in scores.items() if name.endswith("domain")})
     lines = [f"{_counted(readable, dataset)}; {count} were captioned.", "", *table(metrics), ""]
-    lines += ["Grey: a reference. Black: written by the model, most probable word by word."]
+    how = "most probable word by word" if arguments.num_beams == 1 else f"with {arguments.num_beams} beams"
+    lines += [f"Grey: a reference. Black: written by the model, {how}."]
     if drawn:
         lines += ["", f"Of {arguments.draws} captions drawn of a picture, the nearest to it and the furthest:", ""]
         lines += ["| nearest | | furthest | |", "|---|---|---|---|"]
         lines += [f"| {of[0][0]} | {of[0][1]:.2f} | {of[-1][0]} | {of[-1][1]:.2f} |" for of in drawn[:8]]
-    return Section("Captions", metrics, lines, {"captions.png": caption_sheet(readable, outputs["captions"])})
+    pictures = {"captions.png": caption_sheet(readable, outputs["captions"])} if _is_first() else {}
+    return Section("Captions", metrics, lines, pictures, {**_sizes(readable, dataset), "captioned": count})
 
 
 def long_text(model: MMGEMModel, processor: MMGEMProcessor, arguments: EvaluationArguments) -> Section:
     dataset = load_pairs(arguments, _image_size(model), long=True)
-    through_h4 = any("region_projection" in _modules(adapter) for adapter in arguments.adapters)
     metrics, outputs = evaluate_long_text(
-        model, processor, dataset, arguments.batch_size, arguments.max_lengths, whole_image_box=through_h4
+        *(model, processor, dataset, arguments.batch_size, arguments.max_lengths),
+        whole_image_box="region-retrieval" in _stages(model),
     )
-    words = outputs["words"]
+    words, readable = outputs["words"], dataset.select(outputs["indices"])
     names = [f"{way}_{name}" for way in ("text_to_image", "image_to_text") for name in ("R@1", "R@5", "R@10")]
     lines = [
-        f"{_counted(dataset.select(outputs['indices']), dataset)}, {len(words)} captions of {min(words)} to "
-        f"{max(words)} words, on average {sum(words) / len(words):.0f}.",
+        f"{_counted(readable, dataset)}, {len(words)} captions of {min(words)} to {max(words)} words, on average "
+        f"{sum(words) / len(words):.0f}.",
         "",
         f"| cut to | that many are | pictures | {' | '.join(names)} |",
         "|---" * (3 + len(names)) + "|",
@@ -132,25 +167,31 @@ def long_text(model: MMGEMModel, processor: MMGEMProcessor, arguments: Evaluatio
                 cut = f"{metrics[f'long_text_{length}_cut']:.0%}"
                 lines.append(f"| {length} tokens | {cut} | {called} | {' | '.join(cells)} |")
     by_words = {name: value for name, value in metrics.items() if name.endswith("_words")}
-    return Section("Long texts", metrics, [*lines, "", *table(by_words)], {})
+    return Section("Long texts", metrics, [*lines, "", *table(by_words)], {}, _sizes(readable, dataset))
 
 
 def regions(model: MMGEMModel, processor: MMGEMProcessor, arguments: EvaluationArguments) -> Section:
     """Stage 1 alone, or stage 1 beside each adapter."""
     dataset = load_regions(arguments, _image_size(model))
     section = Section("Regions", {}, [], {})
-    for adapter in arguments.adapters:
-        stage = next(STAGES[module] for module in _modules(adapter) if module in STAGES)
+    stages = _stages(model)
+    for stage in stages:
+        model.set_adapter(stage)  # alone: the other would have a say in the score of a caption
         metrics, outputs = evaluate_adapter(model, processor, dataset, stage, arguments.batch_size)
-        own = region_section(stage, metrics, outputs, model, processor, dataset)
-        section.metrics.update(own.metrics)
-        section.lines += [f"### {own.heading}", "", *own.lines, ""]
-        section.pictures.update(own.pictures)
-    if not arguments.adapters:
+        section.sizes[f"{stage}_regions"] = len(outputs["stage_2"])
+        section.metrics.update(metrics)
+        if _is_first():
+            own = region_section(stage, metrics, outputs, model, processor, dataset)
+            section.lines += [f"### {own.heading}", "", *own.lines, ""]
+            section.pictures.update(own.pictures)
+    if stages:
+        model.set_adapter(stages)
+        return section
+    with stage_1(model, processor) as own_processor:
         for stage in STAGES.values():
-            section.metrics.update(evaluate_regions(model, processor, dataset, stage, arguments.batch_size)[0])
-        section.lines += ["Stage 1 alone, which has learned no more than the mean over all patches.", ""]
-        section.lines += table(section.metrics)
+            section.metrics.update(evaluate_regions(model, own_processor, dataset, stage, arguments.batch_size)[0])
+    section.lines += ["Stage 1 alone, which has learned no more than the mean over all patches.", ""]
+    section.lines += table(section.metrics)
     return section
 
 
@@ -158,8 +199,8 @@ def score_caption_files(arguments: EvaluationArguments) -> Section:
     """Captions that anybody's model wrote, against COCO's or NoCaps' references."""
     assert arguments.caption_results is not None and arguments.caption_references is not None
     results = read_caption_results(arguments.caption_results)
-    references, domains = read_caption_references(arguments.caption_references)
-    metrics = score_captions(results, references, domains)
+    references, domains = read_caption_references(arguments.caption_references, arguments.split)
+    metrics = score_captions(results, references, domains, arguments.caption_subset)
     return Section("Captions", metrics, [f"{len(results)} captions.", "", *table(metrics)], {})
 
 
@@ -167,18 +208,22 @@ def _image_size(model: MMGEMModel) -> int:
     return model.config.vision_config.image_size
 
 
-def _counted(readable: Any, dataset: Any) -> str:
-    left_out = len(dataset) - len(readable)
-    return f"{len(readable)} pictures" + (f" ({left_out} more could not be read)" if left_out else "")
+def _is_first() -> bool:
+    return process()[0] == 0
 
 
-def _modules(adapter: str) -> list[str]:
-    """Of the model, that this adapter replaces."""
-    return list(getattr(PeftConfig.from_pretrained(adapter), "modules_to_save", None) or [])
+def _stages(model: MMGEMModel) -> list[str]:
+    """Of the adapters loaded."""
+    return [stage for stage in STAGES.values() if stage in getattr(model, "peft_config", {})]
 
 
-def _file_name(name: str) -> str:
-    return "".join(letter if letter.isalnum() else "_" for letter in name)
+def _sizes(used: PairDataset, dataset: PairDataset) -> dict[str, int]:
+    return {"size": len(used), "left_out": len(dataset) - len(used)}
+
+
+def _counted(used: PairDataset, dataset: PairDataset) -> str:
+    left_out = len(dataset) - len(used)
+    return f"{len(used)} pictures" + (f" ({left_out} more are left out)" if left_out else "")
 
 
 def _column(dataset: Any, name: str, count: int) -> list[Any]:

@@ -264,8 +264,13 @@ class MMGEMTrainingArguments(TrainingArguments):
                 "mini_batch_size is for the contrastive loss; a caption loss alone needs accumulation only."
             )
         if self.evaluation_config:
+            if self.stage != "1":
+                raise ValueError("evaluation_config is for stage 1; stage 2 evaluates its own adapter.")
             of_it = ["--config", self.evaluation_config, "--model", str(self.output_dir)]
+            of_it += ["--output_dir", str(self.output_dir)]
             (self.evaluation,) = parse_options([EvaluationArguments], self.evaluation_config, of_it)
+            if self.evaluation.adapters:
+                raise ValueError(f"{self.evaluation_config}: a model in training has no adapters.")
         if self.stage == "1" and self.cache_features:
             raise ValueError("cache_features is for stage 2; in stage 1 the ViT itself is trained.")
         if self.stage != "1":

@@ -110,7 +110,7 @@ class RegionTrainer(MMGEMTrainer):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """What [`evaluate_regions`] computes for this adapter; every process computes all of it."""
+        """What [`evaluate_regions`] computes for this adapter; every process does its part."""
         dataset: Any = self.eval_dataset if eval_dataset is None else eval_dataset
         batch_size = self.args.per_device_eval_batch_size
         metrics = evaluate_regions(self._base(), self.processor, dataset, self.args.stage, batch_size)[0]

@@ -375,7 +375,7 @@ class MMGEMTrainer(Trainer):
         metrics = evaluate_model(model, self.processor, dataset, self.args.per_device_eval_batch_size)[0]
         if self.args.evaluation_config:
             for section in run_tasks(model, self.processor, self.args.evaluation):
-                metrics.update(section.metrics)
+                metrics.update({f"suite_{name}": value for name, value in section.metrics.items()})
         return self._log_metrics(metrics, metric_key_prefix)
 
     def _log_metrics(self, metrics: dict[str, float], metric_key_prefix: str) -> dict[str, float]:

@@ -22,8 +22,8 @@ def read(folder, content, splits=None, name="file.json"):
     return read_annotations([str(folder / name)], [str(folder / "images")], splits)
 
 
-def captions(table):
-    return {row["image"].split("/")[-1]: row["caption"] for row in table}
+def captions(table, column="caption"):
+    return {row["image"].split("/")[-1]: row[column] for row in table}
 
 
 def test_karpathys_splits(folder):
@@ -63,13 +63,13 @@ def test_dci(folder):
         }
         (folder / "dci" / f"{name}.json").write_text(json.dumps(row))
     table = read_annotations([str(folder / "dci")], [str(folder / "images")])
-    assert captions(table) == {"a.jpg": ["Short a. Much more."], "b.jpg": ["Short b. Much more."]}
+    assert captions(table, "long_caption") == {"a.jpg": ["Short a. Much more."], "b.jpg": ["Short b. Much more."]}
 
 
 def test_docci(folder):
     rows = [{"example_id": n, "split": "test", "image_file": f"{n}.jpg", "description": f"All of {n}."} for n in "acx"]
     table = read(folder, "\n".join(map(json.dumps, rows)), name="docci_descriptions.jsonlines")
-    assert captions(table) == {"a.jpg": ["All of a."], "c.jpg": ["All of c."]}
+    assert captions(table, "long_caption") == {"a.jpg": ["All of a."], "c.jpg": ["All of c."]}
 
 
 def test_sharegpt4v(folder):
@@ -78,7 +78,7 @@ def test_sharegpt4v(folder):
         return {"id": name, "image": f"coco/train2017/{name}.jpg", "conversations": turns}
 
     content = [row("a", "A long one."), {"id": "text alone", "conversations": []}, row("d", " Another. ")]
-    assert captions(read(folder, content)) == {"a.jpg": ["A long one."], "d.jpg": ["Another."]}
+    assert captions(read(folder, content), "long_caption") == {"a.jpg": ["A long one."], "d.jpg": ["Another."]}
     content[0]["conversations"] = content[0]["conversations"][:1]
     with pytest.raises(ValueError, match=r"file\.json is not as its kind is published.*coco/train2017/a\.jpg"):
         read(folder, content)
@@ -89,7 +89,29 @@ def test_urban1k(folder):
     for name in "bd":
         (folder / "caption" / f"{name}.txt").write_text(f"The city {name}.\n")
     table = read_annotations([str(folder / "caption")], [str(folder / "images")])
-    assert captions(table) == {"b.jpg": ["The city b."], "d.jpg": ["The city d."]}
+    assert captions(table, "long_caption") == {"b.jpg": ["The city b."], "d.jpg": ["The city d."]}
+
+
+def test_long_captions_stand_beside_short_ones(folder):
+    (folder / "caption").mkdir()
+    (folder / "caption" / "a.txt").write_text("A long one.")
+    (folder / "coco.json").write_text(
+        json.dumps(
+            {"images": [{"id": 1, "file_name": "a.jpg"}], "annotations": [{"image_id": 1, "caption": "a short one"}]}
+        )
+    )
+    files = [str(folder / "caption"), str(folder / "coco.json")]
+    (row,) = read_annotations(files, [str(folder / "images")])
+    assert (row["caption"], row["long_caption"]) == (["a short one"], ["A long one."])
+    assert "long_caption" not in read_annotations(files[1:], [str(folder / "images")]).column_names
+
+
+def test_ids_and_files_that_come_twice_are_refused(folder):
+    images = [{"id": 1, "file_name": "a.jpg"}, {"id": 1, "file_name": "b.jpg"}]
+    with pytest.raises(ValueError, match=r"file\.json has two pictures of the id 1"):
+        read(folder, {"images": images, "annotations": []})
+    with pytest.raises(ValueError, match="is given twice"):
+        read_annotations([str(folder / "file.json")] * 2, [str(folder / "images")])
 
 
 def test_an_empty_folder_is_none_of_them(folder):

@@ -51,6 +51,9 @@ def test_bad_files_name_the_offender(tmp_path, caplog):
     path.write_text('[{"image_id": 7, "caption": "a"}, {"image_id": "7", "caption": "b"}]')
     with pytest.raises(ValueError, match="several captions for 1 pictures, such as image_id 7"):
         read_caption_results(str(path))
+    path.write_text('[{"image_id": 7, "caption": null}]')
+    with pytest.raises(ValueError, match="no text as the caption of image_id 7"):
+        read_caption_results(str(path))
     path.write_text('{"7": "a"}')
     with pytest.raises(ValueError, match="no list of image_id and caption"):
         read_caption_results(str(path))
@@ -60,9 +63,15 @@ def test_bad_files_name_the_offender(tmp_path, caplog):
     path.write_text('{"images": [{"id": 3}], "annotations": [{"image_id": 4, "caption": "a"}]}')
     with pytest.raises(ValueError, match="not as COCO writes references: KeyError\\('4'\\)"):
         read_caption_references(str(path))
+    path.write_text('{"images": [{"id": 3}], "annotations": [{"image_id": 3, "caption": null}]}')
+    with pytest.raises(ValueError, match="no text as a reference of picture 3"):
+        read_caption_references(str(path))
     with pytest.raises(ValueError, match="1 captions have no references, such as that of image_id 9"):
         score_captions({**RESULTS, "9": "a dog"}, REFERENCES)
     with pytest.raises(ValueError, match="1 of 3 pictures have no caption, such as image_id x"):
         score_captions({"1": "a", "2": "b"}, REFERENCES)
+    two = {image: REFERENCES[image] for image in "12"}
+    results = {image: RESULTS[image] for image in "12"}
+    assert score_captions(results, REFERENCES, subset=True) == score_captions(results, two)
     scores = score_captions({**RESULTS, "2": " "}, REFERENCES)
     assert "1 of 3 captions are empty" in caplog.text and scores["caption_empty"] == pytest.approx(1 / 3)

@@ -84,6 +84,20 @@ def test_classes_are_means_of_their_sentences_and_figures_do_not_depend_on_the_b
     assert one[1]["predicted"][2] == (images @ classes.T).argmax()
 
 
+def test_classes_of_one_name_are_one(processor):
+    model = make_model(processor)
+    dataset = PairDataset(Table([{"image": make_picture(i)} for i in range(6)]))
+    twice, _ = evaluate_classification(model, processor, dataset, [0, 1, 2, 3, 1, 3], ["dog", "cat", "snow", "cat"])
+    once, outputs = evaluate_classification(model, processor, dataset, [0, 1, 2, 1, 1, 1], ["dog", "cat", "snow"])
+    assert twice == once and outputs["class_names"] == ["dog", "cat", "snow"]
+
+
+def test_probabilities_rank_as_the_scores_they_come_from():
+    scores, labels = random_scores(0)
+    probabilities = classification_metrics((5 * scores).softmax(-1), labels)
+    assert probabilities == classification_metrics(scores.double(), labels)
+
+
 def test_scenes_of_one_object():
     scenes = ScenesDataset("single", 40, 32)
     assert {len(scene.objects) for scene in scenes.scenes} == {1}
@@ -97,10 +111,11 @@ def test_errors_name_the_offender(processor):
     model = make_model(processor)
     with pytest.raises(ValueError, match="Class 1 has no name"):
         class_embeddings(model, processor, ["dog", " "])
-    with pytest.raises(ValueError, match="Classes 0 and 2 are both called 'dog'"):
-        class_embeddings(model, processor, ["dog", "cat", "dog"])
     with pytest.raises(ValueError, match=r"'a photo' has no \{\}"):
         class_embeddings(model, processor, ["dog"], ["a photo"])
+    dataset = PairDataset(Table([{"image": make_picture(0)}] * 2))
+    with pytest.raises(ValueError, match="1 of 2 labels are no class from 0 to 1, such as None of picture 1"):
+        evaluate_classification(model, processor, dataset, [0, None], ["dog", "cat"])
     scores = torch.ones(3, 2)
     with pytest.raises(ValueError, match="label 5 of picture 1 is none"):
         classification_metrics(scores, torch.tensor([0, 5, 1]))

@@ -27,22 +27,22 @@ def test_perfect_and_nothing():
     references = [[wanted([0, 0, 10, 10], "a dog"), wanted([20, 0, 30, 10], "a cat")], [wanted([0, 0, 5, 5], "snow")]]
     perfect = [[found(r["box"], r["phrase"], 0.5) for r in of] for of in references]
     metrics = dense_captioning_map(perfect, references)
-    # A single word that matches is one chunk per match: METEOR halves it, still above 0.25.
+    # A word alone is one chunk for one match: METEOR halves it, which is still above 0.25.
     assert metrics["dense_captioning_map"] == 1
     assert dense_captioning_map([[], []], references)["dense_captioning_map"] == 0
 
 
 def test_by_hand():
-    """Right box and words, then a wrong sentence: half of the recall at full precision for thresholds above 0."""
+    """Right box and words, then a sentence that matches nothing: half of the recall at full precision."""
     references = [[wanted([0, 0, 10, 10], "a dog"), wanted([20, 0, 30, 10], "a cat")]]
     predictions = [[found([0, 0, 10, 10], "a dog", 0.9), found([20, 0, 30, 10], "snow", 0.8)]]
     metrics = dense_captioning_map(predictions, references)
     half = 51 / 101  # recalls 0, 0.01, …, 0.5 are reached
-    assert metrics["dense_captioning_ap_iou_0.5"] == pytest.approx((1 + 5 * half) / 6)
+    assert metrics["dense_captioning_ap_iou_0.5"] == pytest.approx(half)
     # The other way round the right one comes second: precision 1/2 at recall 1/2.
     predictions[0][1]["score"] = 0.95
     metrics = dense_captioning_map(predictions, references)
-    assert metrics["dense_captioning_ap_iou_0.5"] == pytest.approx((1 + 5 * half / 2) / 6)
+    assert metrics["dense_captioning_ap_iou_0.5"] == pytest.approx(half / 2)
     # Moved by 3 of 10, it overlaps by 70 of 130.
     predictions = [[found([0, 3, 10, 13], "a dog", 0.9)]]
     metrics = dense_captioning_map(predictions, references)
@@ -54,7 +54,10 @@ def test_a_box_counts_once_and_near_boxes_of_the_reference_are_one():
     predictions = [[found([0, 0, 10, 10], "a dog", 0.9), found([0, 0, 10, 11], "a brown dog", 0.8)]]
     # One reference with two phrases: the second prediction finds it taken, but the first was enough.
     assert dense_captioning_map(predictions, references)["dense_captioning_map"] == 1
-    predictions[0].reverse()
+    # The surest takes it, wrong as it is: as in DenseCap, and not as in COCO.
+    predictions[0][0]["caption"] = "snow"
+    assert dense_captioning_map(predictions, references)["dense_captioning_map"] == 0
+    predictions[0][0]["score"] = 0.7
     assert dense_captioning_map(predictions, references)["dense_captioning_map"] == 1
 
 

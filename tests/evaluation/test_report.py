@@ -10,7 +10,7 @@ from PIL import Image
 from mmgem.data.pairs import PairDataset
 from mmgem.data.scenes import ScenesDataset
 from mmgem.evaluation.evaluator import caption_metrics, evaluate_model, object_f1
-from mmgem.evaluation.report import GREEN, class_sheet, pair_sections, write_report
+from mmgem.evaluation.report import GREEN, Section, class_sheet, pair_sections, write_report
 from tests.conftest import Table, make_model, make_picture
 
 
@@ -56,6 +56,10 @@ def test_report_holds_metrics_setting_and_pictures(processor, dataset, tmp_path)
     assert results == {"metrics": metrics, "setting": {"seed": 3}}
     report = Path(path).read_text()
     assert "| text_to_image_R@1 | 1 |" in report and "| seed | 3 |" in report
+    with pytest.raises(ValueError, match="Two sections have the metric caption_cider"):
+        write_report(str(tmp_path / "new"), "Of a test", [*sections, sections[1]], {})
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write_report(str(tmp_path / "nan"), "Of a test", [Section("A", {"a": float("nan")}, [], {})], {})
     for name in ("captions.png", "retrieval.png"):
         assert f"![]({name})" in report
         assert Image.open(tmp_path / "new" / name).size[0] > 600

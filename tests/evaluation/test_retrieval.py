@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -106,11 +107,33 @@ def test_recall_at_more_items_than_there_are_is_left_out():
 
 def test_hand_worked():
     images = torch.eye(3)
-    texts = torch.tensor([[1.0, 0, 0], [0.1, 0.9, 0], [0.8, 0.1, 0.6]])
+    texts = torch.nn.functional.normalize(torch.tensor([[1.0, 0, 0], [0.1, 0.9, 0], [0.8, 0.1, 0.6]]), dim=-1)
     metrics = retrieval_metrics(texts, images, torch.arange(3), ks=(1, 2))
     assert metrics["text_to_image_R@1"] == pytest.approx(2 / 3)
     assert metrics["text_to_image_R@2"] == 1
     assert metrics["text_to_image_median_rank"] == 1
+
+
+def test_median_rank_is_that_of_the_field():
+    """floor(median of ranks from 0) + 1, as the evaluations of COCO retrieval have it, of ranks 1, 2, 5 and 6."""
+    images = torch.eye(8)
+    texts = torch.zeros(8, 8)
+    for query, rank in enumerate((1, 2, 5, 6, 1, 2, 5, 6)):
+        others = [i for i in range(8) if i != query]
+        texts[query, query] = 0.5
+        texts[query, others[: rank - 1]] = 0.7
+    metrics = retrieval_metrics(torch.nn.functional.normalize(texts, dim=-1), images, torch.arange(8))
+    ranks = np.array([0, 1, 4, 5, 0, 1, 4, 5])
+    assert metrics["text_to_image_median_rank"] == np.floor(np.median(ranks)) + 1 == 3
+
+
+def test_embeddings_that_are_not_of_unit_norm_are_refused():
+    texts = unit(4, 0)
+    texts[3] *= 2
+    with pytest.raises(ValueError, match="1 of 4 text embeddings are not of unit norm: number 3 has 2"):
+        retrieval_metrics(texts, unit(4, 1), torch.arange(4))
+    half = unit(4, 0, dim=64).to(torch.bfloat16)
+    retrieval_metrics(half, half, torch.arange(4))
 
 
 def test_constant_embeddings_do_not_score():
@@ -137,5 +160,7 @@ def test_picture_without_a_text_and_text_without_a_picture_are_refused():
         retrieval_metrics(unit(2, 0), unit(1, 1), torch.tensor([0]))
     with pytest.raises(ValueError, match="picture 1 is wrong"):
         retrieval_metrics(unit(2, 0), unit(3, 1), torch.tensor([0, 2]))
+    with pytest.raises(ValueError, match="picture -1 is wrong"):
+        retrieval_metrics(unit(2, 0), unit(2, 1), torch.tensor([0, -1]))
     with pytest.raises(ValueError, match="picture 5 is wrong"):
         retrieval_metrics(unit(3, 0), unit(2, 1), torch.tensor([0, 1, 5]))

@@ -18,11 +18,15 @@ class ImageTextRetrieval(evaluate.Metric):
             citation="",
             inputs_description=(
                 "predictions: the embedding of each text, of unit norm. references: the number of the picture that it "
-                "describes. image_embeds: the embeddings of the pictures, of unit norm."
+                "describes, or a list of them. image_embeds: the embeddings of the pictures, of unit norm."
             ),
-            features=datasets.Features({"predictions": embedding, "references": datasets.Value("int64")}),
+            features=[
+                datasets.Features({"predictions": embedding, "references": right})
+                for right in (datasets.Value("int64"), datasets.List(datasets.Value("int64")))
+            ],
         )
 
     def _compute(self, predictions, references, image_embeds, ks=(1, 5, 10)):  # type: ignore[no-untyped-def]
         texts, images = (torch.from_numpy(np.asarray(part, dtype=np.float32)) for part in (predictions, image_embeds))
-        return retrieval_metrics(texts, images, torch.as_tensor(np.asarray(references)), ks)
+        right = [(i, int(picture)) for i, own in enumerate(references) for picture in np.atleast_1d(own)]
+        return retrieval_metrics(texts, images, torch.tensor(right), ks)
