@@ -50,8 +50,9 @@ class LanguageModelSide:
         return torch.cat([embed_pictures(self.model, self.processor, part) for part in parts])
 
     def text_parameters(self) -> int:
-        """Of the text side, token embeddings included."""
-        return sum(p.numel() for p in self.model.language_model.parameters() if p.requires_grad)
+        """Of the text side, token embeddings and projection included."""
+        side = (self.model.language_model, self.model.text_projection)
+        return sum(p.numel() for module in side for p in module.parameters() if p.requires_grad)
 
 
 class ClipTextSide(LanguageModelSide):

@@ -6,7 +6,8 @@ docs/paper-claims.md.
     python benchmarks/paper_claims.py            # three seeds, under 90 minutes on two CPU cores
     python benchmarks/paper_claims.py --quick    # one seed and short runs, 6 minutes: does it all work?
 
-Every run is kept in `--output_dir`; started again, the script goes on with what is missing.
+Every run is kept in `--output_dir`; started again, the script goes on with what is missing. Delete the folder when
+code or recipes have changed.
 """
 
 import argparse
@@ -130,26 +131,34 @@ class Runs:
 
     def long_text_through_h4(self, seed: int) -> dict[str, Metrics]:
         """
-        (d) h4 on regions and whole pictures with all their captions, beside the language model of (b), which has seen
-        long captions, and beside one that has seen short ones alone, as the paper's stage 1.
+        (d) h4 on regions and whole pictures with their captions, beside the language model of (b), which has seen long
+        captions, and beside one that has seen short ones alone, as the paper's stage 1; there also without long ones
+        in stage 2.
         """
         self.text_sides(seed)
         short = f"short-captions-{seed}"
         self.compute(short, lambda: self._text_side(LanguageModelSide, "short-captions", seed, column="caption"))
         found = {}
-        for name in ("language-model", "short-captions"):
-            base = self.folder / f"{name}-{seed}"
-            options = {"init_from": str(base), "seed": seed, "caption_column": "captions", "max_length": 200}
-            adapter = CONFIGS / "scenes-region-retrieval.yaml"
-            self.train(f"{name}-{seed}/region-retrieval", adapter, **options)
-            found[name] = self.compute(f"long-text-{name}-{seed}", lambda base=base: self._long_text(base))
+        for name, stage_1, column in (
+            ("language-model", "language-model", "captions"),
+            ("short-captions", "short-captions", "captions"),
+            ("short-captions-twice", "short-captions", "caption"),
+        ):
+            base = self.folder / f"{stage_1}-{seed}"
+            options = {"init_from": str(base), "seed": seed, "caption_column": column, "max_length": 200}
+            adapter = f"{stage_1}-{seed}/region-retrieval" + ("-short" if column == "caption" else "")
+            self.train(adapter, CONFIGS / "scenes-region-retrieval.yaml", **options)
+            found[name] = self.compute(
+                f"long-text-{name}-{seed}",
+                lambda base=base, adapter=adapter: self._long_text(base, self.folder / adapter),
+            )
         return found
 
-    def _long_text(self, base: Path) -> Metrics:
+    def _long_text(self, base: Path, adapter: Path) -> Metrics:
         data = PairDataset(ScenesDataset("test", self.eval_samples), caption_column="long_caption")
         model, processor = MMGEMModel.from_pretrained(base).eval(), MMGEMProcessor.from_pretrained(base)
         before, _ = evaluate_long_text(model, processor, data, whole_image_box=True)
-        model.load_adapter(str(base / "region-retrieval"))
+        model.load_adapter(str(adapter))
         after, _ = evaluate_long_text(model, processor, data, whole_image_box=True)
         return {**{f"stage_1_{key}": value for key, value in before.items()}, **after}
 
