@@ -4,9 +4,10 @@ Flickr8k from scratch: MM-GEM beside open_clip's CoCa (Yu et al., 2022), as good
 Both have the same pictures of 96 px, augmentation, tokenizer, widths and ViT, as many parameters within 5 %, batch,
 optimiser, warm-up and cosine over the clock, and the best of the same learning rates, chosen on the last 1,000
 training pictures (after `--tuning_steps` on the others, so that no slow minute of the machine decides) by the
-geometric mean of both R@10 and CIDEr-D. CoCa is as open_clip builds it, with its own mix of losses, and spared what
-would only slow it down here: texts are cut to the longest of their batch, and 36 patches become 36 visual tokens, not
-256.
+geometric mean of both R@10 and CIDEr-D. "coca" is as open_clip builds and feeds it: its own mix of losses, 256
+visual tokens from the attentional pooler, texts padded to the context length (here 40, not 76). "coca, trimmed" is
+spared what only slows it down here: texts are cut to the longest of their batch, and 36 patches become 36 visual
+tokens. Nobody ships that, but it is the harder peer.
 
     make bench-env
     .venv-bench/bin/python benchmarks/flickr8k_coca.py --train_file train.parquet --validation_file validation.parquet
@@ -52,6 +53,8 @@ VISION = {"layers": 3, "heads": 8, "image_size": IMAGE_SIZE, "patch_size": PATCH
 TEXT_LAYERS = 6  # ours; CoCa has two and two, and those of its decoder are two blocks each
 MAX_LENGTH, BATCH_SIZE, WARMUP_STEPS = 40, 128, 50
 LEARNING_RATES = (1e-3, 2e-3, 4e-3, 8e-3)
+CAPTION_WEIGHT = 10.0  # of ours, beside the sum of both directions of L_Emb
+OUR_MIX = CAPTION_WEIGHT / 2  # the same beside their mean, as CoCa has it
 HELD_OUT = 1000
 BATCH = 100  # of evaluation
 
@@ -59,7 +62,7 @@ BATCH = 100  # of evaluation
 class MMGEM:
     """Ours: stage 1, and captions from it."""
 
-    def __init__(self, train: PairDataset, caption_weight: float = 10.0):
+    def __init__(self, train: PairDataset, caption_weight: float = CAPTION_WEIGHT):
         towers = ModelArguments(
             vision_config={
                 "model_type": "siglip_vision_model",
@@ -104,16 +107,22 @@ class MMGEM:
 class CoCa:
     """open_clip's, with its mix of losses unless another weight is given (theirs halves L_Emb)."""
 
-    def __init__(self, train: PairDataset, caption_weight: float = 2.0):
+    def __init__(self, train: PairDataset, caption_weight: float = 2.0, trimmed: bool = False):
         self.processor: MMGEMProcessor = MMGEM(train).processor
-        self.model = build_coca(WIDTH, HEADS, VISION, 2, 2, self.processor, MAX_LENGTH + 1, queries=36)
+        self.trimmed = trimmed
+        queries = 36 if trimmed else 256
+        self.model = build_coca(WIDTH, HEADS, VISION, 2, 2, self.processor, MAX_LENGTH + 1, queries)
         pad_id = self.processor.tokenizer.pad_token_id
         self.losses = open_clip.CoCaLoss(caption_loss_weight=caption_weight, clip_loss_weight=1, pad_id=pad_id)
         self.pixel_values = PairCollator(self.processor).pixel_values
 
     def collate(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         images, captions = [e["image"] for e in examples], [e["caption"] for e in examples]
-        return {"pixel_values": self.pixel_values(images), "texts": coca_texts(self.processor, captions)}
+        texts = coca_texts(self.processor, captions)
+        if not self.trimmed:
+            missing = MAX_LENGTH - texts.shape[1]
+            texts = torch.nn.functional.pad(texts, (0, missing), value=self.processor.tokenizer.pad_token_id)
+        return {"pixel_values": self.pixel_values(images), "texts": texts}
 
     def loss(self, batch: dict[str, Any]) -> torch.Tensor:
         return sum(self.losses(**self.model(batch["pixel_values"], batch["texts"])))
@@ -147,7 +156,7 @@ class CoCa:
         }
 
     def write(self, visual: torch.Tensor) -> list[str]:
-        """Greedy captions of visual tokens `(B, 36, D)`."""
+        """Greedy captions of visual tokens `(B, queries, D)`."""
         tokenizer = self.processor.tokenizer
         ids = torch.full((len(visual), 1), tokenizer.bos_token_id)
         for _ in range(MAX_LENGTH - 1):
@@ -175,8 +184,8 @@ def without(model: torch.nn.Module, what: str) -> None:
 
 
 def coca_as_ours(train: PairDataset) -> CoCa:
-    """CoCa with our mix of losses, patch embedding and positions."""
-    peer, ours = CoCa(train, caption_weight=5.0), MMGEM(train)  # 10 for the sum of both directions
+    """The trimmed CoCa with our mix of losses, patch embedding and positions."""
+    peer, ours = CoCa(train, OUR_MIX, trimmed=True), MMGEM(train)
     with torch.no_grad():
         peer.model.visual.conv1.weight.copy_(ours.model.vision_model.embeddings.patch_embedding.weight)
         peer.model.visual.positional_embedding[1:] = ours.model.vision_model.embeddings.position_embedding.weight
@@ -192,13 +201,14 @@ def mmgem_without(train: PairDataset, what: str) -> MMGEM:
 SYSTEMS: dict[str, Callable[[PairDataset], Any]] = {
     "mmgem": MMGEM,
     "coca": CoCa,
+    "coca, trimmed": lambda train: CoCa(train, trimmed=True),
     # One factor at a time.
     "mmgem, caption weight 4": lambda train: MMGEM(train, 4.0),
     "mmgem, caption weight 1": lambda train: MMGEM(train, 1.0),
     "mmgem, patches not whitened": lambda train: mmgem_without(train, "whitening"),
     "mmgem, positions as noise": lambda train: mmgem_without(train, "positions"),
-    "coca, our mix of losses": lambda train: CoCa(train, 5.0),
-    "coca, our losses and start of the ViT": coca_as_ours,
+    "coca, trimmed, our mix of losses": lambda train: CoCa(train, OUR_MIX, trimmed=True),
+    "coca, trimmed, our losses and start of the ViT": coca_as_ours,
 }
 
 
@@ -256,9 +266,14 @@ def measure(
     data: tuple[PairDataset, PairDataset],
     file: Path,
 ) -> dict[str, Any]:
-    """Metrics of one run, of so many minutes or steps; from its file where it was done before."""
+    """Metrics of one run, of so many minutes or steps; from its file where the same was done before."""
+    asked = {"system": name, "learning_rate": learning_rate, "asked": minutes or steps, "seed": seed}
+    asked["batch_size"] = BATCH_SIZE
     if file.exists():
-        return json.loads(file.read_text())
+        result = json.loads(file.read_text())
+        if {key: result.get(key) for key in asked} != asked:
+            raise SystemExit(f"{file} holds another run; delete it, or give another --output_dir.")
+        return result
     torch.manual_seed(seed)
     train_dataset, eval_dataset = data
     system = SYSTEMS[name](train_dataset)
@@ -268,10 +283,8 @@ def measure(
     minutes = (time.perf_counter() - start) / 60
     trained = [p for p in system.model.parameters() if p.requires_grad]
     result = {
-        "system": name,
-        "learning_rate": learning_rate,
+        **asked,
         "minutes": minutes,
-        "seed": seed,
         "steps": steps,
         "parameters": sum(p.numel() for p in trained),
         **system.evaluate(eval_dataset),
@@ -295,7 +308,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--tuning_steps", type=int, default=150)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--systems", nargs="+", default=["mmgem", "coca"], choices=SYSTEMS)
+    parser.add_argument("--systems", nargs="+", default=["mmgem", "coca", "coca, trimmed"], choices=SYSTEMS)
     parser.add_argument("--learning_rates", type=float, nargs="+", default=LEARNING_RATES)
     options = parser.parse_args()
     options.output_dir.mkdir(parents=True, exist_ok=True)
@@ -309,7 +322,7 @@ def main() -> None:
     pairs, validation = load_pairs(data_args, IMAGE_SIZE, seed=0)
     tuning = (pairs.select(range(len(pairs) - HELD_OUT)), pairs.select(range(len(pairs) - HELD_OUT, len(pairs))))
     tuning[1].augmentation_scale = 1.0
-    found: dict[str, dict[float, float]] = {"mmgem": {}, "coca": {}}
+    found: dict[str, dict[float, float]] = {"mmgem": {}, "coca": {}, "coca, trimmed": {}}
     for rate in options.learning_rates:
         for name in found:
             file = options.output_dir / f"tuning {name} {rate}.json"
@@ -320,7 +333,7 @@ def main() -> None:
     for seed in options.seeds:
         for name in options.systems:  # in turn, so that a slow hour of the machine meets both
             file = options.output_dir / f"{name} {seed}.json"
-            rate = best[name.partition(",")[0]]
+            rate = best["coca, trimmed" if name.startswith("coca, trimmed") else name.partition(",")[0]]
             runs[name].append(measure(name, rate, options.minutes, 0, seed, (pairs, validation), file))
     columns = [f"{way}_R@{k}" for way in ("text_to_image", "image_to_text") for k in (1, 5, 10)]
     columns += ["caption_cider", "caption_loss", "caption_distinct", "steps", "parameters", "learning_rate"]
@@ -331,13 +344,16 @@ def main() -> None:
         spread = {c: statistics.stdev(r[c] for r in results) if len(results) > 1 else 0.0 for c in columns}
         cells = [f"{means[name][c]:.4g} ± {spread[c]:.2g}" if spread[c] else f"{means[name][c]:.4g}" for c in columns]
         print(f"| {name} | {' | '.join(cells)} |")
-    if {"mmgem", "coca"} <= runs.keys():
-        ratios = {c: round(means["mmgem"][c] / means["coca"][c], 2) for c in (columns[2], columns[5], "caption_cider")}
-        print(json.dumps(ratios))
-        print_result(
-            "flickr8k_coca", min(ratios[columns[2]], ratios[columns[5]]), "x CoCa's R@10, the lesser way", ">= 1.4",
-            "open_clip CoCa, same time", open_clip=open_clip.__version__,
-        )  # fmt: skip
+    goals = {columns[2]: 1.4, columns[5]: 1.4, "caption_cider": 1.1}
+    for peer in ("coca, trimmed", "coca"):
+        if not {"mmgem", peer} <= runs.keys():
+            continue
+        assert abs(means["mmgem"]["parameters"] / means[peer]["parameters"] - 1) < 0.05
+        ratios = {c: round(means["mmgem"][c] / means[peer][c], 2) for c in goals}
+        print(f"mmgem over {peer}: {json.dumps(ratios)}; goals {json.dumps(goals)}")
+        least = min(ratios[columns[2]], ratios[columns[5]])
+        name = "flickr8k_coca" + ("" if peer == "coca" else "_trimmed")
+        print_result(name, least, "x R@10, the lesser way", ">= 1.4", peer, open_clip=open_clip.__version__)
 
 
 if __name__ == "__main__":

@@ -94,7 +94,7 @@ def _regions(runs: list[dict[str, float]]) -> str:
     ]
     title = "## (c) Stage 2: regions, at no cost to the whole picture"
     pictures = ["![](images/paper-claims-regions.png)", "", "![](images/paper-claims-heat-maps.png)"]
-    intro = f"(The pointing game by chance: {chance}. Embeddings of whole pictures no adapter touches: a test compares bits.)"
+    intro = f"(The pointing game by chance: {chance}. No adapter touches whole pictures without a box: tests.)"
     return "\n".join([title, "", intro, "", *lines, "", *verdicts, "", NOTES["c"], "", *pictures])
 
 
@@ -136,7 +136,7 @@ def _resolutions(runs: list[dict[str, dict[str, float]]]) -> str:
     ]
     title = "## (e) A higher resolution"
     intro = (
-        "The joint models of (a) trained on for 150 steps on new scenes, as they are and with 96-pixel pictures "
+        "The joint models of (a) trained on for 100 steps on new scenes, as they are and with 96-pixel pictures "
         "(interpolated position embeddings), as the paper has ViT-L and ViT-L-336."
     )
     return "\n".join([title, "", intro, "", *lines, "", *verdicts, "", NOTES["e"]])
