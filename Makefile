@@ -40,7 +40,7 @@ bench-env: .venv-bench/.ready
 .venv-bench/.ready: pyproject.toml constraints.txt benchmarks/requirements.txt
 	$(PYTHON) -m venv .venv-bench
 	.venv-bench/bin/python -m pip install --quiet --upgrade "pip>=24" "setuptools>=77"
-	.venv-bench/bin/python -m pip install --quiet -c constraints.txt -e .
+	.venv-bench/bin/python -m pip install --quiet -c constraints.txt -e ".[optimizers]"
 	.venv-bench/bin/python -m pip install --quiet --no-deps -r benchmarks/requirements.txt
 	touch .venv-bench/.ready
 

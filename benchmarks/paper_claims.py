@@ -41,6 +41,7 @@ from mmgem.training.stages import parameter_groups
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "configs"
+QUICK_STEPS = 30
 TEXT_SIDE_STEPS = 300  # of (b)
 H4_STEPS = 200  # of (d), whose long captions make slow steps
 TOWERS = ("vision_config", "text_config", "vocab_size", "projection_dim")
@@ -66,7 +67,12 @@ class Runs:
         results = self.folder / name / "results.json"
         if not results.exists():
             if self.quick:
-                options = {"max_train_samples": 2560, "warmup_steps": 10, **options, "max_steps": 40}
+                options = {
+                    "max_train_samples": 64 * QUICK_STEPS,
+                    "warmup_steps": 10,
+                    **options,
+                    "max_steps": QUICK_STEPS,
+                }
             options = {"max_eval_samples": self.eval_samples, "eval_strategy": "no", "disable_tqdm": True, **options}
             words = [word for key, value in options.items() for word in (f"--{key}", str(value))]
             command = [sys.executable, "train.py", "--config", str(config), *words]
@@ -122,7 +128,7 @@ class Runs:
         }
 
     def _text_side(self, side_class: Any, name: str, seed: int, column: str = "captions") -> Metrics:
-        steps = 40 if self.quick else TEXT_SIDE_STEPS
+        steps = QUICK_STEPS if self.quick else TEXT_SIDE_STEPS
         scenes = ScenesDataset("train", steps * self.scenes["per_device_train_batch_size"], seed=seed)
         torch.manual_seed(seed)
         towers = ModelArguments(**{key: self.scenes[key] for key in TOWERS})
