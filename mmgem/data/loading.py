@@ -72,7 +72,7 @@ def _load_tables(arguments: DataArguments, image_size: int, seed: int) -> tuple[
         held_out = splits.get("validation", splits.get("test"))
         return (splits["train"], ""), None if held_out is None else (held_out, "")
     if arguments.train_annotations:
-        train = _annotations(arguments.train_annotations, arguments, ("train", "restval"))
+        train = annotated_table(arguments.train_annotations, arguments, ("train", "restval"))
         return (train, ""), _read_held_out(arguments)
     assert arguments.train_file is not None
     return (read_file(arguments.train_file, "train"), arguments.train_file), _read_held_out(arguments)
@@ -80,14 +80,14 @@ def _load_tables(arguments: DataArguments, image_size: int, seed: int) -> tuple[
 
 def _read_held_out(arguments: DataArguments) -> Table | None:
     if arguments.validation_annotations:
-        return _annotations(arguments.validation_annotations, arguments, ("val",)), ""
+        return annotated_table(arguments.validation_annotations, arguments, ("val",)), ""
     if arguments.validation_file:
         return read_file(arguments.validation_file, "validation"), arguments.validation_file
     return None
 
 
-def _annotations(files: list[str], arguments: DataArguments, splits: tuple[str, ...]) -> datasets.Dataset:
-    """With the columns named as the options say; `splits` are Karpathy's."""
+def annotated_table(files: list[str], arguments: Any, splits: Sequence[str]) -> datasets.Dataset:
+    """[`read_annotations`] with the columns, and the folders of the pictures, that options name."""
     names = {"image": arguments.image_column, "caption": arguments.caption_column, "regions": arguments.regions_column}
     table = read_annotations(files, arguments.image_folders, splits)
     # "long_caption" is there already where there is one.

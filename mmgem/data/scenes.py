@@ -137,7 +137,10 @@ class ScenesDataset(torch.utils.data.Dataset):
         ]
         return {
             "image": Image.fromarray(pixels),
-            **{name: _column(scene, name) for name in COLUMNS},
+            "caption": scene.caption,
+            "long_caption": (long := long_caption(scene)),
+            "captions": [scene.caption, long],
+            "label": _column(scene, "label"),
             "regions": regions,
         }
 

@@ -29,8 +29,7 @@ def read_caption_results(path: str) -> dict[str, str]:
     Raises:
         ValueError: for a file of another form, or a picture with two captions.
     """
-    with open(path, encoding="utf-8") as file:
-        rows = json.load(file)
+    rows = _read_json(path)
     if not isinstance(rows, list) or not all(
         isinstance(row, dict) and {"image_id", "caption"} <= row.keys() for row in rows
     ):
@@ -51,8 +50,7 @@ def read_caption_references(path: str, split: str = "test") -> tuple[dict[str, l
     Raises:
         ValueError: for a file of another form, a reference that is no text, or two pictures of one id.
     """
-    with open(path, encoding="utf-8") as file:
-        content = json.load(file)
+    content = _read_json(path)
     try:
         images = content["images"]
         if images and "sentences" in images[0]:
@@ -72,6 +70,14 @@ def read_caption_references(path: str, split: str = "test") -> tuple[dict[str, l
         twice = Counter(ids).most_common(1)[0][0]
         raise ValueError(f"{path} has several pictures of the id {twice}.")
     return references, domains
+
+
+def _read_json(path: str) -> Any:
+    with open(path, encoding="utf-8") as file:
+        try:
+            return json.load(file)
+        except ValueError as error:
+            raise ValueError(f"{path} is no JSON: {error}.") from error
 
 
 def score_captions(

@@ -7,8 +7,7 @@ from typing import Any
 
 import datasets
 
-from ..data.annotations import read_annotations
-from ..data.loading import checked_table, read_file
+from ..data.loading import annotated_table, checked_table, read_file
 from ..data.pairs import PairDataset
 from ..data.regions import RegionDataset
 from ..data.scenes import CLASSES, ScenesDataset
@@ -51,7 +50,7 @@ def load_pairs(
         ValueError: for a column that is not there, with those that are.
         FileNotFoundError: for a file that is not there.
     """
-    rows, file = _load_table(arguments, arguments.split, image_size)
+    rows, file = _load_table(arguments, image_size)
     column = arguments.caption_column
     if long and (isinstance(rows, ScenesDataset) or arguments.long_caption_column in rows.column_names):
         column = arguments.long_caption_column
@@ -65,7 +64,7 @@ def load_pairs(
 
 def load_regions(arguments: EvaluationArguments, image_size: int) -> RegionDataset:
     """Pictures with all their regions. Raises as [`load_pairs`]."""
-    rows, file = _load_table(arguments, arguments.split, image_size)
+    rows, file = _load_table(arguments, image_size)
     if isinstance(rows, datasets.Dataset):
         rows = checked_table(rows, arguments, ("image_column", "regions_column"), arguments.max_samples)
     columns = (arguments.image_column, arguments.caption_column, arguments.regions_column)
@@ -121,7 +120,7 @@ def _labelled(name: str, arguments: EvaluationArguments, image_size: int) -> Lab
         rows: Any = ScenesDataset("single", arguments.max_samples or 500, image_size)
         templates = arguments.templates or SCENE_TEMPLATES
         return LabelledPictures(name, PairDataset(rows), rows["label"], arguments.class_names or CLASSES, templates)
-    rows, file = _load_table(arguments, arguments.split, image_size)
+    rows, file = _load_table(arguments, image_size)
     rows = checked_table(rows, arguments, ("image_column", "label_column"), arguments.max_samples)
     feature = rows.features[arguments.label_column]
     class_names = arguments.class_names or getattr(feature, "names", None)
@@ -140,16 +139,14 @@ def _labelled(name: str, arguments: EvaluationArguments, image_size: int) -> Lab
     )
 
 
-def _load_table(arguments: EvaluationArguments, split: str, image_size: int) -> tuple[Any, str]:
+def _load_table(arguments: EvaluationArguments, image_size: int) -> tuple[Any, str]:
     """Rows, and the file that they were read from."""
     if arguments.dataset_name == "scenes":
-        return ScenesDataset(split, arguments.max_samples or 500, image_size), ""
+        return ScenesDataset(arguments.split, arguments.max_samples or 500, image_size), ""
     if arguments.dataset_name is not None:
-        rows = datasets.load_dataset(arguments.dataset_name, arguments.dataset_config_name, split=split)
+        rows = datasets.load_dataset(arguments.dataset_name, arguments.dataset_config_name, split=arguments.split)
         return rows, ""
     if arguments.data_file is not None:
-        return read_file(arguments.data_file, split), arguments.data_file
+        return read_file(arguments.data_file, arguments.split), arguments.data_file
     assert arguments.annotations is not None
-    rows = read_annotations(arguments.annotations, arguments.image_folders, (split,))
-    names = {"image": arguments.image_column, "caption": arguments.caption_column, "regions": arguments.regions_column}
-    return rows.rename_columns({old: new for old, new in names.items() if new not in rows.column_names}), ""
+    return annotated_table(arguments.annotations, arguments, (arguments.split,)), ""

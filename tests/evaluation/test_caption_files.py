@@ -48,6 +48,10 @@ def test_domains_are_scored_each_by_its_own_references(tmp_path):
 
 def test_bad_files_name_the_offender(tmp_path, caplog):
     path = tmp_path / "captions.json"
+    path.write_text("[{")
+    for read in (read_caption_results, read_caption_references):
+        with pytest.raises(ValueError, match=r"captions\.json is no JSON"):
+            read(str(path))
     path.write_text('[{"image_id": 7, "caption": "a"}, {"image_id": "7", "caption": "b"}]')
     with pytest.raises(ValueError, match="several captions for 1 pictures, such as image_id 7"):
         read_caption_results(str(path))
