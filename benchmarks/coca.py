@@ -26,7 +26,7 @@ def build_coca(
 
     Args:
         vision: `layers`, `heads`, `image_size` and `patch_size` of the ViT.
-        queries: visual tokens that the attentional pooler makes of the patches; open_clip's default is 256.
+        queries: of the attentional pooler: the embedding and the visual tokens; open_clip's default is 256.
     """
     pad_id = processor.tokenizer.pad_token_id
     text = {"context_length": context_length, "vocab_size": len(processor.tokenizer), "width": width, "heads": heads}

@@ -5,9 +5,9 @@ Both have the same pictures of 96 px, augmentation, tokenizer, widths and ViT, a
 optimiser, warm-up and cosine over the clock, and the best of the same learning rates, chosen on the last 1,000
 training pictures (after `--tuning_steps` on the others, so that no slow minute of the machine decides) by the
 geometric mean of both R@10 and CIDEr-D. "coca" is as open_clip builds and feeds it: its own mix of losses, 256
-visual tokens from the attentional pooler, texts padded to the context length (here 40, not 76). "coca, trimmed" is
-spared what only slows it down here: texts are cut to the longest of their batch, and 36 patches become 36 visual
-tokens. Nobody ships that, but it is the harder peer.
+queries of the attentional pooler (the first becomes the embedding, the others are visual tokens), texts padded to the
+context length (here 40, not 76). "coca, trimmed" is spared what only slows it down here: texts are cut to the longest
+of their batch, and 36 patches become 36 visual tokens and the embedding. Nobody ships that, but it is the harder peer.
 
     make bench-env
     .venv-bench/bin/python benchmarks/flickr8k_coca.py --train_file train.parquet --validation_file validation.parquet
@@ -50,10 +50,15 @@ from mmgem.training.stages import freeze_parameters, parameter_groups
 
 IMAGE_SIZE, PATCH_SIZE, WIDTH, HEADS = 96, 16, 128, 4
 VISION = {"layers": 3, "heads": 8, "image_size": IMAGE_SIZE, "patch_size": PATCH_SIZE}
-TEXT_LAYERS = 6  # ours; CoCa has two and two, and those of its decoder are two blocks each
-MAX_LENGTH, BATCH_SIZE, WARMUP_STEPS = 40, 128, 50
+# Ours, wide enough for as many parameters: CoCa has two layers and two, and those of its decoder are two blocks each.
+TEXT_LAYERS, TEXT_INTERMEDIATE = 4, 5 * WIDTH
+MAX_LENGTH, BATCH_SIZE, WARMUP_STEPS = (
+    40,
+    64,
+    50,
+)  # at 128 both learn as much from a pair, and CoCa's step takes longer
 LEARNING_RATES = (1e-3, 2e-3, 4e-3, 8e-3)
-CAPTION_WEIGHT = 10.0  # of ours, beside the sum of both directions of L_Emb
+CAPTION_WEIGHT = 1.0  # of ours, beside the sum of both directions of L_Emb: the paper's
 OUR_MIX = CAPTION_WEIGHT / 2  # the same beside their mean, as CoCa has it
 HELD_OUT = 1000
 BATCH = 100  # of evaluation
@@ -77,7 +82,7 @@ class MMGEM:
             },
             text_config={
                 "hidden_size": WIDTH,
-                "intermediate_size": 8 * WIDTH // 3,  # its gated MLP has three matrices
+                "intermediate_size": TEXT_INTERMEDIATE,
                 "num_hidden_layers": TEXT_LAYERS,
                 "num_attention_heads": HEADS,
                 "num_key_value_heads": HEADS,
@@ -89,7 +94,7 @@ class MMGEM:
         self.model, self.processor = build_model_and_processor(towers, train, MAX_LENGTH)
         freeze_parameters(self.model, "joint")
         self.caption_weight = caption_weight
-        self.collate = PairCollator(self.processor, pack_length=128)
+        self.collate = PairCollator(self.processor, pack_length=64)
 
     def loss(self, batch: dict[str, Any]) -> torch.Tensor:
         contrastive, caption = joint_losses(self.model, batch)
@@ -110,7 +115,7 @@ class CoCa:
     def __init__(self, train: PairDataset, caption_weight: float = 2.0, trimmed: bool = False):
         self.processor: MMGEMProcessor = MMGEM(train).processor
         self.trimmed = trimmed
-        queries = 36 if trimmed else 256
+        queries = 37 if trimmed else 256
         self.model = build_coca(WIDTH, HEADS, VISION, 2, 2, self.processor, MAX_LENGTH + 1, queries)
         pad_id = self.processor.tokenizer.pad_token_id
         self.losses = open_clip.CoCaLoss(caption_loss_weight=caption_weight, clip_loss_weight=1, pad_id=pad_id)
@@ -204,7 +209,7 @@ SYSTEMS: dict[str, Callable[[PairDataset], Any]] = {
     "coca, trimmed": lambda train: CoCa(train, trimmed=True),
     # One factor at a time.
     "mmgem, caption weight 4": lambda train: MMGEM(train, 4.0),
-    "mmgem, caption weight 1": lambda train: MMGEM(train, 1.0),
+    "mmgem, caption weight 10": lambda train: MMGEM(train, 10.0),
     "mmgem, patches not whitened": lambda train: mmgem_without(train, "whitening"),
     "mmgem, positions as noise": lambda train: mmgem_without(train, "positions"),
     "coca, trimmed, our mix of losses": lambda train: CoCa(train, OUR_MIX, trimmed=True),
@@ -294,6 +299,13 @@ def measure(
     return result
 
 
+def check_sizes(names: list[str], train: PairDataset) -> None:
+    """What learns must be as large."""
+    models = [SYSTEMS[name](train).model for name in names]
+    sizes = [sum(p.numel() for p in model.parameters() if p.requires_grad) for model in models]
+    assert max(sizes) < 1.05 * min(sizes), dict(zip(names, sizes))
+
+
 def quality(result: dict[str, float]) -> float:
     """What a learning rate is chosen by."""
     figures = [result[name] for name in ("text_to_image_R@10", "image_to_text_R@10", "caption_cider")]
@@ -323,6 +335,7 @@ def main() -> None:
     tuning = (pairs.select(range(len(pairs) - HELD_OUT)), pairs.select(range(len(pairs) - HELD_OUT, len(pairs))))
     tuning[1].augmentation_scale = 1.0
     found: dict[str, dict[float, float]] = {"mmgem": {}, "coca": {}, "coca, trimmed": {}}
+    check_sizes(list(found), pairs)
     for rate in options.learning_rates:
         for name in found:
             file = options.output_dir / f"tuning {name} {rate}.json"
@@ -348,7 +361,6 @@ def main() -> None:
     for peer in ("coca, trimmed", "coca"):
         if not {"mmgem", peer} <= runs.keys():
             continue
-        assert abs(means["mmgem"]["parameters"] / means[peer]["parameters"] - 1) < 0.05
         ratios = {c: round(means["mmgem"][c] / means[peer][c], 2) for c in goals}
         print(f"mmgem over {peer}: {json.dumps(ratios)}; goals {json.dumps(goals)}")
         least = min(ratios[columns[2]], ratios[columns[5]])

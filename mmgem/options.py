@@ -6,7 +6,8 @@ import sys
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from dataclasses import fields
-from typing import Any, get_type_hints
+from types import UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import yaml
 from transformers import HfArgumentParser
@@ -27,7 +28,8 @@ def parse_options(
         implied: options that follow from others.
 
     Raises:
-        ValueError: for an unknown option, with the nearest known one.
+        ValueError: for an unknown option, with the nearest known one; for a list, or nothing, where the option takes
+            one value, and for a list of other things than it takes.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     parser = HfArgumentParser(list(types), allow_abbrev=False)  # type: ignore[arg-type]
@@ -36,10 +38,8 @@ def parse_options(
     settings, rest = _read_config(arguments)
     _refuse_unknown([name for name in settings if name not in known], known, "in the configuration file")
     parser.usage = f"{script} [--config FILE] [--option VALUE …]   (--help lists the options)"
-    if wrong := [
-        name for name, value in settings.items() if isinstance(value, list) and "list" not in str(hints[name])
-    ]:
-        raise ValueError(f"{wrong[0]} takes one value, not a list.")
+    for name, value in settings.items():
+        _check_setting(name, value, hints[name])
     # Single values go the way of the command line, and are checked like those from there.
     single = {name: value for name, value in settings.items() if value is not None and not isinstance(value, list)}
     parser.set_defaults(**{name: value for name, value in settings.items() if name not in single})
@@ -57,8 +57,25 @@ def load_yaml(source: Any, name: str) -> Any:
     """What a text or an open file holds; a fault in it names `name`."""
     try:
         return yaml.safe_load(source)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{name} is no YAML: {error}") from error
+
+
+def _check_setting(name: str, value: Any, hint: Any) -> None:
+    """Of what does not go the way of the command line: lists, and nothing."""
+    kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    if value is None and type(None) not in kinds:
+        raise ValueError(f"{name} needs a value; leave it out for its default.")
+    if not isinstance(value, list):
+        return
+    lists = [kind for kind in kinds if kind is list or get_origin(kind) is list]
+    if not lists:
+        raise ValueError(f"{name} takes one value, not a list.")
+    of = {kind for of_list in lists for kind in get_args(of_list)}
+    allowed = of | {int} if float in of else of
+    wrong = [item for item in value if type(item) not in allowed]
+    if wrong and of <= {str, int, float}:
+        raise ValueError(f"{name} takes a list of {min(kind.__name__ for kind in of)}, but one is {wrong[0]!r}.")
 
 
 def _as_word(value: Any) -> str:
@@ -78,10 +95,10 @@ def _read_config(arguments: list[str]) -> tuple[dict[str, Any], list[str]]:
             path, rest[i : i + 1] = word.removeprefix("--config="), []
         else:
             continue
-        with open(path, encoding="utf-8") as file:
+        with open(path, "rb") as file:
             settings = load_yaml(file, path)
-        if not isinstance(settings, dict):
-            raise ValueError(f"{path} must hold a mapping of options to values.")
+        if not isinstance(settings, dict) or not all(isinstance(name, str) for name in settings):
+            raise ValueError(f"{path} must hold a mapping of names of options to values.")
         return settings, rest
     return {}, rest
 

@@ -1,14 +1,15 @@
 """The files in which datasets of pictures describe them, joined into one table."""
 
-import json
 import os
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
 import datasets
 from transformers.utils import logging
 
-from .long_captions import read_long_captions
+from .json_files import read_json
+from .long_captions import no_such_split, read_long_captions
 
 
 logger = logging.get_logger(__name__)
@@ -45,17 +46,17 @@ def read_annotations(
         files: such files and folders, told apart by what they hold.
         image_folders: where the pictures lie: COCO's under the names that it gives, Visual Genome's under their ids
             (`VG_100K/107899.jpg`; under ids with leading zeros only where none is named otherwise).
-        splits: which of Karpathy's splits to read.
+        splits: which of Karpathy's and DOCCI's splits to read; all by default.
 
     Returns:
         columns `image` (path), `caption` (list of texts), `long_caption` (the same; where there is any), `regions`
         (list of `{"box": [x0, y0, x1, y1], "phrase"}`), `width` and `height` (pixels), `image_id` (COCO's) and
         `domain` (NoCaps'), null where the file does not say; a row for each picture that something is said about and
-        that is there. How many are not there is logged.
+        that is there, in the files' order. How many are not there is logged.
 
     Raises:
-        ValueError: for a file of another kind, for two pictures of one name or id, for a file given twice, or where no
-            picture is there; for a file of Karpathy's that has none of `splits`.
+        ValueError: for a file of another kind, for two pictures of one name or id, for a caption that is no text, for
+            a file given twice, or where no picture is there; for a file that has none of `splits`.
         FileNotFoundError: for a file or folder that is not there.
     """
     if len({os.path.realpath(file) for file in files}) < len(files):
@@ -66,12 +67,10 @@ def read_annotations(
     for file in files:
         try:
             missing += _add(file, paths, rows, splits)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{file} is no JSON: {error}.") from error
         except (KeyError, TypeError, IndexError, AttributeError) as error:
             raise ValueError(f"{file} is not as its kind is published: {error!r}.") from error
     folders = ", ".join(image_folders)
-    found = [row for _, row in sorted(rows.items()) if row["caption"] or row["long_caption"] or row["regions"]]
+    found = [row for row in rows.values() if row["caption"] or row["long_caption"] or row["regions"]]
     if not found:
         raise ValueError(
             f"None of the pictures that {', '.join(files)} speak of is in {folders}; set --image_folders."
@@ -84,11 +83,10 @@ def read_annotations(
 
 def _add(file: str, paths: dict[str, str], rows: dict[str, dict[str, Any]], splits: Sequence[str] | None) -> list[str]:
     """The names of pictures that are not there are returned."""
-    if (long_captions := read_long_captions(file)) is not None:
+    if (long_captions := read_long_captions(file, splits)) is not None:
         return _add_long_captions(long_captions, paths, rows)
-    if not os.path.isdir(file):
-        with open(file, encoding="utf-8") as stream:
-            content = json.load(stream)
+    if not os.path.isdir(file) and not file.endswith((".jsonl", ".jsonlines")):
+        content = read_json(file)
         if isinstance(content, dict) and "annotations" in content:
             return _add_coco(file, content, paths, rows)
         if isinstance(content, dict) and "sentences" in next(iter(content.get("images", [])), {}):
@@ -124,11 +122,9 @@ def _row(rows: dict[str, dict[str, Any]], path: str, known: dict[str, Any]) -> d
 def _add_coco(file: str, content: dict[str, Any], paths: dict[str, str], rows: dict[str, dict[str, Any]]) -> list[str]:
     names = {category["id"]: category["name"] for category in content.get("categories", [])}
     pictures, missing = {}, []
-    taken = set()
+    _refuse_twice(file, "id", [image["id"] for image in content["images"]])
+    _refuse_twice(file, "name", [os.path.basename(image["file_name"]) for image in content["images"]])
     for image in content["images"]:
-        if image["id"] in taken:
-            raise ValueError(f"{file} has two pictures of the id {image['id']}.")
-        taken.add(image["id"])
         name = os.path.basename(image["file_name"])
         if name in paths:
             known = {key: image.get(key) for key in ("width", "height", "domain")}
@@ -140,7 +136,7 @@ def _add_coco(file: str, content: dict[str, Any], paths: dict[str, str], rows: d
         if row is None:
             continue
         if "caption" in annotation:
-            row["caption"].append(annotation["caption"])
+            row["caption"].append(_text(annotation["caption"], file, annotation["image_id"]))
         elif not annotation.get("iscrowd"):
             x, y, width, height = annotation["bbox"]
             box = [x, y, x + width, y + height]
@@ -157,8 +153,8 @@ def _add_karpathy(
 ) -> list[str]:
     images = [image for image in content["images"] if splits is None or image["split"] in splits]
     if not images:
-        there = sorted({image["split"] for image in content["images"]})
-        raise ValueError(f"{file} has no split {' or '.join(splits or ())}; it has {', '.join(there)}.")
+        raise no_such_split(file, splits, {image["split"] for image in content["images"]})
+    _refuse_twice(file, "name", [image["filename"] for image in images])
     missing = []
     for image in images:
         if image["filename"] not in paths:
@@ -166,8 +162,20 @@ def _add_karpathy(
             continue
         known = {"image_id": str(image.get("cocoid", image["filename"]))}
         row = _row(rows, paths[image["filename"]], known)
-        row["caption"] += [sentence["raw"] for sentence in image["sentences"]]
+        row["caption"] += [_text(sentence["raw"], file, image["filename"]) for sentence in image["sentences"]]
     return missing
+
+
+def _refuse_twice(file: str, kind: str, values: list[Any]) -> None:
+    for value, count in Counter(values).most_common(1):
+        if count > 1:
+            raise ValueError(f"{file} has several pictures of the {kind} {value}.")
+
+
+def _text(value: Any, file: str, image: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{file} has {value!r} as a caption of picture {image}, which is no text.")
+    return value
 
 
 def _add_long_captions(

@@ -80,7 +80,8 @@ def _load_tables(arguments: DataArguments, image_size: int, seed: int) -> tuple[
 
 def _read_held_out(arguments: DataArguments) -> Table | None:
     if arguments.validation_annotations:
-        return annotated_table(arguments.validation_annotations, arguments, ("val",)), ""
+        # Karpathy's and DOCCI's names for it.
+        return annotated_table(arguments.validation_annotations, arguments, ("val", "qual_dev")), ""
     if arguments.validation_file:
         return read_file(arguments.validation_file, "validation"), arguments.validation_file
     return None
@@ -90,7 +91,8 @@ def annotated_table(files: list[str], arguments: Any, splits: Sequence[str]) -> 
     """[`read_annotations`] with the columns, and the folders of the pictures, that options name."""
     names = {"image": arguments.image_column, "caption": arguments.caption_column, "regions": arguments.regions_column}
     table = read_annotations(files, arguments.image_folders, splits)
-    # "long_caption" is there already where there is one.
+    if arguments.caption_column == "long_caption" and "long_caption" not in table.column_names:
+        raise ValueError(f"{', '.join(files)} hold no long captions; leave out --caption_column long_caption.")
     return table.rename_columns({old: new for old, new in names.items() if new not in table.column_names})
 
 

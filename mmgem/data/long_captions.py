@@ -1,17 +1,19 @@
 """The files in which pictures with captions of a hundred words and more are published."""
 
-import json
 import os
+from collections.abc import Sequence
 from typing import Any
 
+from .json_files import read_json, read_json_lines
 
-def read_long_captions(path: str) -> dict[str, list[str]] | None:
+
+def read_long_captions(path: str, splits: Sequence[str] | None = None) -> dict[str, list[str]] | None:
     """
     Captions by the names of their pictures, from any of
 
     - DCI (Urbanek et al., 2023): the folder of annotations, a JSON file for each picture (`short_caption` and
       `extra_caption`, which together are the caption of the whole);
-    - DOCCI (Onoe et al., 2024): `docci_descriptions.jsonlines`;
+    - DOCCI (Onoe et al., 2024): `docci_descriptions.jsonlines`, of which `splits` are read (all by default);
     - ShareGPT4V (Chen et al., 2023): the list of conversations, of which the first answer is the caption;
     - Urban1k (Zhang et al., 2024): the folder of captions, a text file for each picture.
 
@@ -19,17 +21,18 @@ def read_long_captions(path: str) -> dict[str, list[str]] | None:
 
     Returns:
         None where the file or folder is of another kind.
+
+    Raises:
+        ValueError: for what is no JSON, and where DOCCI's file has none of `splits`.
     """
     if os.path.isdir(path):
         return _read_folder(path)
     if path.endswith((".jsonl", ".jsonlines")):
-        return _read_docci(path)
-    with open(path, encoding="utf-8") as stream:
-        start = stream.read(1 << 16)
-    if '"conversations"' not in start:
-        return None
-    with open(path, encoding="utf-8") as stream:
-        return _by_picture((row["image"], _answer(row)) for row in json.load(stream) if "image" in row)
+        return _read_docci(path, splits)
+    with open(path, "rb") as stream:
+        if b'"conversations"' not in stream.read(1 << 16):
+            return None
+    return _by_picture((row["image"], _answer(row)) for row in read_json(path) if "image" in row)
 
 
 def _read_folder(path: str) -> dict[str, list[str]] | None:
@@ -47,17 +50,23 @@ def _read_folder(path: str) -> dict[str, list[str]] | None:
 
 
 def _read_dci(path: str) -> tuple[str, str]:
-    with open(path, encoding="utf-8") as stream:
-        row = json.load(stream)
+    row = read_json(path)
     return row["image"], f"{row.get('short_caption') or ''} {row.get('extra_caption') or ''}"
 
 
-def _read_docci(path: str) -> dict[str, list[str]] | None:
-    with open(path, encoding="utf-8") as stream:
-        rows = [json.loads(line) for line in stream if line.strip()]
+def _read_docci(path: str, splits: Sequence[str] | None) -> dict[str, list[str]] | None:
+    rows = read_json_lines(path)
     if not rows or "image_file" not in rows[0]:
         return None
-    return _by_picture((row["image_file"], row["description"]) for row in rows)
+    chosen = [row for row in rows if splits is None or row["split"] in splits]
+    if not chosen:
+        raise no_such_split(path, splits, {row["split"] for row in rows})
+    return _by_picture((row["image_file"], row["description"]) for row in chosen)
+
+
+def no_such_split(path: str, asked: Sequence[str] | None, there: set[str]) -> ValueError:
+    """What to raise for a file without the splits that were asked for."""
+    return ValueError(f"{path} has no split {' or '.join(asked or ())}; it has {', '.join(sorted(there))}.")
 
 
 def _answer(row: dict[str, Any]) -> str:

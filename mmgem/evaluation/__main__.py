@@ -18,6 +18,7 @@ from datasets.exceptions import DatasetsError
 from ..options import parse_options
 from ..processing import MMGEMProcessor
 from .arguments import EvaluationArguments
+from .captioning import TOKENIZER
 from .report import environment, write_report
 from .tasks import load_model, run_tasks, score_caption_files
 
@@ -28,7 +29,8 @@ def main() -> None:
         (arguments,) = parse_options([EvaluationArguments], "python -m mmgem.evaluation")
         if arguments.caption_results is not None:
             sections = [score_caption_files(arguments)]
-            setting = {"captions": arguments.caption_results, "references": arguments.caption_references}
+            names = ("caption_results", "caption_references", "split", "caption_subset")
+            setting = {name: getattr(arguments, name) for name in names}
         else:
             state = PartialState(cpu=not torch.cuda.is_available())
             model, processor = load_model(arguments)
@@ -38,7 +40,8 @@ def main() -> None:
                 return
     except (ValueError, OSError, DatasetsError) as error:
         sys.exit(f"error: {error}")
-    report = write_report(arguments.output_dir, "Evaluation", sections, {**setting, **environment()})
+    setting.update(environment(), caption_tokenizer=TOKENIZER)
+    report = write_report(arguments.output_dir, "Evaluation", sections, setting)
     for section in sections:
         for name, value in section.metrics.items():
             print(f"{name:44} {value:.4f}")

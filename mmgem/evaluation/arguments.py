@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 
+MAX_LENGTHS = (50, 200)  # tokens: as trained, and as the paper tests
 TASKS = ("retrieval", "classification", "captioning", "long_text", "regions")
 
 
@@ -55,7 +56,7 @@ class EvaluationArguments:
         metadata={"help": "For classification: YAML, a list of datasets, each a mapping of options such as these."},
     )
     max_lengths: list[int] = field(
-        default_factory=lambda: [50, 200], metadata={"help": "For long_text: tokens that captions are cut to."}
+        default_factory=lambda: [*MAX_LENGTHS], metadata={"help": "For long_text: tokens that captions are cut to."}
     )
     caption_samples: int | None = field(default=None, metadata={"help": "Caption so many pictures; all by default."})
     num_beams: int = field(default=1, metadata={"help": "For captioning: beams; 1: the most probable word by word."})
@@ -83,9 +84,13 @@ class EvaluationArguments:
         self.tasks = [task for word in self.tasks for task in word.split(",") if task]
         if unknown := [task for task in self.tasks if task not in TASKS]:
             raise ValueError(f"Unknown task {unknown[0]!r}; the tasks are {', '.join(TASKS)}.")
+        if len(set(self.tasks)) < len(self.tasks):
+            raise ValueError(f"A task is named twice in {', '.join(self.tasks)}.")
         if (self.caption_results is None) != (self.caption_references is None):
             raise ValueError("caption_results are scored against caption_references: give both.")
         if self.caption_results is not None:
+            if self.model is not None:
+                raise ValueError("caption_results are captions that are there already: give them or model, not both.")
             return
         if self.model is None:
             raise ValueError("Give --model, or captions to score with --caption_results and --caption_references.")

@@ -7,6 +7,8 @@ from typing import Any
 
 from transformers.utils import logging
 
+from ..data.json_files import read_json
+from ..data.long_captions import no_such_split
 from .captioning import bleu, cider_d, rouge_l
 
 
@@ -17,9 +19,14 @@ DOMAINS = ("in-domain", "near-domain", "out-domain")
 
 def write_caption_results(path: str, image_ids: Sequence[str], captions: Sequence[str]) -> None:
     """`[{"image_id", "caption"}, …]`, ids that are numbers as numbers."""
-    rows = [{"image_id": int(i) if i.isdigit() else i, "caption": text} for i, text in zip(image_ids, captions)]
+    rows = [{"image_id": _number(i), "caption": text} for i, text in zip(image_ids, captions, strict=True)]
     with open(path, "w", encoding="utf-8") as file:
         json.dump(rows, file, indent=0, ensure_ascii=False)
+
+
+def _number(image_id: str) -> int | str:
+    is_number = image_id.isdecimal() and str(int(image_id)) == image_id  # "0001" is a name
+    return int(image_id) if is_number else image_id
 
 
 def read_caption_results(path: str) -> dict[str, str]:
@@ -29,7 +36,7 @@ def read_caption_results(path: str) -> dict[str, str]:
     Raises:
         ValueError: for a file of another form, or a picture with two captions.
     """
-    rows = _read_json(path)
+    rows = read_json(path)
     if not isinstance(rows, list) or not all(
         isinstance(row, dict) and {"image_id", "caption"} <= row.keys() for row in rows
     ):
@@ -48,12 +55,16 @@ def read_caption_references(path: str, split: str = "test") -> tuple[dict[str, l
     domains of NoCaps'.
 
     Raises:
-        ValueError: for a file of another form, a reference that is no text, or two pictures of one id.
+        ValueError: for a file of another form or without that split, a reference that is no text, or two pictures of
+            one id.
     """
-    content = _read_json(path)
+    content = read_json(path)
     try:
         images = content["images"]
         if images and "sentences" in images[0]:
+            there = {image["split"] for image in images}
+            if split not in there:
+                raise no_such_split(path, [split], there)
             images = [{**i, "id": i.get("cocoid", i["filename"])} for i in images if i["split"] == split]
             texts = [(image["id"], sentence["raw"]) for image in images for sentence in image["sentences"]]
             content = {"annotations": [{"image_id": image, "caption": text} for image, text in texts]}
@@ -72,18 +83,10 @@ def read_caption_references(path: str, split: str = "test") -> tuple[dict[str, l
     return references, domains
 
 
-def _read_json(path: str) -> Any:
-    with open(path, encoding="utf-8") as file:
-        try:
-            return json.load(file)
-        except ValueError as error:
-            raise ValueError(f"{path} is no JSON: {error}.") from error
-
-
 def score_captions(
     results: Mapping[str, str],
     references: Mapping[str, Sequence[str]],
-    domains: Mapping[str, str] | None = None,
+    domains: Mapping[str, str | None] | None = None,
     subset: bool = False,
 ) -> dict[str, float]:
     """

@@ -13,12 +13,12 @@ import numpy as np
 import regex
 
 
-TOKENIZER = "mmgem-words-2"
+TOKENIZER = "mmgem-words-3"
 
 # A character of a script without spaces is a token of its own; everything else is cut into words.
 _NO_SPACES = r"\p{Han}\p{Hiragana}\p{Katakana}\u30fc\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}"
 _LETTER = rf"[[\p{{L}}\p{{N}}\p{{M}}]--[{_NO_SPACES}]]"
-_TOKEN = regex.compile(rf"(?V1)[[\p{{L}}\p{{N}}]&&[{_NO_SPACES}]]\p{{M}}*|{_LETTER}+(?:['’-]{_LETTER}+)*")
+_TOKEN = regex.compile(rf"(?V1)[[\p{{L}}\p{{N}}]&&[{_NO_SPACES}]]\p{{M}}*|{_LETTER}+(?:['-]{_LETTER}+)*")
 
 Ngrams = Counter[tuple[str, ...]]
 # The tf-idf weight of each n-gram, the norm per n `(4,)`, and the length, which coco-caption counts in bigrams.
@@ -27,11 +27,11 @@ Vector = tuple[dict[tuple[str, ...], float], np.ndarray, int]
 
 def tokenize(text: str) -> list[str]:
     """
-    Lower-cased words without punctuation, "don't" and "t-shirt" whole; one token per character, with its marks, in
-    scripts without spaces (Chinese, Japanese, Thai, Lao, Khmer, Burmese). The same for references and candidates, but
-    not the PTB tokenizer: figures differ from coco-caption's in the third digit.
+    Lower-cased words without punctuation, "don't" (with either apostrophe) and "t-shirt" whole; one token per
+    character, with its marks, in scripts without spaces (Chinese, Japanese, Thai, Lao, Khmer, Burmese). The same for
+    references and candidates, but not the PTB tokenizer: figures differ from coco-caption's in the third digit.
     """
-    return _TOKEN.findall(unicodedata.normalize("NFC", text).lower())
+    return _TOKEN.findall(unicodedata.normalize("NFC", text).lower().replace("’", "'"))
 
 
 def cider_d(candidates: Sequence[str], references: Sequence[Sequence[str]]) -> tuple[float, np.ndarray]:

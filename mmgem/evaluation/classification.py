@@ -46,7 +46,7 @@ def classification_metrics(scores: torch.Tensor, labels: torch.Tensor, seed: int
             f"{len(labels)}{found}."
         )
     own = scores.gather(1, labels[:, None])
-    rank = (scores >= own - TIE * own.abs()).sum(1)
+    rank = (scores >= own - TIE * own.abs().clamp(min=1)).sum(1)
     first = (rank == 1).double()
     sums = torch.zeros(scores.shape[1], dtype=torch.float64).index_add(0, labels, first)
     counts = torch.bincount(labels, minlength=scores.shape[1])
@@ -98,7 +98,8 @@ def evaluate_classification(
 ) -> tuple[dict[str, float], dict[str, Any]]:
     """
     [`classification_metrics`] of the pictures of `dataset` that can be read, `labels[i]` being the class of picture i.
-    Classes of one name (CLIP's list for ImageNet has two "sunglasses") are one class.
+    Classes of one name are one class, unlike in CLIP's evaluation: of the two "sunglasses" of ImageNet, it takes the
+    second for wrong.
 
     Returns:
         the metrics, and `indices` of the pictures that count, their `labels` and the classes `predicted`, by the

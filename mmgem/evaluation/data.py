@@ -83,7 +83,7 @@ def load_labelled(arguments: EvaluationArguments, image_size: int) -> list[Label
     if arguments.classification_suite is None:
         return [_labelled("", arguments, image_size)]
     path = arguments.classification_suite
-    with open(path, encoding="utf-8") as file:
+    with open(path, "rb") as file:
         entries = load_yaml(file, path)
     if not isinstance(entries, list):
         raise ValueError(f"{path} must hold a list of datasets.")
@@ -108,6 +108,8 @@ def _entry_options(entry: Any, taken: list[str]) -> dict[str, Any]:
             raise ValueError(f"unknown option {name!r}; it has {', '.join(ENTRY)}.")
         if not isinstance(value, ENTRY[name]):
             raise ValueError(f"{name} must be of type {ENTRY[name].__name__}, got {value!r}.")
+        if isinstance(value, list) and (wrong := [item for item in value if not isinstance(item, str)]):
+            raise ValueError(f"{name} must be a list of texts, but one is {wrong[0]!r}; quote it.")
     if "name" not in entry or entry["name"] in taken:
         raise ValueError("it needs a name that no other has.")
     if entry.get("metric", "top1") not in ("top1", "mean_per_class"):
@@ -124,6 +126,11 @@ def _labelled(name: str, arguments: EvaluationArguments, image_size: int) -> Lab
     rows = checked_table(rows, arguments, ("image_column", "label_column"), arguments.max_samples)
     feature = rows.features[arguments.label_column]
     class_names = arguments.class_names or getattr(feature, "names", None)
+    if not str(getattr(feature, "dtype", "")).startswith(("int", "uint")):
+        raise ValueError(
+            f"Column {arguments.label_column!r} must hold the numbers of classes, from 0 on, but is {feature}; turn "
+            "it into numbers with datasets' class_encode_column, or set --label_column."
+        )
     if class_names is None:
         raise ValueError(
             f"Column {arguments.label_column!r} does not name its classes, being {feature}; give class_names, one for "
@@ -134,7 +141,7 @@ def _labelled(name: str, arguments: EvaluationArguments, image_size: int) -> Lab
         name,
         PairDataset(rows, arguments.image_column, root=os.path.dirname(file)),
         list(labels),
-        [str(class_name).replace("_", " ") for class_name in class_names],
+        [class_name.replace("_", " ") for class_name in class_names],
         arguments.templates or DEFAULT_TEMPLATES,
     )
 

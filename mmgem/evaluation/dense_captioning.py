@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from .captioning import meteor_exact
+from .retrieval import TIE
 
 
 IOU_THRESHOLDS = (0.3, 0.4, 0.5, 0.6, 0.7)
@@ -19,7 +20,8 @@ def dense_captioning_map(
     """
     Mean average precision over 5 thresholds of IoU and 6 of language, as DenseCap measures it: a prediction belongs to
     the box of the reference that it overlaps most, of several the surest takes it, and it is right where IoU reaches
-    its threshold and language is above its own (so that for 0 something must match).
+    its threshold and language is above its own (so that for 0 something must match). Equally sure ones (within 1e-6)
+    come all at once, the worst taking the box.
 
     Instead of METEOR, which needs Java and a thesaurus, its exact part is taken ([`meteor_exact`]): lower, as synonyms
     do not count, so figures do not compare with published ones; they do with each other.
@@ -32,10 +34,16 @@ def dense_captioning_map(
         `dense_captioning_map`, and `dense_captioning_ap_iou_{threshold}`, the mean over the thresholds of language.
 
     Raises:
-        ValueError: for lists of different length, no reference at all, or a score that is no finite number.
+        ValueError: for lists of different length, no reference at all, a score that is no finite number, or a box
+            without area.
     """
     if len(predictions) != len(references):
         raise ValueError(f"There are predictions for {len(predictions)} pictures, references for {len(references)}.")
+    for kind, pictures in {"prediction": predictions, "reference": references}.items():
+        for picture, of_picture in enumerate(pictures):
+            for box in (region["box"] for region in of_picture):
+                if not np.isfinite(box).all() or box[2] <= box[0] or box[3] <= box[1]:
+                    raise ValueError(f"A {kind} for picture {picture} has the box {list(box)}, which has no area.")
     merged = [_merged(of_picture) for of_picture in references]
     total = sum(map(len, merged))
     if not total:
@@ -51,7 +59,7 @@ def dense_captioning_map(
                 target = overlaps.index(overlap)
                 language = meteor_exact(prediction["caption"], targets[target][1])
             candidates.append((float(prediction["score"]), overlap, language, (picture, target)))
-    candidates.sort(key=lambda item: -item[0])
+    candidates.sort(key=lambda item: (-item[0], item[2], item[1]))
     metrics = {}
     for iou in IOU_THRESHOLDS:
         precisions = [_average_precision(candidates, iou, language, total) for language in LANGUAGE_THRESHOLDS]
@@ -85,17 +93,18 @@ def _merged(references: Sequence[dict[str, Any]]) -> list[tuple[list[float], lis
 def _average_precision(
     candidates: Sequence[tuple[float, float, float, tuple[int, int]]], iou: float, language: float, total: int
 ) -> float:
-    """Area under the highest precision at each of 101 recalls."""
+    """Area under the highest precision at each of 101 recalls, sorted candidates given."""
+    if not candidates:
+        return 0.0
     taken = set()
     right = []
     for _, overlap, score, target in candidates:
         right.append(overlap >= iou and score > language and target not in taken)
         if overlap > 0:
             taken.add(target)
-    if not right:
-        return 0.0
-    hits = np.cumsum(right)
-    recall, precision = hits / total, hits / np.arange(1, len(right) + 1)
+    is_last = np.append(-np.diff([score for score, *_ in candidates]) > TIE, True)
+    hits = np.cumsum(right)[is_last]
+    recall, precision = hits / total, hits / (np.flatnonzero(is_last) + 1)
     best_from = np.maximum.accumulate(precision[::-1])[::-1]
     places = np.searchsorted(recall, np.linspace(0, 1, 101), side="left")
     return float(np.append(best_from, 0.0)[np.minimum(places, len(best_from))].mean())

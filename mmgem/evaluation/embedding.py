@@ -124,7 +124,7 @@ def embed_each(
         if pictures:
             embeds.append(embed_pictures(model, processor, pictures, whole_image_box))
     indices, images = _usable(indices, reasons, dataset), gather_rows(torch.cat(embeds))
-    _check_finite(images, [f"picture {i}" for i in indices])
+    check_finite(images, [f"picture {i}" for i in indices])
     return indices, images
 
 
@@ -138,11 +138,11 @@ def embed_all_texts(
     """As [`embed_texts`], by all processes together."""
     part = own_part(len(texts))
     embeds = gather_rows(embed_texts(model, processor, texts[part.start : part.stop], batch_size, max_length))
-    _check_finite(embeds, texts)
+    check_finite(embeds, texts)
     return embeds
 
 
-def _check_finite(embeds: torch.Tensor, names: Sequence[str]) -> None:
+def check_finite(embeds: torch.Tensor, names: Sequence[str]) -> None:
     bad = (~embeds.isfinite()).any(-1).nonzero().flatten().tolist()
     if bad:
         raise ValueError(

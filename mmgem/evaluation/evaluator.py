@@ -118,10 +118,11 @@ def caption_metrics(captions: list[str], dataset: PairDataset) -> dict[str, floa
     for all, say what CIDEr is worth here.
     """
     references = dataset.captions()[: len(captions)]
-    order = np.random.default_rng(0).permutation(len(captions))
+    order, other = np.random.default_rng(0).permutation(len(captions)), np.empty(len(captions), dtype=int)
+    other[order] = np.roll(order, 1)  # one ring, so that no picture keeps its own
     metrics = {
         "caption_cider": cider_d(captions, references)[0],
-        "caption_cider_shuffled": cider_d([captions[i] for i in order], references)[0],
+        "caption_cider_shuffled": cider_d([captions[i] for i in other], references)[0],
         "caption_cider_constant": best_constant_caption(references)[1],
         **{f"caption_bleu{n}": value for n, value in enumerate(bleu(captions, references), 1)},
         "caption_rouge_l": rouge_l(captions, references)[0],

@@ -9,11 +9,11 @@ import torch
 from ..data.pairs import PairDataset
 from ..modeling_mmgem import MMGEMModel
 from ..processing import MMGEMProcessor
+from .arguments import MAX_LENGTHS
 from .embedding import embed_all_texts, embed_dataset, evaluating
 from .retrieval import best_ranks, retrieval_metrics
 
 
-MAX_LENGTHS = (50, 200)  # tokens: as trained, and as the paper tests
 BUCKETS = (0, 50, 100, 150, 200, 300, 10**9)  # words, from one to below the next
 
 

@@ -58,7 +58,7 @@ class MMGEMEncoder(AbsEncoder):
             memory_usage_mb=None,
             max_tokens=self.processor.max_length,
             embed_dim=self.model.config.projection_dim,
-            license="apache-2.0",
+            license=None,
             open_weights=True,
             public_training_code=None,
             public_training_data=None,

@@ -29,7 +29,7 @@ def evaluate_adapter(
 ) -> tuple[dict[str, float], dict[str, Any]]:
     """
     The metrics of [`evaluate_regions`] for stage 1, under names that begin with `stage_1_`, and with the adapter. For
-    "region-retrieval", where there are captions, also retrieval of whole pictures by them, without a box
+    "region-retrieval", also retrieval of the whole pictures that have captions by these, without a box
     (`whole_picture_…`, which no adapter changes) and with the box that covers the picture, through h4 (`whole_box_…`;
     the paper's path for long captions).
 
@@ -41,16 +41,18 @@ def evaluate_adapter(
     """
     metrics: dict[str, float] = {}
     outputs: dict[str, Any] = {}
+    captioned = [i for i, captions in enumerate(dataset.captions()) if captions]
+    whole = dataset.select(captioned)
     for name in ("stage_1", "stage_2"):
         prefix = "stage_1_" if name == "stage_1" else ""
         with stage_1(model, processor) if prefix else nullcontext(processor) as own_processor:
             of_regions, found = evaluate_regions(model, own_processor, dataset, stage, batch_size)
             metrics.update({prefix + key: value for key, value in of_regions.items()})
             outputs[name] = found["regions"]
-            if stage == "region-retrieval" and all(dataset.captions()):
+            if stage == "region-retrieval" and captioned:
                 for kind in ("whole_picture_", "whole_box_"):
                     with evaluating(model):
-                        pairs = embed_pairs(model, processor, dataset, batch_size, kind == "whole_box_")
+                        pairs = embed_pairs(model, processor, whole, batch_size, kind == "whole_box_")
                     ranks = retrieval_metrics(pairs["text_embeds"], pairs["image_embeds"], pairs["text_to_image"])
                     metrics.update({f"{prefix}{kind}{key}": value for key, value in ranks.items() if "R@" in key})
     return metrics, outputs

@@ -15,8 +15,8 @@ from ..modeling_mmgem import MMGEMModel
 from ..processing import MMGEMProcessor
 from .captioning import cider_d
 from .dense_captioning import dense_captioning_map
-from .embedding import embed_texts, evaluating
-from .retrieval import retrieval_metrics
+from .embedding import check_finite, embed_texts, evaluating
+from .retrieval import TIE, retrieval_metrics
 from .sharing import gather_parts, gather_rows, own_part
 
 
@@ -30,8 +30,9 @@ def evaluate_regions(
     - "region-retrieval": R@k of each region's phrase among all distinct phrases and the other way round, where any
       region with that phrase is right (an item as near as the right one counts as nearer); and the pointing game
       (Zhang et al., 2016, but without their tolerance of 15 pixels, and over all regions, not by category): how often
-      the patch most similar to a phrase lies, with its centre, in a box that it describes (is the one nearest to the
-      box's centre, where it holds none), beside `pointing_game_chance`, the share of the picture that they cover.
+      the patch most similar to a phrase (each of those within 1e-6 of it) lies, with its centre, in a box that it
+      describes (is the one nearest to the box's centre, where it holds none), beside `pointing_game_chance`, the share
+      of the picture that they cover.
     - "region-caption": CIDEr-D of greedy captions, the share that equals the phrase exactly, and dense captioning's
       mean average precision for these boxes ([`dense_captioning_map`]; the boxes being given, only language counts),
       ranked by how near the model embeds its caption to the region; on scenes also how often size, colour and shape
@@ -76,7 +77,9 @@ def caption_regions(
             {**region, "caption": caption, "score": float(texts[caption] @ embed) if caption else -1.0}
             for region, caption, embed in zip(_regions(examples), captions, embeds, strict=True)
         ]
-    return _gathered(regions, dataset)
+    regions = _gathered(regions, dataset)
+    check_finite(torch.tensor([[region["score"]] for region in regions]), _names(regions))
+    return regions
 
 
 @torch.inference_mode()
@@ -127,18 +130,20 @@ def _retrieve_regions(
         patches = patch_embeddings(model, features.last_hidden_state).cpu()
         similarity = torch.stack([patches[owner] @ query for owner, query in zip(owners, queries)])
         right = _same_phrase(batch, patches_inside(model, inputs)[inputs["region_mask"]].cpu())
-        hits = right.gather(1, similarity.argmax(1, keepdim=True))[:, 0]
+        is_highest = similarity >= similarity.amax(1, keepdim=True) - TIE
+        hits = (right | ~is_highest).all(1)
         shares = right.float().mean(1).tolist()
         regions += [{**region, "hit": bool(hit), "share": share} for region, hit, share in zip(batch, hits, shares)]
     regions = _gathered(regions, dataset)
     texts = dict(gather_parts(texts.items()))
     phrases = sorted(texts)
+    region_embeds, phrase_embeds = gather_rows(torch.cat(embeds)), torch.stack([texts[p] for p in phrases])
+    check_finite(region_embeds, _names(regions))
+    check_finite(phrase_embeds, phrases)
     number = {phrase: i for i, phrase in enumerate(phrases)}
     of_region = torch.tensor([number[region["phrase"]] for region in regions])
     # A region has one right phrase, a phrase any number of right regions: as texts and pictures elsewhere.
-    ranks = retrieval_metrics(
-        gather_rows(torch.cat(embeds)), torch.stack([texts[p] for p in phrases]), of_region, ks=(1, 5)
-    )
+    ranks = retrieval_metrics(region_embeds, phrase_embeds, of_region, ks=(1, 5))
     metrics = {
         name.replace("text_to_image", "region_to_phrase").replace("image_to_text", "phrase_to_region"): value
         for name, value in ranks.items()
@@ -211,6 +216,10 @@ def _regions(examples: list[dict[str, Any]]) -> list[dict[str, Any]]:
         for example in examples
         for box, phrase in zip(example["boxes"], example["phrases"])
     ]
+
+
+def _names(regions: list[dict[str, Any]]) -> list[str]:
+    return [f"region {region['box']} of picture {region['index']}" for region in regions]
 
 
 def _same_phrase(regions: list[dict[str, Any]], inside: torch.Tensor) -> torch.Tensor:

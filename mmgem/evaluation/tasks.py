@@ -2,6 +2,9 @@
 
 import copy
 import os
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -117,6 +120,7 @@ def captioning(model: MMGEMModel, processor: MMGEMProcessor, arguments: Evaluati
     dataset = load_pairs(arguments, _image_size(model))
     readable = dataset.select(readable_examples(dataset))
     count = min(arguments.caption_samples or len(readable), len(readable))
+    ids = _image_ids(readable, count) if arguments.annotations else []
     with adapters_off(model):
         metrics, outputs = evaluate_captions(
             model, processor, readable, arguments.batch_size, count, num_beams=arguments.num_beams
@@ -125,8 +129,7 @@ def captioning(model: MMGEMModel, processor: MMGEMProcessor, arguments: Evaluati
         if arguments.draws:
             of_draws, drawn = evaluate_reranking(model, processor, readable, count, arguments.draws, arguments.seed)
             metrics.update(of_draws)
-    ids = _image_ids(readable, count)
-    if arguments.annotations and _is_first():
+    if ids and _is_first():
         os.makedirs(arguments.output_dir, exist_ok=True)
         write_caption_results(os.path.join(arguments.output_dir, "captions.json"), ids, outputs["captions"])
     if domains := _domains(readable, count):
@@ -139,7 +142,8 @@ def captioning(model: MMGEMModel, processor: MMGEMProcessor, arguments: Evaluati
     if drawn:
         lines += ["", f"Of {arguments.draws} captions drawn of a picture, the nearest to it and the furthest:", ""]
         lines += ["| nearest | | furthest | |", "|---|---|---|---|"]
-        lines += [f"| {of[0][0]} | {of[0][1]:.2f} | {of[-1][0]} | {of[-1][1]:.2f} |" for of in drawn[:8]]
+        for (near, nearest), (far, furthest) in ([of[0], of[-1]] for of in drawn[:8]):
+            lines.append(f"| {_escaped(near)} | {nearest:.2f} | {_escaped(far)} | {furthest:.2f} |")
     pictures = {"captions.png": caption_sheet(readable, outputs["captions"])} if _is_first() else {}
     return Section("Captions", metrics, lines, pictures, {**_sizes(readable, dataset), "captioned": count})
 
@@ -176,16 +180,15 @@ def regions(model: MMGEMModel, processor: MMGEMProcessor, arguments: EvaluationA
     section = Section("Regions", {}, [], {})
     stages = _stages(model)
     for stage in stages:
-        model.set_adapter(stage)  # alone: the other would have a say in the score of a caption
-        metrics, outputs = evaluate_adapter(model, processor, dataset, stage, arguments.batch_size)
+        with _adapter_alone(model, stage, stages):
+            metrics, outputs = evaluate_adapter(model, processor, dataset, stage, arguments.batch_size)
+            own = region_section(stage, metrics, outputs, model, processor, dataset) if _is_first() else None
         section.sizes[f"{stage}_regions"] = len(outputs["stage_2"])
         section.metrics.update(metrics)
-        if _is_first():
-            own = region_section(stage, metrics, outputs, model, processor, dataset)
+        if own:
             section.lines += [f"### {own.heading}", "", *own.lines, ""]
             section.pictures.update(own.pictures)
     if stages:
-        model.set_adapter(stages)
         return section
     with stage_1(model, processor) as own_processor:
         for stage in STAGES.values():
@@ -202,6 +205,16 @@ def score_caption_files(arguments: EvaluationArguments) -> Section:
     references, domains = read_caption_references(arguments.caption_references, arguments.split)
     metrics = score_captions(results, references, domains, arguments.caption_subset)
     return Section("Captions", metrics, [f"{len(results)} captions.", "", *table(metrics)], {})
+
+
+@contextmanager
+def _adapter_alone(model: MMGEMModel, stage: str, stages: list[str]) -> Iterator[None]:
+    """For a while: another would have a say in the score of a caption."""
+    model.set_adapter(stage)
+    try:
+        yield
+    finally:
+        model.set_adapter(stages)
 
 
 def _image_size(model: MMGEMModel) -> int:
@@ -235,10 +248,21 @@ def _column(dataset: Any, name: str, count: int) -> list[Any]:
 
 
 def _image_ids(dataset: Any, count: int) -> list[str]:
-    ids = _column(dataset, "image_id", count) or [None] * count
-    return [str(row if own is None else own) for row, own in zip(dataset.rows, ids)]
+    """Of a table of annotations; the name of the file where it gives none."""
+    files, ids = _column(dataset, dataset.image_column, count), _column(dataset, "image_id", count)
+    ids = [os.path.basename(file) if own is None else own for file, own in zip(files, ids)]
+    for image, times in Counter(ids).most_common(1):
+        if times > 1:
+            raise ValueError(
+                f"The annotations have {times} pictures of the id {image}; evaluate their files by turns."
+            )
+    return ids
 
 
-def _domains(dataset: Any, count: int) -> list[str]:
+def _domains(dataset: Any, count: int) -> list[str | None]:
     domains = _column(dataset, "domain", count)
-    return domains if all(domains) else []
+    return domains if any(domains) else []
+
+
+def _escaped(text: str) -> str:
+    return text.replace("|", "\\|")

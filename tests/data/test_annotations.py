@@ -66,10 +66,17 @@ def test_dci(folder):
     assert captions(table, "long_caption") == {"a.jpg": ["Short a. Much more."], "b.jpg": ["Short b. Much more."]}
 
 
-def test_docci(folder):
+def test_doccis_splits(folder):
     rows = [{"example_id": n, "split": "test", "image_file": f"{n}.jpg", "description": f"All of {n}."} for n in "acx"]
-    table = read(folder, "\n".join(map(json.dumps, rows)), name="docci_descriptions.jsonlines")
+    rows.append({**rows[0], "split": "train", "image_file": "b.jpg"})
+    lines = "\n".join(map(json.dumps, rows))
+    table = read(folder, lines, ("test",), name="docci_descriptions.jsonlines")
     assert captions(table, "long_caption") == {"a.jpg": ["All of a."], "c.jpg": ["All of c."]}
+    assert len(read(folder, lines, name="docci_descriptions.jsonlines")) == 3
+    with pytest.raises(ValueError, match="no split val or qual_dev; it has test, train"):
+        read(folder, lines, ("val", "qual_dev"), name="docci_descriptions.jsonlines")
+    with pytest.raises(ValueError, match=r"Line 5 of .*docci_descriptions\.jsonlines is no JSON"):
+        read(folder, lines + "\n{", name="docci_descriptions.jsonlines")
 
 
 def test_sharegpt4v(folder):
@@ -77,9 +84,10 @@ def test_sharegpt4v(folder):
         turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": answer}]
         return {"id": name, "image": f"coco/train2017/{name}.jpg", "conversations": turns}
 
-    content = [row("a", "A long one."), {"id": "text alone", "conversations": []}, row("d", " Another. ")]
-    assert captions(read(folder, content), "long_caption") == {"a.jpg": ["A long one."], "d.jpg": ["Another."]}
-    content[0]["conversations"] = content[0]["conversations"][:1]
+    content = [row("d", " Another. "), {"id": "text alone", "conversations": []}, row("a", "A long one.")]
+    table = captions(read(folder, content), "long_caption")
+    assert list(table.items()) == [("d.jpg", ["Another."]), ("a.jpg", ["A long one."])], "its order: the first 1,000"
+    content[2]["conversations"] = content[2]["conversations"][:1]
     with pytest.raises(ValueError, match=r"file\.json is not as its kind is published.*coco/train2017/a\.jpg"):
         read(folder, content)
 
@@ -108,8 +116,14 @@ def test_long_captions_stand_beside_short_ones(folder):
 
 def test_ids_and_files_that_come_twice_are_refused(folder):
     images = [{"id": 1, "file_name": "a.jpg"}, {"id": 1, "file_name": "b.jpg"}]
-    with pytest.raises(ValueError, match=r"file\.json has two pictures of the id 1"):
+    with pytest.raises(ValueError, match=r"file\.json has several pictures of the id 1"):
         read(folder, {"images": images, "annotations": []})
+    images = [{"id": 1, "file_name": "x/a.jpg"}, {"id": 2, "file_name": "y/a.jpg"}]
+    with pytest.raises(ValueError, match=r"file\.json has several pictures of the name a\.jpg"):
+        read(folder, {"images": images, "annotations": []})
+    images = [{"filename": "a.jpg", "split": "test", "sentences": [{"raw": "one"}]}] * 2
+    with pytest.raises(ValueError, match=r"file\.json has several pictures of the name a\.jpg"):
+        read(folder, {"images": images})
     with pytest.raises(ValueError, match="is given twice"):
         read_annotations([str(folder / "file.json")] * 2, [str(folder / "images")])
 
@@ -118,3 +132,18 @@ def test_an_empty_folder_is_none_of_them(folder):
     (folder / "nothing").mkdir()
     with pytest.raises(ValueError, match="none of COCO's"):
         read_annotations([str(folder / "nothing")], [str(folder / "images")])
+
+
+def test_faults_name_the_file_and_the_picture(folder):
+    (folder / "dci").mkdir()
+    (folder / "dci" / "b.json").write_bytes(b'{"image": "\xff"}')
+    with pytest.raises(ValueError, match=r"dci/b\.json is no JSON"):
+        read_annotations([str(folder / "dci")], [str(folder / "images")])
+    with pytest.raises(ValueError, match="none of COCO's"):
+        read(folder, '{"a": 1}\n{"a": 2}', name="other.jsonl")
+    images = [{"id": 7, "file_name": "a.jpg"}]
+    with pytest.raises(ValueError, match=r"has 5 as a caption of picture 7, which is no text"):
+        read(folder, {"images": images, "annotations": [{"image_id": 7, "caption": 5}]})
+    images = [{"filename": "a.jpg", "split": "test", "sentences": [{"raw": {"a": 1}}]}]
+    with pytest.raises(ValueError, match=r"as a caption of picture a\.jpg, which is no text"):
+        read(folder, {"images": images})

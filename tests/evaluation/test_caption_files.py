@@ -13,15 +13,15 @@ from mmgem.evaluation.caption_files import (
 from mmgem.evaluation.captioning import bleu, cider_d, rouge_l
 
 
-REFERENCES = {"1": ["a dog runs", "the dog"], "2": ["two cats sleep"], "x": ["a boat at night", "a red boat"]}
-RESULTS = {"1": "a dog runs fast", "2": "two cats", "x": "a red boat at sea"}
+REFERENCES = {"1": ["a dog runs", "the dog"], "02": ["two cats sleep"], "x": ["a boat at night", "a red boat"]}
+RESULTS = {"1": "a dog runs fast", "02": "two cats", "x": "a red boat at sea"}
 
 
 def test_what_is_written_is_read(tmp_path):
     path = str(tmp_path / "captions.json")
     write_caption_results(path, list(RESULTS), list(RESULTS.values()))
     assert read_caption_results(path) == RESULTS
-    assert [row["image_id"] for row in json.loads((tmp_path / "captions.json").read_text())] == [1, 2, "x"]
+    assert [row["image_id"] for row in json.loads((tmp_path / "captions.json").read_text())] == [1, "02", "x"]
 
 
 def test_scores_are_the_metrics_whatever_order_the_files_have():
@@ -34,16 +34,30 @@ def test_scores_are_the_metrics_whatever_order_the_files_have():
 
 
 def test_domains_are_scored_each_by_its_own_references(tmp_path):
-    domains = {"1": "in-domain", "2": "out-domain", "x": "out-domain"}
+    domains = {"1": "in-domain", "02": "out-domain", "x": "out-domain"}
     images = [{"id": image, "domain": domain} for image, domain in domains.items()]
     annotations = [{"image_id": image, "caption": text} for image, of in REFERENCES.items() for text in of]
     (tmp_path / "nocaps.json").write_text(json.dumps({"images": images, "annotations": annotations}))
     references, read_domains = read_caption_references(str(tmp_path / "nocaps.json"))
     assert (references, read_domains) == (REFERENCES, domains)
     scores = score_captions(RESULTS, references, read_domains)
-    of_out = cider_d([RESULTS["2"], RESULTS["x"]], [REFERENCES["2"], REFERENCES["x"]])[0]
+    of_out = cider_d([RESULTS["02"], RESULTS["x"]], [REFERENCES["02"], REFERENCES["x"]])[0]
     assert scores["caption_cider_out_domain"] == of_out != scores["caption_cider"]
     assert "caption_cider_near_domain" not in scores
+
+
+def test_references_of_karpathys_split(tmp_path):
+    path = tmp_path / "dataset_coco.json"
+    images = [
+        {"filename": f"{i}.jpg", "split": split, "sentences": [{"raw": f"{split} {k}"} for k in range(2)]}
+        for i, split in enumerate(("train", "test", "val"))
+    ]
+    images[1]["cocoid"] = 42
+    path.write_text(json.dumps({"images": images}))
+    assert read_caption_references(str(path)) == ({"42": ["test 0", "test 1"]}, {})
+    assert read_caption_references(str(path), "val") == ({"2.jpg": ["val 0", "val 1"]}, {})
+    with pytest.raises(ValueError, match=r"dataset_coco\.json has no split dev; it has test, train, val"):
+        read_caption_references(str(path), "dev")
 
 
 def test_bad_files_name_the_offender(tmp_path, caplog):
@@ -73,9 +87,9 @@ def test_bad_files_name_the_offender(tmp_path, caplog):
     with pytest.raises(ValueError, match="1 captions have no references, such as that of image_id 9"):
         score_captions({**RESULTS, "9": "a dog"}, REFERENCES)
     with pytest.raises(ValueError, match="1 of 3 pictures have no caption, such as image_id x"):
-        score_captions({"1": "a", "2": "b"}, REFERENCES)
-    two = {image: REFERENCES[image] for image in "12"}
-    results = {image: RESULTS[image] for image in "12"}
+        score_captions({"1": "a", "02": "b"}, REFERENCES)
+    two = {image: REFERENCES[image] for image in ("1", "02")}
+    results = {image: RESULTS[image] for image in two}
     assert score_captions(results, REFERENCES, subset=True) == score_captions(results, two)
-    scores = score_captions({**RESULTS, "2": " "}, REFERENCES)
+    scores = score_captions({**RESULTS, "02": " "}, REFERENCES)
     assert "1 of 3 captions are empty" in caplog.text and scores["caption_empty"] == pytest.approx(1 / 3)

@@ -115,6 +115,18 @@ def test_order_of_pictures_changes_nothing_and_a_perfect_prediction_lowers_nothi
     assert better["dense_captioning_map"] > metrics["dense_captioning_map"]
 
 
+@pytest.mark.parametrize("order", [1, -1])
+def test_equal_scores_come_at_once_whatever_the_order(order):
+    """One right and one wrong, equally sure: precision 1/2, never 1."""
+    references = [[wanted([0, 0, 10, 10], "a dog")], [wanted([0, 0, 10, 10], "a cat")]][::order]
+    predictions = [[found([0, 0, 10, 10], "a dog", 0.5)], [found([0, 0, 10, 10], "snow", 0.5 + 1e-8)]][::order]
+    metrics = dense_captioning_map(predictions, references)
+    assert metrics["dense_captioning_map"] == pytest.approx(51 / 101 / 2)
+    # Two for one box: the worse of them takes it.
+    twice = [[found([0, 0, 10, 10], "a dog", 0.5), found([0, 0, 10, 10], "snow", 0.5)][::order]]
+    assert dense_captioning_map(twice, [[wanted([0, 0, 10, 10], "a dog")]])["dense_captioning_map"] == 0
+
+
 def test_errors_name_the_offender():
     with pytest.raises(ValueError, match="1 pictures, references for 2"):
         dense_captioning_map([[]], [[], []])
@@ -123,3 +135,8 @@ def test_errors_name_the_offender():
     nan = [[], [found([0, 0, 1, 1], "a", float("nan"))]]
     with pytest.raises(ValueError, match="picture 1 has the score nan"):
         dense_captioning_map(nan, [[wanted([0, 0, 1, 1], "a")], []])
+    for box in ([0, 0, float("nan"), 1], [4, 0, 2, 4]):
+        with pytest.raises(ValueError, match=r"A prediction for picture 0 has the box .* which has no area"):
+            dense_captioning_map([[found(box, "a", 0.5)]], [[wanted([0, 0, 1, 1], "a")]])
+        with pytest.raises(ValueError, match=r"A reference for picture 0 has the box .* which has no area"):
+            dense_captioning_map([[]], [[wanted(box, "a")]])

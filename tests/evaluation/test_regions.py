@@ -62,6 +62,35 @@ def test_retrieval_and_pointing_game_against_the_definition(model, processor, da
     assert again == pytest.approx(metrics)
 
 
+def test_boxes_of_one_picture_that_share_a_phrase_are_one_place(model, processor):
+    """A hit in either counts for both, and chance is their union."""
+    regions = [{"box": box, "phrase": "a dog"} for box in ([0, 0, 32, 16], [0, 16, 32, 32])]
+    dataset = RegionDataset(Table([{"image": make_picture(0, (32, 32)), "regions": regions}]))
+    metrics, outputs = evaluate_regions(model, processor, dataset, "region-retrieval")
+    assert [region["hit"] for region in outputs["regions"]] == [True, True]
+    assert metrics["pointing_game_chance"] == 1
+
+
+def test_a_heat_map_without_a_highest_place_points_nowhere(processor):
+    model = make_model(processor)
+    with torch.no_grad():
+        for parameter in model.vision_model.parameters():
+            parameter.zero_()
+        model.vision_model.post_layernorm.bias.fill_(1)
+    dataset = RegionDataset(Table([{"image": make_picture(0), "regions": [{"box": [0, 0, 24, 40], "phrase": "a"}]}]))
+    metrics, _ = evaluate_regions(model, processor, dataset, "region-retrieval")
+    assert 0 < metrics["pointing_game_chance"] < 1 and metrics["pointing_game"] == 0
+
+
+def test_embeddings_that_are_no_numbers_name_the_region(processor, dataset):
+    for stage, projection in (("region-retrieval", "visual_projection"), ("region-caption", "text_projection")):
+        model = make_model(processor)
+        with torch.no_grad():
+            model.get_submodule(projection).weight.fill_(float("nan"))
+        with pytest.raises(ValueError, match=r"region \[0.0, 0.0, 20.0, 20.0\] of picture 0"):
+            evaluate_regions(model, processor, dataset, stage)
+
+
 def test_captions_are_those_of_each_region_alone(model, processor, dataset):
     regions = caption_regions(model, processor, dataset, batch_size=2, max_new_tokens=4)
     for region in regions:

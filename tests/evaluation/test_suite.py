@@ -22,8 +22,9 @@ from mmgem.data.scenes import ScenesDataset
 from mmgem.evaluation import METRICS
 from mmgem.evaluation.__main__ import main
 from mmgem.evaluation.arguments import EvaluationArguments
-from mmgem.evaluation.captioning import cider_d
+from mmgem.evaluation.captioning import TOKENIZER, cider_d
 from mmgem.evaluation.classification import classification_metrics
+from mmgem.evaluation.data import load_labelled, load_pairs
 from mmgem.evaluation.dense_captioning import dense_captioning_map
 from mmgem.evaluation.evaluator import evaluate_model
 from mmgem.evaluation.retrieval import retrieval_metrics
@@ -174,6 +175,10 @@ def test_karpathy_protocol_takes_five_captions_of_each_picture(checkpoint, run, 
     data = ["--annotations", tmp_path / "dataset_flickr8k.json", "--image_folders", tmp_path / "images"]
     run("--model", checkpoint, "--tasks", "retrieval", *data)
     assert "10 pictures, 50 captions" in (tmp_path / "out" / "report.md").read_text()
+    files = [str(tmp_path / "dataset_flickr8k.json")]
+    options = EvaluationArguments("x", annotations=files, image_folders=[str(tmp_path / "images")])
+    first = [f"picture 1 in words {k}" for k in range(5)]
+    assert load_pairs(options, 32, max_captions=5).captions()[0] == first
     run("--model", checkpoint, "--tasks", "retrieval", *data, "--captions_per_image", 7)
     assert "10 pictures, 70 captions" in (tmp_path / "out" / "report.md").read_text()
 
@@ -215,6 +220,7 @@ def labelled(tmp_path):
 
 def test_classification_of_a_suite(checkpoint, run, labelled):
     arguments = ["--model", checkpoint, "--tasks", "classification"]
+    assert load_labelled(options_of(labelled), 32)[0].class_names == ["dog", "red bicycle", "cat"]
     metrics = run(*arguments, "--classification_suite", labelled / "suite.yaml")["metrics"]
     alone = run(*arguments, "--data_file", labelled / "pets.parquet")["metrics"]
     assert metrics["classification_pets_top1"] == alone["classification_top1"]
@@ -224,6 +230,8 @@ def test_classification_of_a_suite(checkpoint, run, labelled):
     for entry, message in (
         ({"name": "a", "dataset": "b"}, "unknown option 'dataset'"),
         ({"name": 1}, "name must be of type str, got 1"),
+        ({"name": "a", "class_names": ["dog", None]}, "class_names must be a list of texts, but one is None"),
+        ({"name": "a", "templates": [5]}, "templates must be a list of texts, but one is 5"),
         ({"name": "a", "max_samples": "5"}, "max_samples must be of type int"),
         ({"name": "a", "metric": "f1"}, "metric is top1 or mean_per_class"),
         ({"dataset_name": "a"}, "needs a name that no other has"),
@@ -234,10 +242,84 @@ def test_classification_of_a_suite(checkpoint, run, labelled):
             run(*arguments, "--classification_suite", labelled / "suite.yaml")
 
 
+def options_of(folder):
+    return EvaluationArguments("x", tasks=["classification"], classification_suite=str(folder / "suite.yaml"))
+
+
+def test_what_counts_of_each_dataset_of_a_suite(checkpoint, run, labelled):
+    """Its own metric: eight dogs and a cat, of which the model takes all for one class."""
+    features = Features({"image": Image(), "label": ClassLabel(names=["dog", "cat"])})
+    rows = {"image": [make_picture(i) for i in range(9)], "label": [0] * 8 + [1]}
+    Dataset.from_dict(rows, features=features).to_parquet(labelled / "pets.parquet")
+    suite = [
+        {"name": name, "data_file": str(labelled / "pets.parquet"), "metric": metric}
+        for name, metric in (("first", "top1"), ("mean", "mean_per_class"))
+    ]
+    (labelled / "suite.yaml").write_text(yaml.safe_dump(suite))
+    metrics = run(
+        *("--model", checkpoint, "--tasks", "classification", "--classification_suite", labelled / "suite.yaml")
+    )["metrics"]
+    top1, mean = metrics["classification_first_top1"], metrics["classification_mean_mean_per_class"]
+    assert top1 != mean
+    assert metrics["classification_mean"] == pytest.approx((top1 + mean) / 2)
+
+
+def test_labels_must_be_numbers_of_classes(checkpoint, run, tmp_path):
+    rows = {"image": [make_picture(0)], "label": ["dog"]}
+    Dataset.from_dict(rows, features=Features({"image": Image(), "label": Value("string")})).to_parquet(
+        tmp_path / "pets.parquet"
+    )
+    with pytest.raises(SystemExit, match=r"must hold the numbers of classes.*class_encode_column"):
+        run(
+            *("--model", checkpoint, "--tasks", "classification", "--data_file", tmp_path / "pets.parquet"),
+            *("--class_names", "dog", "cat"),
+        )
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ("batch_size:", "batch_size needs a value"),
+        ("max_lengths: ['50']", "max_lengths takes a list of int, but one is '50'"),
+        ("tasks: [5]", "tasks takes a list of str, but one is 5"),
+        ("on: 1", "must hold a mapping of names"),
+        ("seed: [1]", "seed takes one value, not a list"),
+        ("model: \xe9", "is no YAML"),
+    ],
+)
+def test_bad_settings_end_with_a_line(run, tmp_path, settings, message):
+    (tmp_path / "evaluation.yaml").write_bytes(settings.encode("latin-1"))
+    with pytest.raises(SystemExit, match=f"^error: .*{message}"):
+        run("--config", tmp_path / "evaluation.yaml")
+
+
+def test_options_reach_their_tasks(checkpoint, run, tmp_path):
+    data = ["--model", checkpoint, "--dataset_name", "scenes", "--max_samples", 6]
+    metrics = run(*data, "--tasks", "long_text", "--max_lengths", 10, 30)["metrics"]
+    assert metrics["long_text_10_cut"] == 1 and "long_text_30_text_to_image_R@1" in metrics
+    drawn = []
+    for changes in ([], ["--seed", 1], ["--num_beams", 3]):
+        run(*data, "--tasks", "captioning", "--draws", 3, *changes)
+        drawn.append((tmp_path / "out" / "report.md").read_text().split("## Setting")[0])
+    assert len(set(drawn)) == 3 and "with 3 beams" in drawn[2]
+    images = [{"id": i, "file_name": f"{i}.jpg"} for i in range(3)]
+    annotations = [{"image_id": i, "caption": f"a dog {i}"} for i in range(3)]
+    (tmp_path / "references.json").write_text(json.dumps({"images": images, "annotations": annotations}))
+    (tmp_path / "captions.json").write_text('[{"image_id": 1, "caption": "a dog 1"}]')
+    files = ["--caption_results", tmp_path / "captions.json", "--caption_references", tmp_path / "references.json"]
+    results = run(*files, "--caption_subset", "true")
+    assert results["metrics"]["caption_bleu2"] == 1
+    assert results["setting"]["caption_subset"] is True and results["setting"]["caption_tokenizer"] == TOKENIZER
+    with pytest.raises(SystemExit, match="2 of 3 pictures have no caption"):
+        run(*files)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--tasks", "retrieval"], "Give --model"),
+        (["--model", "x", "--dataset_name", "scenes", "--tasks", "regions,regions"], "named twice"),
+        (["--model", "x", "--caption_results", "a", "--caption_references", "b"], "not both"),
         (["--model", "x"], "one of the three"),
         (["--model", "x", "--dataset_name", "scenes", "--tasks", "capshoning"], "Unknown task 'capshoning'"),
         (["--model", "x", "--dataset_name", "scenes", "--task", "retrieval"], "did you mean 'tasks'"),
@@ -325,6 +407,31 @@ def test_regions_without_an_adapter_are_stage_1_as_beside_one(checkpoint, adapte
         run(*data, "--adapters", adapters[0], adapters[0])
 
 
+def test_h4_touches_whole_pictures_by_their_box_alone(checkpoint, processor, run, tmp_path):
+    adapter = add_region_adapter(bold_model(processor), "region-retrieval", 1)
+    with torch.no_grad():
+        adapter.base_model.model.region_projection.modules_to_save["default"].weight.normal_()
+    adapter.save_pretrained(tmp_path / "h4")
+    data = ["--dataset_name", "scenes", "--max_samples", 12, "--model", checkpoint]
+    metrics = run(*data, "--tasks", "regions,retrieval", "--adapters", tmp_path / "h4")["metrics"]
+    recalls = {
+        name: value for name, value in metrics.items() if name.startswith(("text_to_image_R", "image_to_text_R"))
+    }
+    for prefix in ("whole_picture_", "stage_1_whole_picture_", "stage_1_whole_box_"):
+        assert {name: metrics[prefix + name] for name in recalls} == recalls
+    scenes = ScenesDataset("test", 12, 32)
+    model = MMGEMModel.from_pretrained(checkpoint).eval()
+    model.load_adapter(str(tmp_path / "h4"))
+    with torch.no_grad():
+        boxes = [[[0.0, 0.0, 32.0, 32.0]]] * 12
+        images = [scenes[i]["image"] for i in range(12)]
+        image_embeds = model.get_embedding(**processor(images=images, boxes=boxes, return_tensors="pt"))[:, 0]
+        text_embeds = model.get_embedding(**processor(text=scenes["caption"], return_tensors="pt"))
+    expected = retrieval_metrics(text_embeds, image_embeds, torch.arange(12))
+    assert {name: metrics[f"whole_box_{name}"] for name in recalls} == {name: expected[name] for name in recalls}
+    assert {name: expected[name] for name in recalls} != recalls
+
+
 def test_adapters_are_on_again_after_a_fault(checkpoint, adapters, tmp_path):
     make_picture(0).save(tmp_path / "a.png")
     (tmp_path / "rows.jsonl").write_text(json.dumps({"image": "a.png", "caption": "a dog"}))
@@ -339,6 +446,10 @@ def test_adapters_are_on_again_after_a_fault(checkpoint, adapters, tmp_path):
     assert not model.caption_projection._disable_adapters
     with pytest.raises(ValueError, match="the first that of 'picture 0'"):
         run_tasks(model, processor, dataclasses.replace(options, tasks=["retrieval"]))
+    with pytest.raises(ValueError, match=r"region .* of picture 0"):
+        scenes = dataclasses.replace(options, tasks=["regions"], data_file=None, dataset_name="scenes", max_samples=2)
+        run_tasks(model, processor, scenes)
+    assert {*model.active_adapters()} == {"region-caption", "region-retrieval"}
 
 
 def test_annotations_with_short_and_long_captions(checkpoint, run, tmp_path):
