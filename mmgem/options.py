@@ -28,8 +28,8 @@ def parse_options(
         implied: options that follow from others.
 
     Raises:
-        ValueError: for an unknown option, with the nearest known one; for a list, or nothing, where the option takes
-            one value, and for a list of other things than it takes.
+        ValueError: for an unknown option, with the nearest known one; for a list where the option takes one value, or
+            a list of other things than it takes.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     parser = HfArgumentParser(list(types), allow_abbrev=False)  # type: ignore[arg-type]
@@ -62,12 +62,10 @@ def load_yaml(source: Any, name: str) -> Any:
 
 
 def _check_setting(name: str, value: Any, hint: Any) -> None:
-    """Of what does not go the way of the command line: lists, and nothing."""
-    kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
-    if value is None and type(None) not in kinds:
-        raise ValueError(f"{name} needs a value; leave it out for its default.")
+    """Of lists, which do not go the way of the command line."""
     if not isinstance(value, list):
         return
+    kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
     lists = [kind for kind in kinds if kind is list or get_origin(kind) is list]
     if not lists:
         raise ValueError(f"{name} takes one value, not a list.")

@@ -1,6 +1,6 @@
 """The options of `python -m mmgem.evaluation`."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Literal
 
 
@@ -81,6 +81,9 @@ class EvaluationArguments:
     output_dir: str = field(default="outputs/evaluation", metadata={"help": "For results.json, report.md, pictures."})
 
     def __post_init__(self) -> None:
+        for option in fields(self):
+            if getattr(self, option.name) is None and option.default is not None:
+                raise ValueError(f"{option.name} needs a value; leave it out for its default.")
         self.tasks = [task for word in self.tasks for task in word.split(",") if task]
         if unknown := [task for task in self.tasks if task not in TASKS]:
             raise ValueError(f"Unknown task {unknown[0]!r}; the tasks are {', '.join(TASKS)}.")
