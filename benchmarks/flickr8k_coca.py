@@ -318,7 +318,7 @@ def main() -> None:
     parser.add_argument("--validation_file", required=True)
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/flickr8k_coca"))
     parser.add_argument("--minutes", type=float, default=10.0)
-    parser.add_argument("--tuning_steps", type=int, default=150)
+    parser.add_argument("--tuning_steps", type=int, default=400)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--systems", nargs="+", default=["mmgem", "coca", "coca, trimmed"], choices=SYSTEMS)
     parser.add_argument("--learning_rates", type=float, nargs="+", default=LEARNING_RATES)
