@@ -12,7 +12,7 @@ def read_json(path: str) -> Any:
     with open(path, encoding="utf-8") as file:
         try:
             return json.load(file)
-        except ValueError as error:  # of JSON, or of UTF-8
+        except (ValueError, RecursionError) as error:  # of JSON, of UTF-8, or nested too deeply
             raise ValueError(f"{path} is no JSON: {error}.") from error
 
 
@@ -28,6 +28,6 @@ def read_json_lines(path: str) -> list[Any]:
         for number, line in enumerate(file, 1):
             try:
                 rows += [json.loads(line)] if line.strip() else []
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise ValueError(f"Line {number} of {path} is no JSON: {error}.") from error
     return rows

@@ -48,7 +48,7 @@ def dense_captioning_map(
     total = sum(map(len, merged))
     if not total:
         raise ValueError("No picture has a reference, so there is nothing to find.")
-    candidates: list[tuple[float, float, float, tuple[int, int]]] = []
+    candidates: list[tuple[int, float, float, tuple[int, int]]] = []
     for picture, (found, targets) in enumerate(zip(predictions, merged)):
         for prediction in found:
             if not np.isfinite(prediction["score"]):
@@ -58,7 +58,7 @@ def dense_captioning_map(
             if overlap > 0:
                 target = overlaps.index(overlap)
                 language = meteor_exact(prediction["caption"], targets[target][1])
-            candidates.append((float(prediction["score"]), overlap, language, (picture, target)))
+            candidates.append((round(prediction["score"] / TIE), overlap, language, (picture, target)))
     candidates.sort(key=lambda item: (-item[0], item[2], item[1]))
     metrics = {}
     for iou in IOU_THRESHOLDS:
@@ -91,7 +91,7 @@ def _merged(references: Sequence[dict[str, Any]]) -> list[tuple[list[float], lis
 
 
 def _average_precision(
-    candidates: Sequence[tuple[float, float, float, tuple[int, int]]], iou: float, language: float, total: int
+    candidates: Sequence[tuple[int, float, float, tuple[int, int]]], iou: float, language: float, total: int
 ) -> float:
     """Area under the highest precision at each of 101 recalls, sorted candidates given."""
     if not candidates:
@@ -102,7 +102,7 @@ def _average_precision(
         right.append(overlap >= iou and score > language and target not in taken)
         if overlap > 0:
             taken.add(target)
-    is_last = np.append(-np.diff([score for score, *_ in candidates]) > TIE, True)
+    is_last = np.append(np.diff([score for score, *_ in candidates]) != 0, True)
     hits = np.cumsum(right)[is_last]
     recall, precision = hits / total, hits / (np.flatnonzero(is_last) + 1)
     best_from = np.maximum.accumulate(precision[::-1])[::-1]

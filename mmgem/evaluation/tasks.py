@@ -132,7 +132,7 @@ def captioning(model: MMGEMModel, processor: MMGEMProcessor, arguments: Evaluati
     if ids and _is_first():
         os.makedirs(arguments.output_dir, exist_ok=True)
         write_caption_results(os.path.join(arguments.output_dir, "captions.json"), ids, outputs["captions"])
-    if domains := _domains(readable, count):
+    if ids and (domains := _domains(readable, count)):
         references = dict(zip(ids, readable.captions()))
         scores = score_captions(dict(zip(ids, outputs["captions"])), references, dict(zip(ids, domains)))
         metrics.update({name: value for name, value in scores.items() if name.endswith("domain")})
