@@ -171,8 +171,8 @@ def _verdict(what: str, differences: Sequence[float], allowed: float | None = No
 # Written after looking at the figures of three seeds; what could not be found out says so.
 NOTES = {
     "a": """
-Both tasks are rather helped than hurt: every mean of the joint model lies above that of the single objective, in
-image-to-text retrieval beyond doubt. Where it says "open", three seeds are too few to rule out a loss of 2 %.
+Both tasks are rather helped than hurt: every mean of the joint model lies above that of the single objective. Where it
+says "open", three seeds are too few to rule out a loss of 2 %.
 """,
     "b": """
 Most of the gain comes from reading to the end: cut to 77 tokens, the model that was trained on 200 falls below one
