@@ -52,11 +52,8 @@ IMAGE_SIZE, PATCH_SIZE, WIDTH, HEADS = 96, 16, 128, 4
 VISION = {"layers": 3, "heads": 8, "image_size": IMAGE_SIZE, "patch_size": PATCH_SIZE}
 # Ours, wide enough for as many parameters: CoCa has two layers and two, and those of its decoder are two blocks each.
 TEXT_LAYERS, TEXT_INTERMEDIATE = 4, 5 * WIDTH
-MAX_LENGTH, BATCH_SIZE, WARMUP_STEPS = (
-    40,
-    64,
-    50,
-)  # at 128 both learn as much from a pair, and CoCa's step takes longer
+MAX_LENGTH, WARMUP_STEPS = 40, 50
+BATCH_SIZE = 64  # at 128 both learn as much from a pair
 LEARNING_RATES = (1e-3, 2e-3, 4e-3, 8e-3)
 CAPTION_WEIGHT = 1.0  # of ours, beside the sum of both directions of L_Emb: the paper's
 OUR_MIX = CAPTION_WEIGHT / 2  # the same beside their mean, as CoCa has it

@@ -8,8 +8,8 @@ from typing import Any
 import datasets
 from transformers.utils import logging
 
-from .json_files import read_json
-from .long_captions import no_such_split, read_long_captions
+from .json_files import no_such_split, read_json
+from .long_captions import read_long_captions
 
 
 logger = logging.get_logger(__name__)

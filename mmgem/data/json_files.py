@@ -1,6 +1,7 @@
 """JSON that others wrote."""
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 
@@ -31,3 +32,8 @@ def read_json_lines(path: str) -> list[Any]:
             except (ValueError, RecursionError) as error:
                 raise ValueError(f"Line {number} of {path} is no JSON: {error}.") from error
     return rows
+
+
+def no_such_split(path: str, asked: Sequence[str] | None, there: set[str]) -> ValueError:
+    """What to raise for a file without the splits that were asked for."""
+    return ValueError(f"{path} has no split {' or '.join(asked or ())}; it has {', '.join(sorted(there))}.")

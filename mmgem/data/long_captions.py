@@ -4,7 +4,7 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from .json_files import read_json, read_json_lines
+from .json_files import no_such_split, read_json, read_json_lines
 
 
 def read_long_captions(path: str, splits: Sequence[str] | None = None) -> dict[str, list[str]] | None:
@@ -62,11 +62,6 @@ def _read_docci(path: str, splits: Sequence[str] | None) -> dict[str, list[str]]
     if not chosen:
         raise no_such_split(path, splits, {row["split"] for row in rows})
     return _by_picture((row["image_file"], row["description"]) for row in chosen)
-
-
-def no_such_split(path: str, asked: Sequence[str] | None, there: set[str]) -> ValueError:
-    """What to raise for a file without the splits that were asked for."""
-    return ValueError(f"{path} has no split {' or '.join(asked or ())}; it has {', '.join(sorted(there))}.")
 
 
 def _answer(row: dict[str, Any]) -> str:

@@ -135,10 +135,11 @@ class ScenesDataset(torch.utils.data.Dataset):
             {"box": box_of(mask), "mask": mask, "phrase": f"a {item.phrase}", "label": item.shape}
             for item, mask in zip(scene.objects, masks)
         ]
+        long = long_caption(scene)
         return {
             "image": Image.fromarray(pixels),
             "caption": scene.caption,
-            "long_caption": (long := long_caption(scene)),
+            "long_caption": long,
             "captions": [scene.caption, long],
             "label": _column(scene, "label"),
             "regions": regions,

@@ -7,8 +7,7 @@ from typing import Any
 
 from transformers.utils import logging
 
-from ..data.json_files import read_json
-from ..data.long_captions import no_such_split
+from ..data.json_files import no_such_split, read_json
 from .captioning import bleu, cider_d, rouge_l
 
 

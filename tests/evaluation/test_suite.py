@@ -20,9 +20,8 @@ from mmgem import MMGEMModel, MMGEMProcessor
 from mmgem.data.pairs import PairDataset
 from mmgem.data.scenes import ScenesDataset
 from mmgem.evaluation import METRICS
-from mmgem.evaluation.__main__ import main
 from mmgem.evaluation.arguments import EvaluationArguments
-from mmgem.evaluation.captioning import TOKENIZER, cider_d
+from mmgem.evaluation.captioning import cider_d
 from mmgem.evaluation.classification import classification_metrics
 from mmgem.evaluation.data import load_labelled, load_pairs
 from mmgem.evaluation.dense_captioning import dense_captioning_map
@@ -33,7 +32,8 @@ from mmgem.evaluation.tasks import load_model, run_tasks
 from mmgem.training.arguments import MMGEMTrainingArguments
 from mmgem.training.region_adapters import add_region_adapter
 from mmgem.training.trainer import MMGEMTrainer
-from tests.conftest import make_model, make_picture
+from tests.conftest import make_picture
+from tests.evaluation.conftest import bold_model
 
 
 ROOT = Path(__file__).parents[2]
@@ -48,46 +48,10 @@ ROWS = Features(
 )
 
 
-def bold_model(processor):
-    """What it writes depends on the picture, which the tiny model hardly looks at otherwise."""
-    model = make_model(processor)
-    with torch.no_grad():
-        model.caption_projection.weight.mul_(100)
-    return model
-
-
-@pytest.fixture
-def checkpoint(processor, tmp_path):
-    bold_model(processor).save_pretrained(tmp_path / "model")
-    processor.save_pretrained(tmp_path / "model")
-    return str(tmp_path / "model")
-
-
-@pytest.fixture
-def adapters(processor, tmp_path):
-    """Of both stages, untrained."""
-    for stage in ("region-caption", "region-retrieval"):
-        add_region_adapter(bold_model(processor), stage, 1).save_pretrained(tmp_path / stage)
-    return [str(tmp_path / "region-caption"), str(tmp_path / "region-retrieval")]
-
-
 def as_png(image):
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
     return buffer.getvalue()
-
-
-@pytest.fixture
-def run(monkeypatch, tmp_path):
-    """The command line, in this process; returns results.json's content."""
-
-    def run(*arguments):
-        command = ["mmgem.evaluation", *map(str, arguments), "--output_dir", str(tmp_path / "out")]
-        monkeypatch.setattr(sys, "argv", command)
-        main()
-        return json.loads((tmp_path / "out" / "results.json").read_text())
-
-    return run
 
 
 def test_two_processes_and_any_batch_give_the_same_figures(checkpoint, adapters, run, tmp_path):
@@ -203,21 +167,6 @@ def test_coco_annotations_leave_a_results_file_that_scores_the_same(checkpoint, 
     assert scored == {name: pytest.approx(metrics[name]) for name in scored}, "all seven references, both ways"
 
 
-@pytest.fixture
-def labelled(tmp_path):
-    """A folder of `datasets` with pictures of three classes, and a suite of it twice."""
-    features = Features({"image": Image(), "label": ClassLabel(names=["dog", "red_bicycle", "cat"])})
-    rows = {"image": [make_picture(i) for i in range(9)], "label": [i % 3 for i in range(9)]}
-    Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "pets.parquet")
-    other = {"templates": ["{} on a beach"], "class_names": ["snow", "mat", "people"]}
-    suite = [
-        {"name": "pets", "data_file": str(tmp_path / "pets.parquet")},
-        {"name": "others", "data_file": str(tmp_path / "pets.parquet"), **other},
-    ]
-    (tmp_path / "suite.yaml").write_text(yaml.safe_dump(suite))
-    return tmp_path
-
-
 def test_classification_of_a_suite(checkpoint, run, labelled):
     arguments = ["--model", checkpoint, "--tasks", "classification"]
     assert load_labelled(options_of(labelled), 32)[0].class_names == ["dog", "red bicycle", "cat"]
@@ -262,85 +211,6 @@ def test_what_counts_of_each_dataset_of_a_suite(checkpoint, run, labelled):
     top1, mean = metrics["classification_first_top1"], metrics["classification_mean_mean_per_class"]
     assert top1 != mean
     assert metrics["classification_mean"] == pytest.approx((top1 + mean) / 2)
-
-
-def test_labels_must_be_numbers_of_classes(checkpoint, run, tmp_path):
-    rows = {"image": [make_picture(0)], "label": ["dog"]}
-    Dataset.from_dict(rows, features=Features({"image": Image(), "label": Value("string")})).to_parquet(
-        tmp_path / "pets.parquet"
-    )
-    with pytest.raises(SystemExit, match=r"must hold the numbers of classes.*class_encode_column"):
-        run(
-            *("--model", checkpoint, "--tasks", "classification", "--data_file", tmp_path / "pets.parquet"),
-            *("--class_names", "dog", "cat"),
-        )
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ("batch_size:", "batch_size needs a value"),
-        ("max_lengths: ['50']", "max_lengths takes a list of int, but one is '50'"),
-        ("tasks: [5]", "tasks takes a list of str, but one is 5"),
-        ("on: 1", "must hold a mapping of names"),
-        ("seed: [1]", "seed takes one value, not a list"),
-        ("model: \xe9", "is no YAML"),
-    ],
-)
-def test_bad_settings_end_with_a_line(run, tmp_path, settings, message):
-    (tmp_path / "evaluation.yaml").write_bytes(settings.encode("latin-1"))
-    with pytest.raises(SystemExit, match=f"^error: .*{message}"):
-        run("--config", tmp_path / "evaluation.yaml")
-
-
-def test_options_reach_their_tasks(checkpoint, run, tmp_path):
-    data = ["--model", checkpoint, "--dataset_name", "scenes", "--max_samples", 6]
-    metrics = run(*data, "--tasks", "long_text", "--max_lengths", 10, 30)["metrics"]
-    assert metrics["long_text_10_cut"] == 1 and "long_text_30_text_to_image_R@1" in metrics
-    drawn = []
-    for changes in ([], ["--seed", 1], ["--num_beams", 3]):
-        run(*data, "--tasks", "captioning", "--draws", 3, *changes)
-        drawn.append((tmp_path / "out" / "report.md").read_text().split("## Setting")[0])
-    assert len(set(drawn)) == 3 and "with 3 beams" in drawn[2]
-    images = [{"id": i, "file_name": f"{i}.jpg"} for i in range(3)]
-    annotations = [{"image_id": i, "caption": f"a dog {i}"} for i in range(3)]
-    (tmp_path / "references.json").write_text(json.dumps({"images": images, "annotations": annotations}))
-    (tmp_path / "captions.json").write_text('[{"image_id": 1, "caption": "a dog 1"}]')
-    files = ["--caption_results", tmp_path / "captions.json", "--caption_references", tmp_path / "references.json"]
-    results = run(*files, "--caption_subset", "true")
-    assert results["metrics"]["caption_bleu2"] == 1
-    assert results["setting"]["caption_subset"] is True and results["setting"]["caption_tokenizer"] == TOKENIZER
-    with pytest.raises(SystemExit, match="2 of 3 pictures have no caption"):
-        run(*files)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--tasks", "retrieval"], "Give --model"),
-        (["--model", "x", "--dataset_name", "scenes", "--tasks", "regions,regions"], "named twice"),
-        (["--model", "x", "--caption_results", "a", "--caption_references", "b"], "not both"),
-        (["--model", "x"], "one of the three"),
-        (["--model", "x", "--dataset_name", "scenes", "--tasks", "capshoning"], "Unknown task 'capshoning'"),
-        (["--model", "x", "--dataset_name", "scenes", "--task", "retrieval"], "did you mean 'tasks'"),
-        (["--model", "x", "--annotations", "a.json"], "--image_folders"),
-        (["--caption_results", "a.json"], "give both"),
-        (["--model", str(ROOT / "configs"), "--dataset_name", "scenes"], "configs is no checkpoint"),
-    ],
-)
-def test_bad_options_end_with_a_line(run, arguments, message):
-    with pytest.raises(SystemExit, match=f"^error: .*{message}"):
-        run(*arguments)
-
-
-def test_missing_columns_are_named(checkpoint, run, labelled):
-    table = ["--model", checkpoint, "--data_file", labelled / "pets.parquet"]
-    with pytest.raises(SystemExit, match=r"no column 'caption'; its columns are image, label\. Set --caption_column"):
-        run(*table, "--tasks", "retrieval")
-    with pytest.raises(SystemExit, match="no column 'regions'"):
-        run(*table, "--tasks", "regions")
-    with pytest.raises(SystemExit, match="no column 'species'"):
-        run(*table, "--tasks", "classification", "--label_column", "species")
 
 
 def test_metrics_load_from_the_folder_and_know_nothing_of_the_model(monkeypatch, tmp_path):
