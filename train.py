@@ -16,8 +16,9 @@ from safetensors import SafetensorError
 from mmgem import MMGEMModel
 from mmgem.data.loading import load_pairs, load_regions
 from mmgem.data.pairs import BadDataError, PairDataset
+from mmgem.evaluation.adapters import evaluate_adapter
 from mmgem.evaluation.evaluator import evaluate_model
-from mmgem.evaluation.region_report import add_to_report_of_base, evaluate_adapter, region_section
+from mmgem.evaluation.region_report import add_to_report_of_base, region_section
 from mmgem.evaluation.report import environment, pair_sections, write_report
 from mmgem.training.arguments import DataArguments, ModelArguments, parse_arguments
 from mmgem.training.building import build_model_and_processor, initial_image_size, planned_config
@@ -111,9 +112,9 @@ def main() -> None:
             model.load_adapter(args.output_dir, adapter_name=args.stage)
             shown = (model, trainer.processor, eval_dataset)
             metrics, outputs = evaluate_adapter(*shown, args.stage, args.per_device_eval_batch_size)
-            setting.update(
-                size=len(eval_dataset), regions=len(outputs["stage_2"]), k=model.region_grid_size, base=base
-            )
+            size = len({region["index"] for region in outputs["stage_2"]})
+            setting.update(size=size, unreadable=len(eval_dataset) - size, regions=len(outputs["stage_2"]))
+            setting.update(k=model.region_grid_size, base=base)
             sections = [region_section(args.stage, metrics, outputs, *shown)] if is_first else []
     except ValueError as error:
         sys.exit(f"error: {args.output_dir} is saved, but could not be evaluated: {error}")

@@ -58,3 +58,21 @@ def coca_texts(processor: MMGEMProcessor, captions: list[str]) -> torch.Tensor:
     texts = tokenizer(captions, padding=True, return_tensors="pt", split_special_tokens=True)["input_ids"]
     texts[texts == tokenizer.convert_tokens_to_ids("[EMB]")] = tokenizer.eos_token_id
     return texts[:, : processor.max_length]
+
+
+def fix_class_position(model: torch.nn.Module) -> None:
+    """
+    The class token behind a text gets the last position, however long the text is. In open_clip it gets the one after
+    the batch's longest, so that texts which are not padded to the context length are embedded otherwise in other
+    company.
+    """
+    text = model.text
+    embeds = text._embeds
+
+    def embeds_in_any_company(ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        states, mask = embeds(ids)
+        positions = text.positional_embedding
+        moved = states[:, -1:] - positions[states.shape[1] - 1] + positions[-1]
+        return torch.cat([states[:, :-1], moved], 1), mask
+
+    text._embeds = embeds_in_any_company

@@ -41,8 +41,10 @@ from mmgem.training.stages import parameter_groups
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "configs"
+SEEDS = [0, 1, 2]
 QUICK_STEPS = 30
 TEXT_SIDE_STEPS = 300  # of (b)
+CLIP_RATES = {"clip-text": 1.0, "clip-text-half": 0.5, "clip-text-double": 2.0}  # times the demo's learning rate
 H4_STEPS = 200  # of (d), whose long captions make slow steps
 TOWERS = ("vision_config", "text_config", "vocab_size", "projection_dim")
 Metrics = dict[str, float]
@@ -89,6 +91,11 @@ class Runs:
                 )
         return json.loads(results.read_text())["metrics"]
 
+    def commits(self) -> list[str]:
+        """Of the code that trained."""
+        files = [*self.folder.glob("*/results.json"), *self.folder.glob("*/*/results.json")]
+        return sorted({str(json.loads(file.read_text())["setting"]["commit"]) for file in files})
+
     def compute(self, name: str, function: Callable[[], Metrics]) -> Metrics:
         """What a function gives, kept."""
         file = self.folder / f"{name}.json"
@@ -108,13 +115,16 @@ class Runs:
         self.seconds_file.write_text(json.dumps(self.seconds, indent=2) + "\n")
 
     def objectives(self, seed: int) -> dict[str, Metrics]:
-        """(a) The three objectives, the same examples in the same order."""
-        samples = {"joint": 500, "contrastive": 0, "caption": 500}  # what never learned to write need not
+        """(a) Both losses as the demo weighs them, as the paper does, and each alone: the same examples in order."""
+        options: dict[str, dict[str, Any]] = {
+            "joint": {"objective": "joint"},
+            "joint-paper": {"objective": "joint", "caption_loss_weight": 1.0},
+            "contrastive": {"objective": "contrastive", "caption_samples": 0},  # what never learned to write need not
+            "caption": {"objective": "caption"},
+        }
         return {
-            objective: self.train(
-                f"{objective}-{seed}", CONFIGS / "scenes.yaml", objective=objective, seed=seed, caption_samples=count
-            )
-            for objective, count in samples.items()
+            name: self.train(f"{name}-{seed}", CONFIGS / "scenes.yaml", seed=seed, **{"caption_samples": 500, **own})
+            for name, own in options.items()
         }
 
     def regions(self, seed: int) -> Metrics:
@@ -127,20 +137,34 @@ class Runs:
 
     def text_sides(self, seed: int) -> dict[str, Metrics]:
         """
-        (b) Contrastive alone on short and long captions: the language model, CLIP's text tower, and the language model
-        when it reads no further than that.
+        (b) Contrastive alone on short and long captions: the language model, CLIP's text tower at several learning
+        rates, and the language model when it reads no further than that.
         """
+        short = {"max_length": CONTEXT_LENGTH}
         sides = {
-            "language-model": (LanguageModelSide, 200),
-            "clip-text": (ClipTextSide, CONTEXT_LENGTH),
-            "language-model-77": (LanguageModelSide, CONTEXT_LENGTH),
+            "language-model": (LanguageModelSide, {}),
+            "language-model-77": (LanguageModelSide, short),
+            **{name: (ClipTextSide, {**short, "rate": rate}) for name, rate in CLIP_RATES.items()},
         }
         return {
-            name: self.compute(f"{name}-{seed}", lambda name=name, side=side: self._text_side(*side, name, seed))
-            for name, side in sides.items()
+            name: self.compute(
+                f"{name}-{seed}",
+                lambda name=name, side=side, options=options: self._text_side(side, name, seed, **options),
+            )
+            for name, (side, options) in sides.items()
         }
 
-    def _text_side(self, side_class: Any, max_length: int, name: str, seed: int, column: str = "captions") -> Metrics:
+    def _text_side(
+        self,
+        side_class: Any,
+        name: str,
+        seed: int,
+        max_length: int = 200,
+        column: str = "captions",
+        rate: float = 1.0,
+    ) -> Metrics:
+        """Metrics of a text side trained at `rate` times the demo's learning rate; a language model is kept."""
+        config = {**self.scenes, "learning_rate": rate * self.scenes["learning_rate"]}
         steps = QUICK_STEPS if self.quick else TEXT_SIDE_STEPS
         scenes = ScenesDataset("train", steps * self.scenes["per_device_train_batch_size"], seed=seed)
         torch.manual_seed(seed)
@@ -148,7 +172,7 @@ class Runs:
         words = PairDataset(scenes, caption_column="captions")  # the tokenizer knows those of long captions too
         model, processor = build_model_and_processor(towers, words, max_length)
         side = side_class(model, processor)
-        train_contrastive(side, PairDataset(scenes, caption_column=column, seed=seed), steps, self.scenes, seed)
+        train_contrastive(side, PairDataset(scenes, caption_column=column, seed=seed), steps, config, seed)
         if side_class is LanguageModelSide:
             model.save_pretrained(self.folder / f"{name}-{seed}")
             processor.save_pretrained(self.folder / f"{name}-{seed}")
@@ -164,12 +188,12 @@ class Runs:
     def long_text_through_h4(self, seed: int) -> dict[str, Metrics]:
         """
         (d) h4 on regions and whole pictures with their captions, beside the language model of (b), which has seen long
-        captions, and beside one that has seen short ones alone, as the paper's stage 1; there also without long ones
-        in stage 2. To tell what pulls h4 where, it is also trained on regions alone, and on whole pictures alone.
+        captions, and beside one that has seen short ones alone; there also without long ones in stage 2. To tell what
+        pulls h4 where, it is also trained on regions alone, and on whole pictures alone.
         """
         self.text_sides(seed)
         short = f"short-captions-{seed}"
-        self.compute(short, lambda: self._text_side(LanguageModelSide, 200, "short-captions", seed, "caption"))
+        self.compute(short, lambda: self._text_side(LanguageModelSide, "short-captions", seed, column="caption"))
         found = {}
         for name, stage_1, change in (
             ("language-model", "language-model", {}),
@@ -249,14 +273,15 @@ def main() -> None:
     options = parser.parse_args()
     folder = options.output_dir or Path("outputs/paper-claims-quick" if options.quick else "outputs/paper-claims")
     folder.mkdir(parents=True, exist_ok=True)
-    seeds = options.seeds or ([0] if options.quick else [0, 1, 2])
+    seeds = options.seeds or ([0] if options.quick else SEEDS)
     runs = Runs(folder.resolve(), options.quick)
     found: dict[str, list[Any]] = {}
     for seed in seeds:
         for claim in ("objectives", "regions", "text_sides", "long_text_through_h4", "resolutions"):
             found.setdefault(claim, []).append(getattr(runs, claim)(seed))
     page = options.page or (folder / "paper-claims.md" if options.quick else ROOT / "docs" / "paper-claims.md")
-    write_page(page, found, seeds, runs.eval_samples, has_notes=not options.quick)
+    setting = {"samples": runs.eval_samples, "weight": runs.scenes["caption_loss_weight"], "commits": runs.commits()}
+    write_page(page, found, seeds, setting, has_notes=not options.quick and seeds == SEEDS)
     pictures = page.parent / "images"
     pictures.mkdir(exist_ok=True)
     for name in ("region-caption/regions.png", "region-retrieval/heat_maps.png", "captions.png"):

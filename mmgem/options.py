@@ -57,7 +57,7 @@ def load_yaml(source: Any, name: str) -> Any:
     """What a text or an open file holds; a fault in it names `name`."""
     try:
         return yaml.safe_load(source)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{name} is no YAML: {error}") from error
 
 

@@ -17,7 +17,7 @@ def test_paper_claims_quick(tmp_path):
     first = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     page = (tmp_path / "runs" / "paper-claims.md").read_text()
     assert page.count("\n## (") == 5 and "nan" not in page
-    assert page.count("**Open.**") == 19, "with one seed"
+    assert page.count("**Open.**") == 23, "with one seed"
     for name in ("regions", "heat-maps", "captions"):
         assert (tmp_path / "runs" / "images" / f"paper-claims-{name}.png").exists()
     again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout

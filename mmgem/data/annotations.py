@@ -32,7 +32,7 @@ FEATURES = datasets.Features(
 
 def read_annotations(
     files: Sequence[str], image_folders: Sequence[str], splits: Sequence[str] | None = None
-) -> datasets.Dataset:
+) -> tuple[datasets.Dataset, int]:
     """
     Joins, by the pictures' files, any of
 
@@ -49,10 +49,10 @@ def read_annotations(
         splits: which of Karpathy's and DOCCI's splits to read; all by default.
 
     Returns:
-        columns `image` (path), `caption` (list of texts), `long_caption` (the same; where there is any), `regions`
-        (list of `{"box": [x0, y0, x1, y1], "phrase"}`), `width` and `height` (pixels), `image_id` (COCO's) and
-        `domain` (NoCaps'), null where the file does not say; a row for each picture that something is said about and
-        that is there, in the files' order. How many are not there is logged.
+        a table with the columns `image` (path), `caption` (list of texts), `long_caption` (the same; where there is
+        any), `regions` (list of `{"box": [x0, y0, x1, y1], "phrase"}`), `width` and `height` (pixels), `image_id`
+        (COCO's) and `domain` (NoCaps'), null where the file does not say; a row for each picture that something is
+        said about and that is there, in the files' order. And how many are not there, which is logged.
 
     Raises:
         ValueError: for a file of another kind, for two pictures of one name or id, for a caption that is no text, for
@@ -63,10 +63,10 @@ def read_annotations(
         raise ValueError(f"One of {', '.join(files)} is given twice.")
     paths = _pictures(image_folders)
     rows: dict[str, dict[str, Any]] = {}
-    missing: list[str] = []
+    missing: dict[str, None] = {}  # by their names, in the files' order
     for file in files:
         try:
-            missing += _add(file, paths, rows, splits)
+            missing.update(dict.fromkeys(_add(file, paths, rows, splits)))
         except (KeyError, TypeError, IndexError, AttributeError) as error:
             raise ValueError(f"{file} is not as its kind is published: {error!r}.") from error
     folders = ", ".join(image_folders)
@@ -76,9 +76,12 @@ def read_annotations(
             f"None of the pictures that {', '.join(files)} speak of is in {folders}; set --image_folders."
         )
     if missing:
-        logger.warning(f"{len(missing)} pictures, such as {missing[0]}, are not in {folders}, and were left out.")
+        logger.warning(
+            f"{len(missing)} pictures, such as {next(iter(missing))}, are not in {folders}, and were left out."
+        )
     table = datasets.Dataset.from_list(found, features=FEATURES)
-    return table if any(row["long_caption"] for row in found) else table.remove_columns("long_caption")
+    has_long = any(row["long_caption"] for row in found)
+    return table if has_long else table.remove_columns("long_caption"), len(missing)
 
 
 def _add(file: str, paths: dict[str, str], rows: dict[str, dict[str, Any]], splits: Sequence[str] | None) -> list[str]:
@@ -92,7 +95,7 @@ def _add(file: str, paths: dict[str, str], rows: dict[str, dict[str, Any]], spli
         if isinstance(content, dict) and "sentences" in next(iter(content.get("images", [])), {}):
             return _add_karpathy(file, content, paths, rows, splits)
         if isinstance(content, list) and content and "regions" in content[0]:
-            return _add_visual_genome(content, paths, rows)
+            return _add_visual_genome(file, content, paths, rows)
     raise ValueError(
         f"{file} is none of COCO's captions_*.json and instances_*.json, NoCaps', Karpathy's dataset_*.json, Visual "
         "Genome's region_descriptions.json, nor the long captions of DCI, DOCCI, ShareGPT4V or Urban1k."
@@ -138,9 +141,8 @@ def _add_coco(file: str, content: dict[str, Any], paths: dict[str, str], rows: d
         if "caption" in annotation:
             row["caption"].append(_text(annotation["caption"], file, annotation["image_id"]))
         elif not annotation.get("iscrowd"):
-            x, y, width, height = annotation["bbox"]
-            box = [x, y, x + width, y + height]
-            row["regions"].append({"box": box, "phrase": names[annotation["category_id"]]})
+            phrase = _text(names[annotation["category_id"]], file, annotation["image_id"])
+            row["regions"].append({"box": _box(annotation["bbox"], file, annotation["image_id"]), "phrase": phrase})
     return missing
 
 
@@ -174,8 +176,19 @@ def _refuse_twice(file: str, kind: str, values: list[Any]) -> None:
 
 def _text(value: Any, file: str, image: Any) -> str:
     if not isinstance(value, str):
-        raise ValueError(f"{file} has {value!r} as a caption of picture {image}, which is no text.")
+        raise ValueError(f"{file} has {value!r} as a text about picture {image}, which is none.")
     return value
+
+
+def _box(corner_and_size: Any, file: str, image: Any) -> list[float]:
+    """`[x0, y0, x1, y1]` of `[x, y, width, height]`."""
+    numbers = corner_and_size if isinstance(corner_and_size, list) else []
+    if len(numbers) != 4 or not all(isinstance(number, int | float) for number in numbers):
+        raise ValueError(
+            f"{file} has {corner_and_size!r} as a box of picture {image}, which is no [x, y, width, height]."
+        )
+    x, y, width, height = map(float, numbers)
+    return [x, y, x + width, y + height]
 
 
 def _add_long_captions(
@@ -193,8 +206,9 @@ def _add_long_captions(
 
 
 def _add_visual_genome(
-    content: list[dict[str, Any]], paths: dict[str, str], rows: dict[str, dict[str, Any]]
+    file: str, content: list[dict[str, Any]], paths: dict[str, str], rows: dict[str, dict[str, Any]]
 ) -> list[str]:
+    _refuse_twice(file, "id", [image["id"] for image in content])
     by_stem = {os.path.splitext(name)[0]: path for name, path in paths.items()}
     if not any(str(image["id"]) in by_stem for image in content):
         # Never both: 9.jpg may be missing, and 000000000009.jpg is COCO's.
@@ -206,7 +220,6 @@ def _add_visual_genome(
             continue
         row = _row(rows, by_stem[str(image["id"])], {})
         for region in image["regions"]:
-            x, y = region["x"], region["y"]
-            box = [x, y, x + region["width"], y + region["height"]]
-            row["regions"].append({"box": box, "phrase": region["phrase"]})
+            box = _box([region[side] for side in ("x", "y", "width", "height")], file, image["id"])
+            row["regions"].append({"box": box, "phrase": _text(region["phrase"], file, image["id"])})
     return missing

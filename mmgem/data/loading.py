@@ -72,7 +72,7 @@ def _load_tables(arguments: DataArguments, image_size: int, seed: int) -> tuple[
         held_out = splits.get("validation", splits.get("test"))
         return (splits["train"], ""), None if held_out is None else (held_out, "")
     if arguments.train_annotations:
-        train = annotated_table(arguments.train_annotations, arguments, ("train", "restval"))
+        train, _ = annotated_table(arguments.train_annotations, arguments, ("train", "restval"))
         return (train, ""), _read_held_out(arguments)
     assert arguments.train_file is not None
     return (read_file(arguments.train_file, "train"), arguments.train_file), _read_held_out(arguments)
@@ -81,19 +81,20 @@ def _load_tables(arguments: DataArguments, image_size: int, seed: int) -> tuple[
 def _read_held_out(arguments: DataArguments) -> Table | None:
     if arguments.validation_annotations:
         # Karpathy's and DOCCI's names for it.
-        return annotated_table(arguments.validation_annotations, arguments, ("val", "qual_dev")), ""
+        table, _ = annotated_table(arguments.validation_annotations, arguments, ("val", "qual_dev"))
+        return table, ""
     if arguments.validation_file:
         return read_file(arguments.validation_file, "validation"), arguments.validation_file
     return None
 
 
-def annotated_table(files: list[str], arguments: Any, splits: Sequence[str]) -> datasets.Dataset:
+def annotated_table(files: list[str], arguments: Any, splits: Sequence[str]) -> tuple[datasets.Dataset, int]:
     """[`read_annotations`] with the columns, and the folders of the pictures, that options name."""
     names = {"image": arguments.image_column, "caption": arguments.caption_column, "regions": arguments.regions_column}
-    table = read_annotations(files, arguments.image_folders, splits)
+    table, missing = read_annotations(files, arguments.image_folders, splits)
     if arguments.caption_column == "long_caption" and "long_caption" not in table.column_names:
         raise ValueError(f"{', '.join(files)} hold no long captions; leave out --caption_column long_caption.")
-    return table.rename_columns({old: new for old, new in names.items() if new not in table.column_names})
+    return table.rename_columns({old: new for old, new in names.items() if new not in table.column_names}), missing
 
 
 def _pairs(table: Table, arguments: DataArguments, seed: int, held_out: bool = False) -> PairDataset:

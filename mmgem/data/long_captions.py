@@ -1,7 +1,7 @@
 """The files in which pictures with captions of a hundred words and more are published."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from .json_files import no_such_split, read_json, read_json_lines
@@ -23,7 +23,8 @@ def read_long_captions(path: str, splits: Sequence[str] | None = None) -> dict[s
         None where the file or folder is of another kind.
 
     Raises:
-        ValueError: for what is no JSON, and where DOCCI's file has none of `splits`.
+        ValueError: for what is no JSON or text, where DOCCI's file has none of `splits`, and for two pictures of one
+            name.
     """
     if os.path.isdir(path):
         return _read_folder(path)
@@ -42,7 +43,10 @@ def _read_folder(path: str) -> dict[str, list[str]] | None:
         captions = {}
         for name in texts:
             with open(os.path.join(path, name), encoding="utf-8") as stream:
-                captions[os.path.splitext(name)[0]] = [stream.read().strip()]
+                try:
+                    captions[os.path.splitext(name)[0]] = [stream.read().strip()]
+                except UnicodeDecodeError as error:
+                    raise ValueError(f"{stream.name} is no text: {error}.") from error
         return captions
     if not files:
         return None
@@ -71,8 +75,12 @@ def _answer(row: dict[str, Any]) -> str:
     return answers[0]
 
 
-def _by_picture(rows: Any) -> dict[str, list[str]]:
+def _by_picture(rows: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
     captions: dict[str, list[str]] = {}
+    paths: dict[str, str] = {}
     for image, caption in rows:
-        captions.setdefault(os.path.basename(image), []).append(caption.strip())
+        name = os.path.basename(image)
+        if paths.setdefault(name, image) != image:
+            raise ValueError(f"{paths[name]} and {image} have one name, by which their captions are told apart.")
+        captions.setdefault(name, []).append(caption.strip())
     return captions

@@ -63,6 +63,7 @@ class PairDataset(torch.utils.data.Dataset):
         self.seed = seed
         self.root = root
         self.max_captions: int | None = None  # that count of each picture
+        self.missing = 0  # pictures that annotations name, and that are not there
         self.least_side = 0  # pixels that the image processor needs of each side; 0 decodes whatever there is
         # Shared with the loader's worker processes, which are started before the epoch is known.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()

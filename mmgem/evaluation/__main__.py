@@ -19,6 +19,7 @@ from ..options import parse_options
 from ..processing import MMGEMProcessor
 from .arguments import EvaluationArguments
 from .captioning import TOKENIZER
+from .data import read_suite
 from .report import environment, write_report
 from .tasks import load_model, run_tasks, score_caption_files
 
@@ -27,6 +28,7 @@ def main() -> None:
     """Evaluate and write the report. What the user can put right ends with a line."""
     try:
         (arguments,) = parse_options([EvaluationArguments], "python -m mmgem.evaluation")
+        os.makedirs(arguments.output_dir, exist_ok=True)  # rather a fault now than after all the work
         if arguments.caption_results is not None:
             sections = [score_caption_files(arguments)]
             names = ("caption_results", "caption_references", "split", "caption_subset")
@@ -38,13 +40,13 @@ def main() -> None:
             setting = describe(arguments, processor, state)
             if not state.is_main_process:
                 return
+        for section in sections:
+            for name, value in section.metrics.items():
+                print(f"{name:44} {value:.4f}")
+        setting.update(environment(), caption_tokenizer=TOKENIZER)
+        report = write_report(arguments.output_dir, "Evaluation", sections, setting)
     except (ValueError, OSError, DatasetsError) as error:
         sys.exit(f"error: {error}")
-    setting.update(environment(), caption_tokenizer=TOKENIZER)
-    report = write_report(arguments.output_dir, "Evaluation", sections, setting)
-    for section in sections:
-        for name, value in section.metrics.items():
-            print(f"{name:44} {value:.4f}")
     print(f"Report: {os.path.relpath(report)}")
 
 
@@ -52,6 +54,8 @@ def describe(arguments: EvaluationArguments, processor: MMGEMProcessor, state: P
     """What was evaluated on what, for results.json."""
     used = {name: value for name, value in vars(arguments).items() if value is not None and value != []}
     del used["output_dir"]
+    if arguments.classification_suite is not None:
+        used["classification_suite"] = read_suite(arguments.classification_suite)
     return {
         "dataset": arguments.dataset_name or arguments.data_file or arguments.annotations,
         **used,

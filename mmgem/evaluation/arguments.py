@@ -4,6 +4,7 @@ from dataclasses import dataclass, field, fields
 from typing import Literal
 
 
+LONG_CAPTION_COLUMN = "long_caption"
 MAX_LENGTHS = (50, 200)  # tokens: as trained, and as the paper tests
 TASKS = ("retrieval", "classification", "captioning", "long_text", "regions")
 
@@ -37,7 +38,8 @@ class EvaluationArguments:
     image_column: str = field(default="image", metadata={"help": "Pictures, bytes or paths."})
     caption_column: str = field(default="caption", metadata={"help": "A string, or a list of strings: all count."})
     long_caption_column: str = field(
-        default="long_caption", metadata={"help": "For long_text; caption_column where there is none of this name."}
+        default=LONG_CAPTION_COLUMN,
+        metadata={"help": f"For long_text; caption_column where there is no {LONG_CAPTION_COLUMN}."},
     )
     label_column: str = field(default="label", metadata={"help": "For classification: numbers of classes."})
     regions_column: str = field(default="regions", metadata={"help": "For regions: lists of {box, phrase}."})

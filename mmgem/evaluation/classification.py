@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch.nn.functional import normalize
 from transformers.utils import logging
@@ -20,12 +21,15 @@ DEFAULT_TEMPLATES = ("a photo of a {}.",)
 RESAMPLES = 1000
 
 
-def classification_metrics(scores: torch.Tensor, labels: torch.Tensor, seed: int = 0) -> dict[str, float]:
+def classification_metrics(
+    scores: torch.Tensor, labels: torch.Tensor, seed: int = 0, tie: float = 0.0
+) -> dict[str, float]:
     """
     Args:
-        scores (`torch.Tensor` of shape `(N, C)`): of each picture for each class, such as cosines.
+        scores (`torch.Tensor` of shape `(N, C)`): of each picture for each class, such as cosines or probabilities.
         labels (`torch.LongTensor` of shape `(N,)`): the right classes.
         seed: of the bootstrap.
+        tie: scores that differ by no more are equal.
 
     Returns:
         `top1` and `top5` (with more than five classes) as fractions of the pictures, where a class as near as the
@@ -46,15 +50,13 @@ def classification_metrics(scores: torch.Tensor, labels: torch.Tensor, seed: int
             f"{len(labels)}{found}."
         )
     own = scores.gather(1, labels[:, None])
-    rank = (scores >= own - TIE * own.abs().clamp(min=1)).sum(1)
+    rank = (scores >= own - tie).sum(1)
     first = (rank == 1).double()
     sums = torch.zeros(scores.shape[1], dtype=torch.float64).index_add(0, labels, first)
     counts = torch.bincount(labels, minlength=scores.shape[1])
-    generator = torch.Generator().manual_seed(seed)
-    resampled = torch.stack(
-        [first[torch.randint(len(first), (len(first),), generator=generator)].mean() for _ in range(RESAMPLES)]
-    )
-    low, high = resampled.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    # How many of N drawn with replacement are right, N times top1 being right: binomial, whatever their order.
+    resampled = np.random.default_rng(seed).binomial(len(first), first.mean().item(), RESAMPLES) / len(first)
+    low, high = np.quantile(resampled, (0.025, 0.975)).tolist()
     metrics = {"top1": first.mean().item()}
     if scores.shape[1] > 5:
         metrics["top5"] = (rank <= 5).double().mean().item()
@@ -121,7 +123,7 @@ def evaluate_classification(
         indices, images = embed_each(model, processor, dataset, batch_size, dataset.picture)
     all_scores = images @ classes.T
     right = torch.tensor([labels[i] for i in indices])
-    metrics = classification_metrics(all_scores, right)
+    metrics = classification_metrics(all_scores, right, tie=TIE)
     return metrics, {
         "indices": indices,
         "labels": right,

@@ -12,7 +12,7 @@ from ..data.pairs import PairDataset
 from ..data.regions import RegionDataset
 from ..data.scenes import CLASSES, ScenesDataset
 from ..options import load_yaml
-from .arguments import EvaluationArguments
+from .arguments import LONG_CAPTION_COLUMN, EvaluationArguments
 from .classification import DEFAULT_TEMPLATES
 
 
@@ -50,26 +50,28 @@ def load_pairs(
         ValueError: for a column that is not there, with those that are.
         FileNotFoundError: for a file that is not there.
     """
-    rows, file = _load_table(arguments, image_size)
+    rows, root, missing = _load_table(arguments, image_size)
     column = arguments.caption_column
-    if long and (isinstance(rows, ScenesDataset) or arguments.long_caption_column in rows.column_names):
+    is_there = isinstance(rows, ScenesDataset) or arguments.long_caption_column in rows.column_names
+    if long and (is_there or arguments.long_caption_column != LONG_CAPTION_COLUMN):
         column = arguments.long_caption_column
     if isinstance(rows, datasets.Dataset):
+        option = "caption_column" if column == arguments.caption_column else "long_caption_column"
         named = replace(arguments, caption_column=column)
-        rows = checked_table(rows, named, ("image_column", "caption_column"), arguments.max_samples)
-    dataset = PairDataset(rows, arguments.image_column, column, root=os.path.dirname(file))
-    dataset.max_captions = max_captions
+        rows = checked_table(rows, named, ("image_column", option), arguments.max_samples)
+    dataset = PairDataset(rows, arguments.image_column, column, root=root)
+    dataset.max_captions, dataset.missing = max_captions, missing
     return dataset
 
 
 def load_regions(arguments: EvaluationArguments, image_size: int) -> RegionDataset:
     """Pictures with all their regions. Raises as [`load_pairs`]."""
-    rows, file = _load_table(arguments, image_size)
+    rows, root, missing = _load_table(arguments, image_size)
     if isinstance(rows, datasets.Dataset):
         rows = checked_table(rows, arguments, ("image_column", "regions_column"), arguments.max_samples)
     columns = (arguments.image_column, arguments.caption_column, arguments.regions_column)
-    dataset = RegionDataset(rows, *columns, max_regions=0, root=os.path.dirname(file))
-    dataset.max_captions = arguments.captions_per_image
+    dataset = RegionDataset(rows, *columns, max_regions=0, root=root)
+    dataset.max_captions, dataset.missing = arguments.captions_per_image, missing
     return dataset
 
 
@@ -83,12 +85,8 @@ def load_labelled(arguments: EvaluationArguments, image_size: int) -> list[Label
     if arguments.classification_suite is None:
         return [_labelled("", arguments, image_size)]
     path = arguments.classification_suite
-    with open(path, "rb") as file:
-        entries = load_yaml(file, path)
-    if not isinstance(entries, list):
-        raise ValueError(f"{path} must hold a list of datasets.")
     loaded: list[LabelledPictures] = []
-    for i, entry in enumerate(entries):
+    for i, entry in enumerate(read_suite(path)):
         try:
             own = _entry_options(entry, [data.name for data in loaded])
             alone = {"classification_suite": None, **dict.fromkeys(SOURCES)}
@@ -97,6 +95,15 @@ def load_labelled(arguments: EvaluationArguments, image_size: int) -> list[Label
             raise ValueError(f"Entry {i} of {path}: {error}") from error
         loaded.append(replace(data, metric=entry.get("metric", "top1")))
     return loaded
+
+
+def read_suite(path: str) -> list[Any]:
+    """The entries of a suite of datasets to classify, a YAML file."""
+    with open(path, "rb") as file:
+        entries = load_yaml(file, path)
+    if not isinstance(entries, list) or not entries:
+        raise ValueError(f"{path} must hold a list of datasets.")
+    return entries
 
 
 def _entry_options(entry: Any, taken: list[str]) -> dict[str, Any]:
@@ -122,7 +129,7 @@ def _labelled(name: str, arguments: EvaluationArguments, image_size: int) -> Lab
         rows: Any = ScenesDataset("single", arguments.max_samples or 500, image_size)
         templates = arguments.templates or SCENE_TEMPLATES
         return LabelledPictures(name, PairDataset(rows), rows["label"], arguments.class_names or CLASSES, templates)
-    rows, file = _load_table(arguments, image_size)
+    rows, root, missing = _load_table(arguments, image_size)
     rows = checked_table(rows, arguments, ("image_column", "label_column"), arguments.max_samples)
     feature = rows.features[arguments.label_column]
     class_names = arguments.class_names or getattr(feature, "names", None)
@@ -136,24 +143,26 @@ def _labelled(name: str, arguments: EvaluationArguments, image_size: int) -> Lab
             f"Column {arguments.label_column!r} does not name its classes, being {feature}; give class_names, one for "
             "each label from 0 on."
         )
-    labels = rows[arguments.label_column]
+    dataset = PairDataset(rows, arguments.image_column, root=root)
+    dataset.missing = missing
     return LabelledPictures(
         name,
-        PairDataset(rows, arguments.image_column, root=os.path.dirname(file)),
-        list(labels),
+        dataset,
+        list(rows[arguments.label_column]),
         [class_name.replace("_", " ") for class_name in class_names],
         arguments.templates or DEFAULT_TEMPLATES,
     )
 
 
-def _load_table(arguments: EvaluationArguments, image_size: int) -> tuple[Any, str]:
-    """Rows, and the file that they were read from."""
+def _load_table(arguments: EvaluationArguments, image_size: int) -> tuple[Any, str, int]:
+    """Rows, the folder of the pictures that they name by relative paths, and how many pictures are not there."""
     if arguments.dataset_name == "scenes":
-        return ScenesDataset(arguments.split, arguments.max_samples or 500, image_size), ""
+        return ScenesDataset(arguments.split, arguments.max_samples or 500, image_size), "", 0
     if arguments.dataset_name is not None:
         rows = datasets.load_dataset(arguments.dataset_name, arguments.dataset_config_name, split=arguments.split)
-        return rows, ""
+        return rows, "", 0
     if arguments.data_file is not None:
-        return read_file(arguments.data_file, arguments.split), arguments.data_file
+        return read_file(arguments.data_file, arguments.split), os.path.dirname(arguments.data_file), 0
     assert arguments.annotations is not None
-    return annotated_table(arguments.annotations, arguments, (arguments.split,)), ""
+    rows, missing = annotated_table(arguments.annotations, arguments, (arguments.split,))
+    return rows, "", 0 if arguments.max_samples else missing

@@ -58,13 +58,24 @@ def dense_captioning_map(
             if overlap > 0:
                 target = overlaps.index(overlap)
                 language = meteor_exact(prediction["caption"], targets[target][1])
-            candidates.append((round(prediction["score"] / TIE), overlap, language, (picture, target)))
-    candidates.sort(key=lambda item: (-item[0], item[2], item[1]))
+            candidates.append((prediction["score"], overlap, language, (picture, target)))
+    ranks = _ranks([score for score, *_ in candidates])
+    ranked = [(rank, *candidate[1:]) for rank, candidate in zip(ranks, candidates)]
+    ranked.sort(key=lambda item: (item[0], item[2], item[1]))
     metrics = {}
     for iou in IOU_THRESHOLDS:
-        precisions = [_average_precision(candidates, iou, language, total) for language in LANGUAGE_THRESHOLDS]
+        precisions = [_average_precision(ranked, iou, language, total) for language in LANGUAGE_THRESHOLDS]
         metrics[f"dense_captioning_ap_iou_{iou}"] = float(np.mean(precisions))
     return {"dense_captioning_map": float(np.mean(list(metrics.values()))), **metrics}
+
+
+def _ranks(scores: Sequence[float]) -> list[int]:
+    """From 0 for the surest on; scores within 1e-6 of the next are of one rank."""
+    order = np.argsort(scores)[::-1]
+    falls = -np.diff(np.asarray(scores, dtype=np.float64)[order]) > TIE
+    ranks = np.zeros(len(scores), dtype=int)
+    ranks[order] = np.concatenate([[0], np.cumsum(falls)])[: len(scores)]
+    return ranks.tolist()
 
 
 def box_iou(first: Sequence[float], second: Sequence[float]) -> float:
@@ -91,18 +102,18 @@ def _merged(references: Sequence[dict[str, Any]]) -> list[tuple[list[float], lis
 
 
 def _average_precision(
-    candidates: Sequence[tuple[int, float, float, tuple[int, int]]], iou: float, language: float, total: int
+    ranked: Sequence[tuple[int, float, float, tuple[int, int]]], iou: float, language: float, total: int
 ) -> float:
-    """Area under the highest precision at each of 101 recalls, sorted candidates given."""
-    if not candidates:
+    """Area under the highest precision at each of 101 recalls; of candidates `(rank, overlap, language, target)`."""
+    if not ranked:
         return 0.0
     taken = set()
     right = []
-    for _, overlap, score, target in candidates:
+    for _, overlap, score, target in ranked:
         right.append(overlap >= iou and score > language and target not in taken)
         if overlap > 0:
             taken.add(target)
-    is_last = np.append(np.diff([score for score, *_ in candidates]) != 0, True)
+    is_last = np.append(np.diff([rank for rank, *_ in ranked]) != 0, True)
     hits = np.cumsum(right)[is_last]
     recall, precision = hits / total, hits / (np.flatnonzero(is_last) + 1)
     best_from = np.maximum.accumulate(precision[::-1])[::-1]

@@ -10,6 +10,7 @@ from ..data.pairs import PairDataset
 from ..modeling_mmgem import MMGEMModel
 from ..processing import MMGEMProcessor
 from .arguments import MAX_LENGTHS
+from .captioning import tokenize
 from .embedding import embed_all_texts, embed_dataset, evaluating
 from .retrieval import best_ranks, retrieval_metrics
 
@@ -47,7 +48,7 @@ def evaluate_long_text(
         of_pictures = dataset.captions()
         texts = [caption for captions in of_pictures for caption in captions]
         owners = torch.tensor([i for i, captions in enumerate(of_pictures) for _ in captions])
-        words = torch.tensor([len(text.split()) for text in texts])
+        words = torch.tensor([len(tokenize(text)) for text in texts])
         tokens = [len(row) for row in processor.tokenizer(texts, split_special_tokens=True)["input_ids"]]
         metrics: dict[str, float] = {}
         for length in max_lengths:

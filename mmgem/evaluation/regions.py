@@ -1,12 +1,12 @@
 """Regions: which phrase belongs to which box, what the model writes about a box, and where it sees a sentence."""
 
-import contextlib
 import copy
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch.nn.functional import normalize
+from transformers.utils import logging
 
 from ..data.pairs import BadDataError
 from ..data.regions import RegionDataset
@@ -17,7 +17,10 @@ from .captioning import cider_d
 from .dense_captioning import dense_captioning_map
 from .embedding import check_finite, embed_texts, evaluating
 from .retrieval import TIE, retrieval_metrics
-from .sharing import gather_parts, gather_rows, own_part
+from .sharing import gather_parts, gather_rows, own_part, process
+
+
+logger = logging.get_logger(__name__)
 
 
 def evaluate_regions(
@@ -25,7 +28,7 @@ def evaluate_regions(
 ) -> tuple[dict[str, float], dict[str, Any]]:
     """
     What a stage is for, with whichever adapters are active. Pictures that cannot be read, and regions that the centre
-    crop cuts away, are left out.
+    crop cuts away, are left out, which is logged.
 
     - "region-retrieval": R@k of each region's phrase among all distinct phrases and the other way round, where any
       region with that phrase is right (an item as near as the right one counts as nearer); and the pointing game
@@ -65,7 +68,8 @@ def caption_regions(
     processor = copy.copy(processor)
     processor.region_grid_size = model.region_grid_size
     regions: list[dict[str, Any]] = []
-    for examples in _batches(dataset, processor, batch_size):
+    faults: list[str] = []
+    for examples in _batches(dataset, processor, batch_size, faults):
         images, boxes = [e["image"] for e in examples], [e["boxes"] for e in examples]
         inputs = processor(images=images, boxes=boxes, task="region-caption", return_tensors="pt").to(model.device)
         ids = model.generate(**inputs, **options)
@@ -77,7 +81,7 @@ def caption_regions(
             {**region, "caption": caption, "score": float(texts[caption] @ embed) if caption else -1.0}
             for region, caption, embed in zip(_regions(examples), captions, embeds, strict=True)
         ]
-    regions = _gathered(regions, dataset)
+    regions = _gathered(regions, faults, dataset)
     check_finite(torch.tensor([[region["score"]] for region in regions]), _names(regions))
     return regions
 
@@ -117,7 +121,8 @@ def _retrieve_regions(
     regions: list[dict[str, Any]] = []
     embeds = [torch.zeros(0, model.config.projection_dim)]
     texts: dict[str, torch.Tensor] = {}
-    for examples in _batches(dataset, processor, batch_size):
+    faults: list[str] = []
+    for examples in _batches(dataset, processor, batch_size, faults):
         images, boxes = [e["image"] for e in examples], [e["boxes"] for e in examples]
         inputs = processor(images=images, boxes=boxes, return_tensors="pt").to(model.device)
         features: Any = model.get_image_features(**inputs)
@@ -134,7 +139,7 @@ def _retrieve_regions(
         hits = (right | ~is_highest).all(1)
         shares = right.float().mean(1).tolist()
         regions += [{**region, "hit": bool(hit), "share": share} for region, hit, share in zip(batch, hits, shares)]
-    regions = _gathered(regions, dataset)
+    regions = _gathered(regions, faults, dataset)
     texts = dict(gather_parts(texts.items()))
     phrases = sorted(texts)
     region_embeds, phrase_embeds = gather_rows(torch.cat(embeds)), torch.stack([texts[p] for p in phrases])
@@ -188,13 +193,24 @@ def heat_map(model: MMGEMModel, processor: MMGEMProcessor, image: Any, sentence:
     return similarity.view(-1, pixels.shape[-1] // model.pool_aggregator.patch_size)
 
 
-def _batches(dataset: RegionDataset, processor: MMGEMProcessor, batch_size: int) -> Iterator[list[dict[str, Any]]]:
-    """This process's examples that can be read, with their `index` and the regions that the centre crop keeps."""
+def _batches(
+    dataset: RegionDataset, processor: MMGEMProcessor, batch_size: int, faults: list[str]
+) -> Iterator[list[dict[str, Any]]]:
+    """
+    This process's examples that can be read, with their `index` and the regions that the centre crop keeps; what is
+    left out is added to `faults`.
+    """
     dataset = dataset.whole(processor.image_processor)
     batch = []
     for index in own_part(len(dataset)):
-        with contextlib.suppress(BadDataError):
-            batch.append({**dataset.read(index), "index": index})
+        try:
+            example = {**dataset.read(index), "index": index}
+        except BadDataError as error:
+            faults.append(f"picture {index} ({error})")
+            continue
+        if example["left_out"]:
+            faults.append(f"{example['left_out']} regions of picture {index}, of which nothing is to be seen")
+        batch.append(example)
         if len(batch) == batch_size:
             yield batch
             batch = []
@@ -202,11 +218,13 @@ def _batches(dataset: RegionDataset, processor: MMGEMProcessor, batch_size: int)
         yield batch
 
 
-def _gathered(regions: list[dict[str, Any]], dataset: RegionDataset) -> list[dict[str, Any]]:
+def _gathered(regions: list[dict[str, Any]], faults: list[str], dataset: RegionDataset) -> list[dict[str, Any]]:
     """Those of all processes."""
-    regions = gather_parts(regions)
+    regions, faults = gather_parts(regions), gather_parts(faults)
     if not regions:
-        raise BadDataError(f"None of the {len(dataset)} pictures to evaluate on could be read and has a region.")
+        raise BadDataError(f"None of the {len(dataset)} pictures to evaluate on has a region to be seen: {faults[0]}.")
+    if faults and process()[0] == 0:
+        logger.warning_once(f"{len(faults)} of {len(dataset)} pictures are left out, or regions of them: {faults[0]}.")
     return regions
 
 

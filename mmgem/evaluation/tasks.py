@@ -3,16 +3,18 @@
 import copy
 import os
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from peft import PeftConfig
+from transformers.utils.peft_utils import find_adapter_config_file
 
 from ..data.pairs import PairDataset
+from ..data.regions import RegionDataset
 from ..modeling_mmgem import MMGEMModel
+from ..modeling_mmgem.adapters_mmgem import REGION_ADAPTERS
 from ..processing import MMGEMProcessor
+from .adapters import adapter_alone, adapters_off, evaluate_adapter, stage_1
 from .arguments import EvaluationArguments
 from .caption_files import read_caption_references, read_caption_results, score_captions, write_caption_results
 from .classification import evaluate_classification
@@ -20,14 +22,11 @@ from .data import load_labelled, load_pairs, load_regions
 from .embedding import evaluating, readable_examples
 from .evaluator import evaluate_captions, evaluate_retrieval
 from .long_text import evaluate_long_text
-from .region_report import adapters_off, evaluate_adapter, region_section, stage_1
+from .region_report import region_section
 from .regions import evaluate_regions
 from .report import Section, caption_sheet, class_sheet, retrieval_sheet, table
 from .reranking import evaluate_reranking
 from .sharing import process
-
-
-STAGES = {"caption_projection": "region-caption", "region_projection": "region-retrieval"}
 
 
 def run_tasks(model: MMGEMModel, processor: MMGEMProcessor, arguments: EvaluationArguments) -> list[Section]:
@@ -63,6 +62,10 @@ def load_model(arguments: EvaluationArguments) -> tuple[MMGEMModel, MMGEMProcess
         ValueError: for an adapter of no stage, or two of one.
     """
     assert arguments.model is not None
+    if find_adapter_config_file(arguments.model) is not None:
+        raise ValueError(
+            f"{arguments.model} is an adapter; give it to --adapters, and --model the model that it was trained on."
+        )
     try:
         model = MMGEMModel.from_pretrained(arguments.model, dtype=getattr(torch, arguments.dtype)).eval()
         processor = MMGEMProcessor.from_pretrained(arguments.model)
@@ -70,8 +73,8 @@ def load_model(arguments: EvaluationArguments) -> tuple[MMGEMModel, MMGEMProcess
         raise OSError(f"{arguments.model} is no checkpoint that can be loaded: {error}") from error
     stages: list[str] = []
     for adapter in arguments.adapters:
-        modules = getattr(PeftConfig.from_pretrained(adapter), "modules_to_save", None) or []
-        stage = next((STAGES[module] for module in modules if module in STAGES), None)
+        modules = set(getattr(PeftConfig.from_pretrained(adapter), "modules_to_save", None) or [])
+        stage = next((stage for stage, own in REGION_ADAPTERS.items() if modules == {*own}), None)
         if stage is None or stage in stages:
             raise ValueError(f"{adapter} is {'no adapter of stage 2' if stage is None else f'a second {stage}'}.")
         model.load_adapter(adapter, adapter_name=stage)
@@ -103,7 +106,8 @@ def classification(model: MMGEMModel, processor: MMGEMProcessor, arguments: Eval
         section.metrics.update({prefix + name: value for name, value in found.items()})
         main.append(found[data.metric])
         readable = data.dataset.select(outputs["indices"])
-        section.sizes.update({prefix + name: value for name, value in _sizes(readable, data.dataset).items()})
+        sizes = {**_sizes(readable, data.dataset), "classes": len(outputs["class_names"])}
+        section.sizes.update({prefix + name: value for name, value in sizes.items()})
         kinds = f"{len(outputs['class_names'])} classes, templates {', '.join(map(repr, data.templates))}"
         section.lines += [f"{data.name or 'The dataset'}: {_counted(readable, data.dataset)}, {kinds}.", ""]
         if _is_first():
@@ -180,10 +184,10 @@ def regions(model: MMGEMModel, processor: MMGEMProcessor, arguments: EvaluationA
     section = Section("Regions", {}, [], {})
     stages = _stages(model)
     for stage in stages:
-        with _adapter_alone(model, stage, stages):
+        with adapter_alone(model, stage, stages):
             metrics, outputs = evaluate_adapter(model, processor, dataset, stage, arguments.batch_size)
             own = region_section(stage, metrics, outputs, model, processor, dataset) if _is_first() else None
-        section.sizes[f"{stage}_regions"] = len(outputs["stage_2"])
+        section.sizes = _region_sizes(outputs["stage_2"], dataset)
         section.metrics.update(metrics)
         if own:
             section.lines += [f"### {own.heading}", "", *own.lines, ""]
@@ -191,8 +195,10 @@ def regions(model: MMGEMModel, processor: MMGEMProcessor, arguments: EvaluationA
     if stages:
         return section
     with stage_1(model, processor) as own_processor:
-        for stage in STAGES.values():
-            section.metrics.update(evaluate_regions(model, own_processor, dataset, stage, arguments.batch_size)[0])
+        for stage in REGION_ADAPTERS:
+            metrics, outputs = evaluate_regions(model, own_processor, dataset, stage, arguments.batch_size)
+            section.metrics.update(metrics)
+            section.sizes = _region_sizes(outputs["regions"], dataset)
     section.lines += ["Stage 1 alone, which has learned no more than the mean over all patches.", ""]
     section.lines += table(section.metrics)
     return section
@@ -207,16 +213,6 @@ def score_caption_files(arguments: EvaluationArguments) -> Section:
     return Section("Captions", metrics, [f"{len(results)} captions.", "", *table(metrics)], {})
 
 
-@contextmanager
-def _adapter_alone(model: MMGEMModel, stage: str, stages: list[str]) -> Iterator[None]:
-    """For a while: another would have a say in the score of a caption."""
-    model.set_adapter(stage)
-    try:
-        yield
-    finally:
-        model.set_adapter(stages)
-
-
 def _image_size(model: MMGEMModel) -> int:
     return model.config.vision_config.image_size
 
@@ -227,15 +223,21 @@ def _is_first() -> bool:
 
 def _stages(model: MMGEMModel) -> list[str]:
     """Of the adapters loaded."""
-    return [stage for stage in STAGES.values() if stage in getattr(model, "peft_config", {})]
+    return [stage for stage in REGION_ADAPTERS if stage in getattr(model, "peft_config", {})]
 
 
 def _sizes(used: PairDataset, dataset: PairDataset) -> dict[str, int]:
-    return {"size": len(used), "left_out": len(dataset) - len(used)}
+    """Of what the data names, how many pictures count; the others cannot be read, or are not there."""
+    return {"size": len(used), "left_out": len(dataset) - len(used) + dataset.missing}
+
+
+def _region_sizes(regions: list[dict[str, Any]], dataset: RegionDataset) -> dict[str, int]:
+    pictures = len({region["index"] for region in regions})
+    return {"size": pictures, "left_out": len(dataset) - pictures + dataset.missing, "regions": len(regions)}
 
 
 def _counted(used: PairDataset, dataset: PairDataset) -> str:
-    left_out = len(dataset) - len(used)
+    left_out = _sizes(used, dataset)["left_out"]
     return f"{len(used)} pictures" + (f" ({left_out} more are left out)" if left_out else "")
 
 

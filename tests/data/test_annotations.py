@@ -19,7 +19,7 @@ def folder(tmp_path):
 
 def read(folder, content, splits=None, name="file.json"):
     (folder / name).write_text(content if isinstance(content, str) else json.dumps(content))
-    return read_annotations([str(folder / name)], [str(folder / "images")], splits)
+    return read_annotations([str(folder / name)], [str(folder / "images")], splits)[0]
 
 
 def captions(table, column="caption"):
@@ -62,7 +62,7 @@ def test_dci(folder):
             "mask_data": {},
         }
         (folder / "dci" / f"{name}.json").write_text(json.dumps(row))
-    table = read_annotations([str(folder / "dci")], [str(folder / "images")])
+    table, _ = read_annotations([str(folder / "dci")], [str(folder / "images")])
     assert captions(table, "long_caption") == {"a.jpg": ["Short a. Much more."], "b.jpg": ["Short b. Much more."]}
 
 
@@ -87,6 +87,8 @@ def test_sharegpt4v(folder):
     content = [row("d", " Another. "), {"id": "text alone", "conversations": []}, row("a", "A long one.")]
     table = captions(read(folder, content), "long_caption")
     assert list(table.items()) == [("d.jpg", ["Another."]), ("a.jpg", ["A long one."])], "its order: the first 1,000"
+    with pytest.raises(ValueError, match=r"coco/train2017/d\.jpg and sam/d\.jpg have one name"):
+        read(folder, [*content, {**content[0], "image": "sam/d.jpg"}])
     content[2]["conversations"] = content[2]["conversations"][:1]
     with pytest.raises(ValueError, match=r"file\.json is not as its kind is published.*coco/train2017/a\.jpg"):
         read(folder, content)
@@ -96,7 +98,7 @@ def test_urban1k(folder):
     (folder / "caption").mkdir()
     for name in "bd":
         (folder / "caption" / f"{name}.txt").write_text(f"The city {name}.\n")
-    table = read_annotations([str(folder / "caption")], [str(folder / "images")])
+    table, _ = read_annotations([str(folder / "caption")], [str(folder / "images")])
     assert captions(table, "long_caption") == {"b.jpg": ["The city b."], "d.jpg": ["The city d."]}
 
 
@@ -109,9 +111,9 @@ def test_long_captions_stand_beside_short_ones(folder):
         )
     )
     files = [str(folder / "caption"), str(folder / "coco.json")]
-    (row,) = read_annotations(files, [str(folder / "images")])
+    (row,), _ = read_annotations(files, [str(folder / "images")])
     assert (row["caption"], row["long_caption"]) == (["a short one"], ["A long one."])
-    assert "long_caption" not in read_annotations(files[1:], [str(folder / "images")]).column_names
+    assert "long_caption" not in read_annotations(files[1:], [str(folder / "images")])[0].column_names
 
 
 def test_ids_and_files_that_come_twice_are_refused(folder):
@@ -144,8 +146,24 @@ def test_faults_name_the_file_and_the_picture(folder):
     with pytest.raises(ValueError, match="none of COCO's"):
         read(folder, '{"a": 1}\n{"a": 2}', name="other.jsonl")
     images = [{"id": 7, "file_name": "a.jpg"}]
-    with pytest.raises(ValueError, match=r"has 5 as a caption of picture 7, which is no text"):
+    with pytest.raises(ValueError, match=r"has 5 as a text about picture 7, which is none"):
         read(folder, {"images": images, "annotations": [{"image_id": 7, "caption": 5}]})
+    coco = {"images": images, "categories": [{"id": 1, "name": "dog"}, {"id": 2, "name": 5}]}
+    for bbox in ([], [1, 2, 3], [1, 2, 3, "4"], None):
+        with pytest.raises(ValueError, match=r"file\.json has .* as a box of picture 7, which is no \[x, y, width"):
+            read(folder, {**coco, "annotations": [{"image_id": 7, "category_id": 1, "bbox": bbox}]})
+    with pytest.raises(ValueError, match=r"has 5 as a text about picture 7"):
+        read(folder, {**coco, "annotations": [{"image_id": 7, "category_id": 2, "bbox": [1, 2, 3, 4]}]})
+    make_picture(0).save(folder / "images" / "8.jpg")
+    region = {"x": 0, "y": 0, "width": 9, "height": 9, "phrase": "a hat"}
+    with pytest.raises(ValueError, match=r"has 5 as a text about picture 8"):
+        read(folder, [{"id": 8, "regions": [region, {**region, "phrase": 5}]}])
+    with pytest.raises(ValueError, match=r"file\.json has several pictures of the id 8"):
+        read(folder, [{"id": 8, "regions": [region]}] * 2)
+    (folder / "caption").mkdir()
+    (folder / "caption" / "a.txt").write_bytes(b"caf\xe9")
+    with pytest.raises(ValueError, match=r"caption/a\.txt is no text"):
+        read_annotations([str(folder / "caption")], [str(folder / "images")])
     images = [{"filename": "a.jpg", "split": "test", "sentences": [{"raw": {"a": 1}}]}]
-    with pytest.raises(ValueError, match=r"as a caption of picture a\.jpg, which is no text"):
+    with pytest.raises(ValueError, match=r"as a text about picture a\.jpg, which is none"):
         read(folder, {"images": images})

@@ -156,7 +156,8 @@ def annotations(tmp_path):
 
 def test_coco_and_visual_genome_are_joined_by_picture(annotations, caplog):
     folder, files = annotations
-    table = read_annotations(files, [str(folder / "images")])
+    table, missing = read_annotations(files, [str(folder / "images")])
+    assert missing == 1
     assert [(row["caption"], row["regions"]) for row in table] == [
         (["one", "uno"], [{"box": [1, 2, 11, 22], "phrase": "dog"}]),
         ([], [{"box": [3, 4, 8, 10], "phrase": "a hat"}]),
@@ -176,7 +177,7 @@ def test_ids_of_one_dataset_are_not_those_of_the_other(annotations):
     coco["annotations"].append({"image_id": 2, "caption": "two"})
     (folder / "captions.json").write_text(json.dumps(coco))
     (folder / "images" / "2.txt").write_text("no picture")
-    rows = {os.path.basename(row["image"]): row for row in read_annotations(files, [str(folder / "images")])}
+    rows = {os.path.basename(row["image"]): row for row in read_annotations(files, [str(folder / "images")])[0]}
     assert rows["000000000002.jpg"]["caption"] == ["two"] and not rows["000000000002.jpg"]["regions"]
     assert not rows["2.jpg"]["caption"] and rows["2.jpg"]["regions"][0]["phrase"] == "a hat"
     assert "000000000009.jpg" not in rows, "Visual Genome's 9 is not there"
@@ -219,7 +220,7 @@ def test_annotations_open_nothing_outside_their_folders(annotations):
 @pytest.mark.skipif(not COCO.exists(), reason="the photographs are not here")
 def test_real_annotations_fit_their_photographs(processor):
     names = ("captions_sample.json", "instances_sample.json", "region_descriptions.json")
-    table = read_annotations([str(COCO / "annotations" / name) for name in names], [str(COCO / "images")])
+    table, _ = read_annotations([str(COCO / "annotations" / name) for name in names], [str(COCO / "images")])
     assert len(table) == 72 and sum(map(len, table["caption"])) == 360
     dataset = RegionDataset(table, max_regions=99)
     examples = [dataset.read(i) for i in range(len(dataset))]

@@ -39,6 +39,13 @@ def test_by_hand():
     assert unbalanced["mean_per_class"] == pytest.approx((2 / 3 + 0) / 2)
 
 
+def test_probabilities_however_small_are_told_apart():
+    scores = torch.tensor([[0.999998, 5e-7, 4e-7, 3e-7, 2e-7, 1e-7, 1e-8, 1e-9]], dtype=torch.float64)
+    assert classification_metrics(scores, torch.tensor([1]))["top5"] == 1
+    assert classification_metrics(scores, torch.tensor([5]))["top5"] == 0
+    assert classification_metrics(scores, torch.tensor([1]), tie=1e-6)["top5"] == 0
+
+
 def test_bootstrap_interval_is_that_of_the_binomial():
     hit = torch.arange(1000) < 700
     scores = torch.stack([hit.float(), 0.5 * torch.ones(1000)], 1)
@@ -56,7 +63,7 @@ def test_order_changes_nothing_a_perfect_picture_lowers_nothing_and_ties_count_a
     order = torch.randperm(30, generator=torch.Generator().manual_seed(seed))
     shuffled = classification_metrics(scores[order], labels[order])
     exact = ("top1", "top5", "mean_per_class")
-    assert [shuffled[name] for name in exact] == pytest.approx([metrics[name] for name in exact])
+    assert shuffled == pytest.approx(metrics)
     better = scores.clone()
     better[3, labels[3]] = 100
     assert all(classification_metrics(better, labels)[name] >= metrics[name] - 1e-12 for name in exact)

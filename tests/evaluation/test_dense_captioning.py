@@ -122,6 +122,11 @@ def test_equal_scores_come_at_once_whatever_the_order(order):
     predictions = [[found([0, 0, 10, 10], "a dog", 0.5)], [found([0, 0, 10, 10], "snow", 0.5 + 1e-8)]][::order]
     metrics = dense_captioning_map(predictions, references)
     assert metrics["dense_captioning_map"] == pytest.approx(51 / 101 / 2)
+    # As near as that wherever they lie, on either side of a rounded number too.
+    near = [[found([0, 0, 10, 10], "a dog", 0.50000051)], [found([0, 0, 10, 10], "snow", 0.50000049)]][::order]
+    assert dense_captioning_map(near, references)["dense_captioning_map"] == pytest.approx(51 / 101 / 2)
+    near = [[found([0, 0, 10, 10], "a dog", 0.500002)], [found([0, 0, 10, 10], "snow", 0.5)]][::order]
+    assert dense_captioning_map(near, references)["dense_captioning_map"] == pytest.approx(51 / 101)
     # Two for one box: the worse of them takes it.
     twice = [[found([0, 0, 10, 10], "a dog", 0.5), found([0, 0, 10, 10], "snow", 0.5)][::order]]
     assert dense_captioning_map(twice, [[wanted([0, 0, 10, 10], "a dog")]])["dense_captioning_map"] == 0

@@ -31,6 +31,9 @@ def test_long_text_at_each_length_and_by_words(processor):
     assert metrics["long_text_100_R@1_0_to_49_words"] == pytest.approx(best[:3].float().mean().item())
     assert metrics["long_text_100_R@1_100_to_149_words"] == float(best[3])
     assert not any("whole_box" in name for name in metrics)
+    rows[0]["caption"] = "狗在雪地上" * 12
+    _, outputs = evaluate_long_text(model, processor, PairDataset(rows), 2, max_lengths=(20,))
+    assert outputs["words"] == [60, 31, 31, 120], "in scripts without spaces a character is a word"
 
 
 @torch.no_grad()

@@ -62,12 +62,19 @@ def test_bad_options_end_with_a_line(run, arguments, message):
         ("on: 1", "must hold a mapping of names"),
         ("seed: [1]", "seed takes one value, not a list"),
         ("model: \xe9", "is no YAML"),
+        ("a: " + "[" * 10_000, "is no YAML: maximum recursion"),
     ],
 )
 def test_bad_settings_end_with_a_line(run, tmp_path, settings, message):
     (tmp_path / "evaluation.yaml").write_bytes(settings.encode("latin-1"))
     with pytest.raises(SystemExit, match=f"^error: .*{message}"):
         run("--config", tmp_path / "evaluation.yaml")
+
+
+def test_an_output_dir_that_is_none_shows_before_the_work(run, tmp_path):
+    (tmp_path / "out").write_text("a file")
+    with pytest.raises(SystemExit, match=r"^error: .*File exists.*out"):
+        run("--model", "nothing", "--dataset_name", "scenes")
 
 
 def test_missing_columns_are_named(checkpoint, run, labelled):
@@ -78,6 +85,19 @@ def test_missing_columns_are_named(checkpoint, run, labelled):
         run(*table, "--tasks", "regions")
     with pytest.raises(SystemExit, match="no column 'species'"):
         run(*table, "--tasks", "classification", "--label_column", "species")
+    rows = {"image": [make_picture(0)], "caption": ["a dog"]}
+    Dataset.from_dict(rows, features=Features({"image": Image(), "caption": Value("string")})).to_parquet(
+        labelled / "captions.parquet"
+    )
+    table = ["--model", checkpoint, "--data_file", labelled / "captions.parquet", "--tasks", "long_text"]
+    with pytest.raises(SystemExit, match=r"no column 'longer'.*Set --long_caption_column"):
+        run(*table, "--long_caption_column", "longer")
+
+
+def test_an_adapter_is_no_model(checkpoint, adapters, run):
+    for adapter in adapters:
+        with pytest.raises(SystemExit, match=r"region-\w+ is an adapter; give it to --adapters"):
+            run("--model", adapter, "--dataset_name", "scenes", "--tasks", "regions")
 
 
 def test_labels_must_be_numbers_of_classes(checkpoint, run, tmp_path):

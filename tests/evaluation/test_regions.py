@@ -120,6 +120,13 @@ def test_what_counts_as_right_in_a_caption():
     assert 0.25 < metrics["dense_captioning_map"] < 1
 
 
+def test_what_is_left_out_is_logged(model, processor, dataset, caplog):
+    for count, stage in enumerate(("region-caption", "region-retrieval"), 1):
+        dataset.table[0]["regions"].append({"box": [500, 500, 510, 510], "phrase": "nothing"})
+        evaluate_regions(model, processor, dataset, stage)
+        assert f"2 of 3 pictures are left out, or regions of them: {count} regions of picture 0" in caplog.text
+
+
 def test_nothing_readable_is_an_error(model, processor):
     dataset = RegionDataset(Table([{"image": b"?", "regions": [{"box": [0, 0, 9, 9], "phrase": "a"}]}]))
     for stage in ("region-caption", "region-retrieval"):

@@ -137,14 +137,19 @@ def test_karpathy_protocol_takes_five_captions_of_each_picture(checkpoint, run, 
         images.append({"filename": f"{i}.jpg", "split": "test" if i else "train", "sentences": sentences})
     (tmp_path / "dataset_flickr8k.json").write_text(json.dumps({"images": images}))
     data = ["--annotations", tmp_path / "dataset_flickr8k.json", "--image_folders", tmp_path / "images"]
-    run("--model", checkpoint, "--tasks", "retrieval", *data)
+    results = run("--model", checkpoint, "--tasks", "retrieval", *data)
     assert "10 pictures, 50 captions" in (tmp_path / "out" / "report.md").read_text()
+    assert results["setting"]["sizes"]["Retrieval"] == {"size": 10, "left_out": 0}
     files = [str(tmp_path / "dataset_flickr8k.json")]
     options = EvaluationArguments("x", annotations=files, image_folders=[str(tmp_path / "images")])
     first = [f"picture 1 in words {k}" for k in range(5)]
     assert load_pairs(options, 32, max_captions=5).captions()[0] == first
     run("--model", checkpoint, "--tasks", "retrieval", *data, "--captions_per_image", 7)
     assert "10 pictures, 70 captions" in (tmp_path / "out" / "report.md").read_text()
+    os.remove(tmp_path / "images" / "3.jpg")
+    (tmp_path / "images" / "7.jpg").write_bytes(b"no picture")
+    results = run("--model", checkpoint, "--tasks", "retrieval", *data)
+    assert results["setting"]["sizes"]["Retrieval"] == {"size": 8, "left_out": 2}, "what is not there counts too"
 
 
 def test_coco_annotations_leave_a_results_file_that_scores_the_same(checkpoint, run, tmp_path):
@@ -322,7 +327,7 @@ def test_adapters_are_on_again_after_a_fault(checkpoint, adapters, tmp_path):
     assert {*model.active_adapters()} == {"region-caption", "region-retrieval"}
 
 
-def test_annotations_with_short_and_long_captions(checkpoint, run, tmp_path):
+def test_annotations_with_regions_and_short_and_long_captions(checkpoint, adapters, run, tmp_path):
     (tmp_path / "images").mkdir()
     (tmp_path / "caption").mkdir()
     for i in range(3):
@@ -334,5 +339,13 @@ def test_annotations_with_short_and_long_captions(checkpoint, run, tmp_path):
     data = ["--annotations", tmp_path / "coco.json", tmp_path / "caption", "--image_folders", tmp_path / "images"]
     metrics = run("--model", checkpoint, "--tasks", "long_text", *data)["metrics"]
     assert "long_text_200_R@1_50_to_99_words" in metrics and "long_text_200_R@1_0_to_49_words" not in metrics
-    run("--model", checkpoint, "--tasks", "retrieval", *data)
+    box = {"image_id": 2, "category_id": 1, "bbox": [0, 0, 20, 20]}
+    instances = {"images": images, "categories": [{"id": 1, "name": "dog"}], "annotations": [box]}
+    (tmp_path / "instances.json").write_text(json.dumps(instances))
+    data.insert(1, tmp_path / "instances.json")
+    results = run("--model", checkpoint, "--tasks", "retrieval,regions", "--adapters", adapters[1], *data)
+    metrics, sizes = results["metrics"], results["setting"]["sizes"]
     assert "3 pictures, 3 captions" in (tmp_path / "out" / "report.md").read_text()
+    assert sizes["Regions"] == {"size": 1, "left_out": 2, "regions": 1}
+    for way in ("text_to_image", "image_to_text"):
+        assert metrics[f"whole_picture_{way}_R@1"] == metrics[f"{way}_R@1"] < 1, "pictures without a region too"
