@@ -3,13 +3,13 @@ Flickr8k from scratch: MM-GEM beside open_clip's CoCa (Yu et al., 2022), as good
 
 Both have the same pictures of 96 px, augmentation, tokenizer, widths and ViT, as many parameters within 5 %, batch,
 optimiser, warm-up and cosine over the clock, and the best of the same learning rates, chosen on the last 1,000
-training pictures (after `--tuning_steps` on the others, so that no slow minute of the machine decides) by the
-geometric mean of both R@10 and CIDEr-D. Each starts and weighs its losses as its own package does: ours with patches
-whitened on the training pictures, positions as waves, and L_Emb + L_Gen; "coca" as open_clip builds and feeds it, with
-its mix of losses, 256 queries of the attentional pooler (the first becomes the embedding, the others are visual
-tokens), texts padded to the context length (here 40, not 76). "coca, trimmed" is spared what only slows it down here:
-texts are cut to the longest of their batch, and 36 patches become 36 visual tokens and the embedding. Nobody ships
-that, but it is the harder peer; `--systems` names more, one with our start and losses among them.
+training pictures (after `--tuning_minutes` on the others) by the geometric mean of both R@10 and CIDEr-D. Each starts
+and weighs its losses as its own package does: ours with patches whitened on the training pictures, positions as waves,
+and L_Emb + L_Gen; "coca" as open_clip builds and feeds it, with its mix of losses, 256 queries of the attentional
+pooler (the first becomes the embedding, the others are visual tokens), texts padded to the context length (here 40,
+not 76). "coca, trimmed" is spared what only slows it down here: texts are cut to the longest of their batch, and 36
+patches become 36 visual tokens and the embedding. Nobody ships that, but it is the harder peer; `--systems` names
+more, one with our start and losses among them.
 
     make bench-env
     .venv-bench/bin/python benchmarks/flickr8k_coca.py --train_file train.parquet --validation_file validation.parquet
@@ -57,6 +57,7 @@ TEXT_LAYERS, TEXT_INTERMEDIATE = 4, 5 * WIDTH
 MAX_LENGTH, WARMUP_STEPS = 40, 50
 BATCH_SIZE = 64  # at 128 both learn as much from a pair
 LEARNING_RATES = (1e-3, 2e-3, 4e-3, 8e-3)
+AUGMENTATION_SCALE, WEIGHT_DECAY = 0.6, 0.1
 CAPTION_WEIGHT = 1.0  # of ours, beside the sum of both directions of L_Emb: the paper's
 OUR_MIX = CAPTION_WEIGHT / 2  # the same beside their mean, as CoCa has it
 HELD_OUT = 1000
@@ -231,12 +232,10 @@ def batches(dataset: PairDataset, collate: Any, seed: int) -> Iterator[dict[str,
         epoch += 1
 
 
-def train(
-    system: Any, dataset: PairDataset, learning_rate: float, seconds: float | None, steps: int, seed: int
-) -> int:
-    """SOAP, warmed up, with a cosine over the clock, or over `steps` without it; returns the steps it made."""
+def train(system: Any, dataset: PairDataset, learning_rate: float, seconds: float, seed: int) -> int:
+    """SOAP, warmed up, with a cosine over the clock; returns the steps it made."""
     start = time.perf_counter()
-    groups = parameter_groups(system.model, learning_rate, 1.0, weight_decay=0.1)
+    groups = parameter_groups(system.model, learning_rate, 1.0, WEIGHT_DECAY)
     options = {"precondition_frequency": 10, "max_precondition_dim": 512}
     optimizer = pytorch_optimizer.SOAP(groups, lr=learning_rate, betas=(0.9, 0.95), **options)
     scale = system.model.logit_scale
@@ -244,7 +243,7 @@ def train(
     system.model.train()
     step = 0
     for batch in batches(dataset, system.collate, seed):
-        passed = (time.perf_counter() - start) / seconds if seconds else step / steps
+        passed = (time.perf_counter() - start) / seconds
         if passed >= 1:
             break
         factor = min(1.0, (step + 1) / WARMUP_STEPS) * 0.5 * (1 + math.cos(math.pi * passed))
@@ -267,16 +266,16 @@ def train(
 def measure(
     name: str,
     learning_rate: float,
-    minutes: float | None,
-    steps: int,
+    minutes: float,
     seed: int,
     data: tuple[PairDataset, PairDataset],
     file: Path,
 ) -> dict[str, Any]:
-    """Metrics of one run, of so many minutes or steps; from its file where the same was done before."""
-    asked: dict[str, Any] = {"system": name, "learning_rate": learning_rate, "asked": minutes or steps, "seed": seed}
+    """Metrics of one run; from its file where the same was done before."""
+    asked: dict[str, Any] = {"system": name, "learning_rate": learning_rate, "asked": minutes, "seed": seed}
     asked |= {"batch_size": BATCH_SIZE, "max_length": MAX_LENGTH, "image_size": IMAGE_SIZE}
-    asked |= {"train": len(data[0]), "evaluated": len(data[1])}
+    asked |= {"train": len(data[0]), "evaluated": len(data[1]), "augmentation_scale": AUGMENTATION_SCALE}
+    asked |= {"weight_decay": WEIGHT_DECAY}
     if file.exists():
         result = json.loads(file.read_text())
         if {key: result.get(key) for key in asked} != asked:
@@ -287,7 +286,7 @@ def measure(
     system = SYSTEMS[name](train_dataset)
     torch.manual_seed(seed)
     start = time.perf_counter()
-    steps = train(system, train_dataset, learning_rate, minutes and 60 * minutes, steps, seed)
+    steps = train(system, train_dataset, learning_rate, 60 * minutes, seed)
     minutes = (time.perf_counter() - start) / 60
     trained = [p for p in system.model.parameters() if p.requires_grad]
     result = {
@@ -332,7 +331,7 @@ def main() -> None:
     parser.add_argument("--validation_file", required=True)
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/flickr8k_coca"))
     parser.add_argument("--minutes", type=float, default=10.0)
-    parser.add_argument("--tuning_steps", type=int, default=400)
+    parser.add_argument("--tuning_minutes", type=float, default=5.0)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--systems", nargs="+", default=["mmgem", "coca", "coca, trimmed"], choices=SYSTEMS)
     parser.add_argument("--learning_rates", type=float, nargs="+", default=LEARNING_RATES)
@@ -343,7 +342,7 @@ def main() -> None:
         validation_file=options.validation_file,
         caption_column="captions",
         max_length=MAX_LENGTH,
-        augmentation_scale=0.6,
+        augmentation_scale=AUGMENTATION_SCALE,
     )
     pairs, validation = load_pairs(data_args, IMAGE_SIZE, seed=0)
     tuning = (pairs.select(range(len(pairs) - HELD_OUT)), pairs.select(range(len(pairs) - HELD_OUT, len(pairs))))
@@ -353,7 +352,7 @@ def main() -> None:
     for rate in options.learning_rates:
         for name in found:
             file = options.output_dir / f"tuning {name} {rate}.json"
-            found[name][rate] = quality(measure(name, rate, None, options.tuning_steps, 0, tuning, file))
+            found[name][rate] = quality(measure(name, rate, options.tuning_minutes, 0, tuning, file))
     best = {name: max(rates, key=lambda rate: rates[rate]) for name, rates in found.items()}
     print(f"quality by learning rate: {found}; best: {best}", flush=True)
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in options.systems}
@@ -361,7 +360,7 @@ def main() -> None:
         for name in options.systems:  # in turn, so that a slow hour of the machine meets both
             file = options.output_dir / f"{name} {seed}.json"
             rate = best[tuned_as(name)]
-            runs[name].append(measure(name, rate, options.minutes, 0, seed, (pairs, validation), file))
+            runs[name].append(measure(name, rate, options.minutes, seed, (pairs, validation), file))
     columns = [f"{way}_R@{k}" for way in ("text_to_image", "image_to_text") for k in (1, 5, 10)]
     columns += ["caption_cider", "caption_loss", "caption_distinct", "steps", "parameters", "learning_rate"]
     print(f"| system | {' | '.join(columns)} |\n|---|{'---|' * len(columns)}")
