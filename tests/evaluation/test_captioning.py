@@ -106,6 +106,7 @@ def test_bleu_pools_counts_over_the_corpus():
 
 def test_tokenize():
     assert tokenize("A man, in a T-shirt, doesn't run .") == ["a", "man", "in", "a", "t-shirt", "doesn't", "run"]
+    assert tokenize("It doesn’t run") == ["it", "doesn't", "run"], "as with the other apostrophe"
     assert tokenize("一只狗在海滩 Café") == ["一", "只", "狗", "在", "海", "滩", "café"]
 
 

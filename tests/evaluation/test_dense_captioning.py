@@ -127,6 +127,15 @@ def test_equal_scores_come_at_once_whatever_the_order(order):
     assert dense_captioning_map(near, references)["dense_captioning_map"] == pytest.approx(51 / 101 / 2)
     near = [[found([0, 0, 10, 10], "a dog", 0.500002)], [found([0, 0, 10, 10], "snow", 0.5)]][::order]
     assert dense_captioning_map(near, references)["dense_captioning_map"] == pytest.approx(51 / 101)
+    # One better said, the other better placed: neither comes first.
+    well_placed = found([0, 0, 10, 10], "a cat and a", 0.5)
+    well_said = found([0, 0, 10, 2.5], "a dog on a beach", 0.5)
+    pictures = [
+        ([well_placed], [wanted([0, 0, 10, 10], "a cat and a dog")]),
+        ([well_said], [wanted([0, 0, 10, 10], "a dog on a beach")]),
+    ][::order]
+    metrics = dense_captioning_map([found for found, _ in pictures], [wanted for _, wanted in pictures])
+    assert metrics["dense_captioning_ap_iou_0.7"] == pytest.approx(51 / 101 / 2)
     # Two for one box: the worse of them takes it.
     twice = [[found([0, 0, 10, 10], "a dog", 0.5), found([0, 0, 10, 10], "snow", 0.5)][::order]]
     assert dense_captioning_map(twice, [[wanted([0, 0, 10, 10], "a dog")]])["dense_captioning_map"] == 0

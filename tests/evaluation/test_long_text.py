@@ -25,7 +25,10 @@ def test_long_text_at_each_length_and_by_words(processor):
     embeds = model.get_embedding(**processor(text=texts, max_length=100, return_tensors="pt"))
     expected = retrieval_metrics(embeds, images, torch.arange(4))
     assert {k: metrics[f"long_text_100_{k}"] for k in expected} == expected
-    assert metrics["long_text_20_text_to_image_R@1"] <= 0.5, "cut before they differ, three are equal"
+    cut = model.get_embedding(**processor(text=texts, max_length=20, truncation=True, return_tensors="pt"))
+    expected = retrieval_metrics(cut, images, torch.arange(4))
+    assert {k: metrics[f"long_text_20_{k}"] for k in expected} == expected
+    assert not torch.equal(cut[0], embeds[0]) and torch.equal(cut[0], cut[1]), "cut before they differ"
     assert metrics["long_text_20_cut"] == 1 and metrics["long_text_100_cut"] == 0.25
     best = (embeds @ images.T).argmax(1) == torch.arange(4)
     assert metrics["long_text_100_R@1_0_to_49_words"] == pytest.approx(best[:3].float().mean().item())
@@ -34,6 +37,15 @@ def test_long_text_at_each_length_and_by_words(processor):
     rows[0]["caption"] = "狗在雪地上" * 12
     _, outputs = evaluate_long_text(model, processor, PairDataset(rows), 2, max_lengths=(20,))
     assert outputs["words"] == [60, 31, 31, 120], "in scripts without spaces a character is a word"
+    for i, words in enumerate((49, 50, 100, 149)):
+        rows[i + (i > 0)]["caption"] = " ".join(["dog"] * words)
+    metrics, outputs = evaluate_long_text(model, processor, PairDataset(rows), 2, max_lengths=(20,))
+    assert outputs["words"] == [49, 50, 100, 149]
+    of_words = [name.removeprefix("long_text_20_R@1_") for name in metrics if name.endswith("_words")]
+    assert of_words == ["0_to_49_words", "50_to_99_words", "100_to_149_words"]
+    rows[0]["caption"] = " ".join(["dog"] * 50)
+    metrics, _ = evaluate_long_text(model, processor, PairDataset(rows), 2, max_lengths=(20,))
+    assert "long_text_20_R@1_0_to_49_words" not in metrics
 
 
 @torch.no_grad()
