@@ -79,7 +79,7 @@ def _text_sides(runs: list[dict[str, dict[str, float]]]) -> str:
         "language-model-77": ("language model, trained on 77", (77,)),
         "clip-text": ("CLIP's text tower", (77,)),
         "clip-text-half": ("CLIP's text tower, half the learning rate", (77,)),
-        "clip-text-double": ("CLIP's text tower, twice the learning rate", (77,)),
+        "clip-text-quarter": ("CLIP's text tower, a quarter of the learning rate", (77,)),
     }
     lines = [
         "| text side | parameters | tokens | short captions R@1 | long captions R@1 | R@5 |",

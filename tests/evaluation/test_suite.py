@@ -307,6 +307,15 @@ def test_h4_touches_whole_pictures_by_their_box_alone(checkpoint, processor, run
     assert {name: expected[name] for name in recalls} != recalls
 
 
+def test_whole_pictures_are_captioned_by_stage_1(checkpoint, processor, run, tmp_path):
+    adapter = add_region_adapter(bold_model(processor), "region-caption", 1)
+    with torch.no_grad():
+        adapter.base_model.model.caption_projection.modules_to_save["default"].weight.normal_()
+    adapter.save_pretrained(tmp_path / "h3")
+    data = ["--dataset_name", "scenes", "--max_samples", 6, "--model", checkpoint, "--tasks", "captioning"]
+    assert run(*data, "--adapters", tmp_path / "h3")["metrics"] == pytest.approx(run(*data)["metrics"])
+
+
 def test_adapters_are_on_again_after_a_fault(checkpoint, adapters, tmp_path):
     make_picture(0).save(tmp_path / "a.png")
     (tmp_path / "rows.jsonl").write_text(json.dumps({"image": "a.png", "caption": "a dog"}))
