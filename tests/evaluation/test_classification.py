@@ -99,6 +99,17 @@ def test_classes_of_one_name_are_one(processor):
     assert twice == once and outputs["class_names"] == ["dog", "cat", "snow"]
 
 
+def test_classes_as_near_as_sums_differ_are_ties(processor, monkeypatch):
+    """Summed in another order, a cosine differs in its last digits: neither of two such classes is found."""
+    classes = torch.nn.functional.normalize(torch.ones(2, 16), dim=-1)
+    classes[0, 0] += 3e-7
+    classes[1, 1] += 3e-7
+    monkeypatch.setattr("mmgem.evaluation.classification.class_embeddings", lambda *_: classes)
+    dataset = PairDataset(Table([{"image": make_picture(i)} for i in range(4)]))
+    metrics, _ = evaluate_classification(make_model(processor), processor, dataset, [0, 1, 0, 1], ["dog", "cat"])
+    assert metrics["top1"] == 0
+
+
 def test_probabilities_rank_as_the_scores_they_come_from():
     scores, labels = random_scores(0)
     probabilities = classification_metrics((5 * scores).softmax(-1), labels)
