@@ -13,6 +13,7 @@ code or recipes have changed.
 import argparse
 import json
 import math
+import os
 import statistics
 import subprocess
 import sys
@@ -290,7 +291,7 @@ def main() -> None:
     gain = statistics.mean(
         run["joint"]["text_to_image_R@1"] - run["contrastive"]["text_to_image_R@1"] for run in found["objectives"]
     )
-    print(f"{sum(runs.seconds.values()) / 60:.0f} minutes in all runs. {page}")
+    print(f"{sum(runs.seconds.values()) / 60:.0f} minutes in all runs. {os.path.relpath(page)}")
     print_result(
         "paper_claims", round(gain, 3), "of R@1, joint minus contrastive alone", ">= 0", "itself, without L_Gen"
     )
