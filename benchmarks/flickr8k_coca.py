@@ -326,6 +326,18 @@ def tuned_as(name: str) -> str:
     return "coca, trimmed" if name.startswith("coca, trimmed") else name.partition(",")[0]
 
 
+def choose_rate(name: str, options: argparse.Namespace, data: tuple[PairDataset, PairDataset]) -> float:
+    """The best of `options.learning_rates`; one alone is taken without a run."""
+    rates, minutes = options.learning_rates, (options.tuning_minutes, options.minutes)
+    for kept, length, ending in zip((2, 1), minutes, ("", " whole")):
+        if len(rates) > kept:
+            files = {rate: options.output_dir / f"tuning {name} {rate}{ending}.json" for rate in rates}
+            found = {rate: quality(measure(name, rate, length, 0, data, file)) for rate, file in files.items()}
+            rates = sorted(found, key=lambda rate: -found[rate])[:kept]
+            print(f"{name}, quality by learning rate after {length:g} minutes: {found}", flush=True)
+    return rates[0]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--train_file", required=True)
@@ -349,19 +361,8 @@ def main() -> None:
     tuning = (pairs.select(range(len(pairs) - HELD_OUT)), pairs.select(range(len(pairs) - HELD_OUT, len(pairs))))
     tuning[1].augmentation_scale = 1.0
     check(options.systems, pairs)
-    found: dict[str, dict[float, float]] = {tuned_as(name): {} for name in options.systems}
-    for rate in options.learning_rates:
-        for name in found:
-            file = options.output_dir / f"tuning {name} {rate}.json"
-            found[name][rate] = quality(measure(name, rate, options.tuning_minutes, 0, tuning, file))
-    print(f"quality by learning rate after {options.tuning_minutes:g} minutes: {found}", flush=True)
-    finals: dict[str, dict[float, float]] = {name: {} for name in found}
-    for name, rates in found.items():
-        for rate in sorted(rates, key=lambda rate: -rates[rate])[:2]:
-            file = options.output_dir / f"tuning {name} {rate} whole.json"
-            finals[name][rate] = quality(measure(name, rate, options.minutes, 0, tuning, file))
-    best = {name: max(rates, key=lambda rate: rates[rate]) for name, rates in finals.items()}
-    print(f"of the better two after {options.minutes:g}: {finals}; best: {best}", flush=True)
+    families = list(dict.fromkeys(tuned_as(name) for name in options.systems))
+    best = {name: choose_rate(name, options, tuning) for name in families}
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in options.systems}
     for seed in options.seeds:
         for name in options.systems:  # in turn, so that a slow hour of the machine meets both
