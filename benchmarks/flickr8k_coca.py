@@ -68,7 +68,7 @@ BATCH = 100  # of evaluation
 class MMGEM:
     """Ours: stage 1, and captions from it."""
 
-    def __init__(self, train: PairDataset, caption_weight: float = CAPTION_WEIGHT):
+    def __init__(self, train: PairDataset, caption_weight: float = CAPTION_WEIGHT, attention_dropout: float = 0.0):
         towers = ModelArguments(
             vision_config={
                 "model_type": "siglip_vision_model",
@@ -88,6 +88,7 @@ class MMGEM:
                 "num_attention_heads": HEADS,
                 "num_key_value_heads": HEADS,
                 "max_position_embeddings": 256,
+                "attention_dropout": attention_dropout,
                 "tie_word_embeddings": False,
             },
             projection_dim=WIDTH,
@@ -193,17 +194,12 @@ def coca_as_ours(train: PairDataset) -> CoCa:
     return peer
 
 
-def without_whitening(train: PairDataset) -> MMGEM:
-    """Ours with a patch embedding that starts as noise of the same scale."""
+def plain_start(train: PairDataset) -> MMGEM:
+    """Ours with a ViT whose patches and positions start as noise of the same scale."""
     ours = MMGEM(train)
-    torch.nn.init.normal_(ours.model.vision_model.embeddings.patch_embedding.weight, std=(3 * PATCH_SIZE**2) ** -0.5)
-    return ours
-
-
-def without_waves(train: PairDataset) -> MMGEM:
-    """Ours with positions that start as noise."""
-    ours = MMGEM(train)
-    torch.nn.init.normal_(ours.model.vision_model.embeddings.position_embedding.weight, std=WIDTH**-0.5)
+    embeddings = ours.model.vision_model.embeddings
+    torch.nn.init.normal_(embeddings.patch_embedding.weight, std=(3 * PATCH_SIZE**2) ** -0.5)
+    torch.nn.init.normal_(embeddings.position_embedding.weight, std=WIDTH**-0.5)
     return ours
 
 
@@ -214,8 +210,8 @@ SYSTEMS: dict[str, Callable[[PairDataset], Any]] = {
     # One factor at a time.
     "mmgem, caption weight 4": lambda train: MMGEM(train, 4.0),
     "mmgem, caption weight 10": lambda train: MMGEM(train, 10.0),
-    "mmgem, patches not whitened": without_whitening,
-    "mmgem, positions as noise": without_waves,
+    "mmgem, plain start of the ViT": plain_start,
+    "mmgem, attention dropout 0.2": lambda train: MMGEM(train, attention_dropout=0.2),
     "coca, trimmed, our mix of losses": lambda train: CoCa(train, OUR_MIX, trimmed=True),
     "coca, trimmed, our losses and start of the ViT": coca_as_ours,
 }
