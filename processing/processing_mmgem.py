@@ -19,6 +19,14 @@ logger = logging.get_logger(__name__)
 TASKS = ("caption", "region-caption")
 TEXT_KWARGS = ("max_length", "truncation", "padding", "padding_side")
 GEOMETRY_KWARGS = ("do_resize", "size", "do_center_crop", "crop_size", "do_pad", "pad_size")
+KWARGS_BY_MODALITY = ("text_kwargs", "images_kwargs", "common_kwargs", "audio_kwargs", "videos_kwargs")
+# What is said in a chat stands around the picture as it is: the model continues captions, it follows no instructions.
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if message.content is string %}{{ message.content }}{% else %}{% for part in message.content %}"
+    "{% if part.type == 'image' %}<image>{% elif part.type == 'text' %}{{ part.text }}{% endif %}"
+    "{% endfor %}{% endif %}{% endfor %}"
+)
 
 
 class MMGEMProcessor(ProcessorMixin):
@@ -28,6 +36,7 @@ class MMGEMProcessor(ProcessorMixin):
     Args:
         image_processor: of the vision tower.
         tokenizer: from [`to_mmgem_tokenizer`].
+        chat_template (`str`, *optional*): by default the texts of a chat as they are, `<image>` for its picture.
         max_length (`int`, *optional*, defaults to 50): tokens of a text, BOS and [EMB] included (paper: 50
             in training, 200 for long captions at test time).
         region_grid_size (`int`, *optional*, defaults to 7): k, as in [`MMGEMConfig`].
@@ -46,7 +55,7 @@ class MMGEMProcessor(ProcessorMixin):
         region_grid_size: int = 7,
         num_soft_prompts: int = 64,
     ):
-        super().__init__(image_processor, tokenizer, chat_template=chat_template)
+        super().__init__(image_processor, tokenizer, chat_template=chat_template or CHAT_TEMPLATE)
         if not ends_with_emb(tokenizer):
             raise ValueError(
                 f"This tokenizer does not end a text with {EMB_TOKEN}, so no sentence embedding could be read. It was "
@@ -100,8 +109,9 @@ class MMGEMProcessor(ProcessorMixin):
         `task="caption"`, or a text that holds `<image>`, it writes prompts for `generate`.
 
         Args:
-            images: a picture or a list of them: PIL images, paths, URLs or arrays `(height, width, 3)`. Transparency
-                becomes white, except behind a URL, which transformers reads and makes black.
+            images: a picture or a list of them (or of lists of them): PIL images, paths, URLs or arrays
+                `(height, width, 3)`. Transparency becomes white, except behind a URL, which transformers reads and
+                makes black.
             text (`str` or list of `str`): sentences; for a prompt, text before `<image>` and behind [CAP] conditions
                 the caption. A text without `<image>` in a caption task continues behind [CAP].
             boxes: per picture a list of `[x0, y0, x1, y1]` in pixels of the original picture (upright, after EXIF).
@@ -111,7 +121,8 @@ class MMGEMProcessor(ProcessorMixin):
             return_tensors (`str`, *optional*): "pt" or "np".
             **kwargs: `max_length`, `truncation` (True cuts long texts without a warning, False leaves them),
                 `padding`, `padding_side` for texts; options of the image processor,
-                beside boxes or masks those alone that do not move pixels.
+                beside boxes or masks those alone that do not move pixels. Also sorted into `text_kwargs`,
+                `images_kwargs` and `common_kwargs`, as transformers has it.
 
         Returns:
             `BatchFeature` with `input_ids`, `attention_mask`, `pixel_values`, `boxes`, `masks`, `region_mask`, as far
@@ -124,6 +135,8 @@ class MMGEMProcessor(ProcessorMixin):
         if isinstance(text, bytes | dict) or (text is not None and not hasattr(text, "__iter__")):
             raise ValueError(f"text must be a str or a list of them, got {type(text).__name__}.")
         texts = [text] if isinstance(text, str) else None if text is None else list(text)
+        kwargs = _flatten_options(kwargs)
+        return_tensors = kwargs.pop("return_tensors", return_tensors)
         self._check_texts(texts, images, task)
         text_kwargs: dict[str, Any] = {name: kwargs.pop(name) for name in TEXT_KWARGS if name in kwargs}
         self._check_image_kwargs(kwargs, boxes is not None or masks is not None)
@@ -174,6 +187,7 @@ class MMGEMProcessor(ProcessorMixin):
         if images is None:
             return []
         batch = list(images) if isinstance(images, list | tuple) else [images]
+        batch = [image for item in batch for image in (item if isinstance(item, list | tuple) else [item])]
         if not batch:
             raise ValueError("images is an empty list.")
         return [_read_image(image, i) for i, image in enumerate(batch)]
@@ -248,6 +262,17 @@ def set_image_size(image_processor: Any, image_size: int) -> None:
         edges = getattr(image_processor, name, None)
         if edges:
             setattr(image_processor, name, {edge: image_size for edge, value in dict(edges).items() if value})
+
+
+def _flatten_options(options: dict[str, Any]) -> dict[str, Any]:
+    """Options that are sorted by modality, as transformers lets callers do: here each has one meaning anyway."""
+    flat = {name: value for name, value in options.items() if name not in KWARGS_BY_MODALITY}
+    for name in ("text_kwargs", "images_kwargs", "common_kwargs"):
+        flat.update(options.get(name) or {})
+    for name in ("audio", "videos"):
+        if flat.pop(name, None) is not None:
+            raise ValueError(f"MM-GEM takes texts and pictures; it has no use for {name}.")
+    return flat
 
 
 def _read_image(image: Any, index: int) -> Image.Image:

@@ -278,3 +278,40 @@ PICTURE = make_picture(0)
 def test_bad_input_is_named(processor, arguments, message):
     with pytest.raises(ValueError, match=message):
         processor(**arguments)
+
+
+def test_options_sorted_by_modality_mean_the_same(processor):
+    text, picture = ["a dog on a beach with two people"], make_picture(0)
+    nested = processor(
+        text=text,
+        images=picture,
+        text_kwargs={"max_length": 4, "truncation": True},
+        images_kwargs={"do_normalize": False},
+        audio_kwargs={"padding": True},
+        videos_kwargs={},
+        common_kwargs={"return_tensors": "pt"},
+    )
+    flat = processor(
+        text=text, images=[[picture]], max_length=4, truncation=True, do_normalize=False, return_tensors="pt"
+    )
+    assert nested.keys() == flat.keys() and nested["input_ids"].shape == (1, 4)
+    assert all(torch.equal(nested[name], flat[name]) for name in flat)
+    with pytest.raises(ValueError, match="no use for audio"):
+        processor(text=text, audio=[0.0])
+    with pytest.raises(ValueError, match=r"Unknown option 'image_kwargs'"):
+        processor(text=text, image_kwargs={})
+
+
+def test_a_chat_is_its_picture_and_its_words(processor):
+    pictures = [make_picture(0), make_picture(1)]
+    chats = [
+        [{"role": "user", "content": [{"type": "image", "image": picture}, {"type": "text", "text": "a photo of"}]}]
+        for picture in pictures
+    ]
+    options = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
+    expected = processor(images=pictures, text=["<image>a photo of"] * 2, return_tensors="pt")
+    found = processor.apply_chat_template(chats, **options)
+    assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
+    prefilled = [chats[0][0] | {"content": chats[0][0]["content"][:1]}, {"role": "assistant", "content": "a photo of"}]
+    found = processor.apply_chat_template(prefilled, continue_final_message=True, **options)
+    assert torch.equal(found["input_ids"], expected["input_ids"][:1])
