@@ -1,7 +1,7 @@
 """
 MM-GEM, the Multi-Modal Generative Embedding Model: one language model that embeds sentences and captions pictures.
 
-Importing this package registers the model with transformers' Auto classes.
+Importing this package registers the model with transformers' Auto classes, and the pipeline `region-captioning`.
 """
 
 from transformers import (
@@ -11,11 +11,11 @@ from transformers import (
     AutoModelForZeroShotImageClassification,
     AutoProcessor,
 )
+from transformers.pipelines import PIPELINE_REGISTRY
 
 from ._version import __version__
 from .configuration import MMGEMConfig
-from .hub.pipelines import RegionCaptioningPipeline
-from .modeling_mmgem import MMGEMModel, MMGEMOutput, PoolAggregator
+from .modeling_mmgem import MMGEMModel, MMGEMOutput, PoolAggregator, RegionCaptioningPipeline
 from .processing import MMGEMProcessor
 
 
@@ -23,6 +23,12 @@ AutoConfig.register("mmgem", MMGEMConfig, exist_ok=True)
 for auto_class in (AutoModel, AutoModelForImageTextToText, AutoModelForZeroShotImageClassification):
     auto_class.register(MMGEMConfig, MMGEMModel, exist_ok=True)
 AutoProcessor.register(MMGEMConfig, MMGEMProcessor, exist_ok=True)
+PIPELINE_REGISTRY.register_pipeline(
+    "region-captioning",
+    pipeline_class=RegionCaptioningPipeline,
+    pt_model=AutoModelForImageTextToText,
+    type="multimodal",
+)
 
 __all__ = [
     "MMGEMConfig",

@@ -45,11 +45,11 @@ class RegionAdapterMixin:
     def base_signature(self: Any) -> torch.Tensor | None:
         """
         One weight each of 64 matrices spread over ViT, h1 and language model, `(64,)` float32; two models that were
-        trained apart do not share them. None where weights are not at hand (offloaded).
+        trained apart do not share them. None where weights are not at hand (offloaded, or in 8 or 4 bits).
         """
         modules = (self.vision_model, self.visual_projection, self.language_model)
         matrices = [parameter for module in modules for parameter in module.parameters() if parameter.ndim > 1]
-        if any(matrix.is_meta for matrix in matrices):
+        if any(matrix.is_meta or not matrix.is_floating_point() for matrix in matrices):
             return None
         chosen = [matrices[i * len(matrices) // SIGNATURE_SIZE] for i in range(SIGNATURE_SIZE)]
         places = [(i * 7919) % matrix.numel() for i, matrix in enumerate(chosen)]

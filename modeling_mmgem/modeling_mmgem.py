@@ -33,6 +33,7 @@ from ..configuration.configuration_mmgem import MMGEMConfig
 from .adapters_mmgem import RegionAdapterMixin
 from .generation_mmgem import CaptionGenerationMixin
 from .losses_mmgem import caption_loss, contrastive_loss, similarity_logits
+from .pipelines_mmgem import RegionCaptioningPipeline
 from .pooling_mmgem import PoolAggregator
 
 
@@ -534,4 +535,5 @@ class MMGEMModel(RegionAdapterMixin, CaptionGenerationMixin, PreTrainedModel):
         )
 
 
-__all__ = ["MMGEMModel", "MMGEMOutput"]
+# The pipeline is imported so that its file is saved with this one: `custom_pipelines` of a Hub folder names it.
+__all__ = ["MMGEMModel", "MMGEMOutput", "RegionCaptioningPipeline"]

@@ -1,20 +1,24 @@
 """The pipeline `region-captioning`."""
 
 import copy
+import re
 from typing import Any
 
-from transformers import AutoModelForImageTextToText, GenerationConfig, Pipeline
-from transformers.pipelines import PIPELINE_REGISTRY
+from transformers import GenerationConfig, Pipeline
+from transformers.utils.peft_utils import find_adapter_config_file
+
+
+ADAPTER = "region-caption"
 
 
 class RegionCaptioningPipeline(Pipeline):
     """
-    Describes parts of pictures, with a model of MM-GEM and its adapter region-caption.
+    Describes parts of pictures, with a model of MM-GEM and its adapter region-caption: one that the model has loaded,
+    or else that in the folder `region-caption` beside the model, on the Hub or on disk.
 
     ```python
-    >>> import mmgem
     >>> from transformers import pipeline
-    >>> describe = pipeline("region-captioning", model="org/mm-gem-region-caption")
+    >>> describe = pipeline("region-captioning", model="org/mm-gem", trust_remote_code=True)
     >>> describe("street.jpg", boxes=[[0, 20, 64, 90], [70, 5, 120, 110]])
     [{'box': [0, 20, 64, 90], 'caption': '…'}, {'box': [70, 5, 120, 110], 'caption': '…'}]
     ```
@@ -26,6 +30,18 @@ class RegionCaptioningPipeline(Pipeline):
     _load_feature_extractor: Any = False
     _pipeline_calls_generate = True
     _default_generation_config = GenerationConfig(max_new_tokens=50)
+
+    def __init__(self, model: Any, *args: Any, **kwargs: Any):
+        super().__init__(model, *args, **kwargs)
+        for task in getattr(model.config, "custom_pipelines", {}).values():
+            # `pipeline` puts classes in the place of their names, and the configuration could not be saved any more.
+            task["pt"] = [getattr(auto_class, "__name__", auto_class) for auto_class in task["pt"]]
+        if model.name_or_path and not hasattr(model.soft_prompts, "modules_to_save"):
+            # Code from the Hub knows which commit it is of; the adapter is to be of the same.
+            commit = re.search(r"\b[0-9a-f]{40}\b", f"{type(model).__module__} {type(self).__module__}")
+            options: Any = {"subfolder": ADAPTER, "revision": commit[0] if commit else None}
+            if find_adapter_config_file(model.name_or_path, **options):
+                model.load_adapter(model.name_or_path, adapter_name=ADAPTER, adapter_kwargs=options)
 
     def __call__(self, image: Any, boxes: Any = None, masks: Any = None, **kwargs: Any) -> Any:  # type: ignore[override]
         """
@@ -92,9 +108,4 @@ class RegionCaptioningPipeline(Pipeline):
         ]
 
 
-PIPELINE_REGISTRY.register_pipeline(
-    "region-captioning",
-    pipeline_class=RegionCaptioningPipeline,
-    pt_model=AutoModelForImageTextToText,
-    type="multimodal",
-)
+__all__ = ["RegionCaptioningPipeline"]
