@@ -15,6 +15,8 @@ from .sharing import gather_parts, gather_rows, own_part, process
 
 logger = logging.get_logger(__name__)
 
+CPU_TOKENS = 1024  # of a batch of texts: with more, what layers hand on to each other falls out of the caches
+
 
 @contextlib.contextmanager
 def evaluating(model: MMGEMModel) -> Iterator[None]:
@@ -36,13 +38,32 @@ def embed_texts(
     batch_size: int = 64,
     max_length: int | None = None,
 ) -> torch.Tensor:
-    """`(N, D)`, unit norm, float32, on the CPU; by this process alone, and cut to `max_length` without a word."""
-    embeds = [torch.zeros(0, model.config.projection_dim)]
+    """
+    `(N, D)`, unit norm, float32, on the CPU; by this process alone, and cut to `max_length` without a word. Texts of
+    like length go together, `batch_size` at most.
+    """
+    embeds = torch.empty(len(texts), model.config.projection_dim)
+    if not texts:
+        return embeds
     options: dict[str, Any] = {"max_length": max_length or processor.max_length, "truncation": True}
-    for start in range(0, len(texts), batch_size):
-        inputs = processor(text=list(texts[start : start + batch_size]), return_tensors="pt", **options)
-        embeds.append(model.get_embedding(**inputs.to(model.device)).float().cpu())
-    return torch.cat(embeds)
+    rows = processor(text=list(texts), padding=False, **options)["input_ids"]
+    tokens = CPU_TOKENS if model.device.type == "cpu" else None
+    for batch in batches_by_length([len(row) for row in rows], batch_size, tokens):
+        inputs = processor.tokenizer.pad({"input_ids": [rows[i] for i in batch]}, return_tensors="pt")
+        embeds[batch] = model.get_embedding(**inputs.to(model.device)).float().cpu()
+    return embeds
+
+
+def batches_by_length(lengths: Sequence[int], batch_size: int, max_tokens: int | None) -> Iterator[list[int]]:
+    """Indices in batches, shortest first, of up to `max_tokens` with padding (but never none)."""
+    batch: list[int] = []
+    for i in sorted(range(len(lengths)), key=lengths.__getitem__):
+        if batch and (len(batch) == batch_size or (max_tokens and (len(batch) + 1) * lengths[i] > max_tokens)):
+            yield batch
+            batch = []
+        batch.append(i)
+    if batch:
+        yield batch
 
 
 @torch.inference_mode()
