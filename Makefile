@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-slow check bench-env clean
+.PHONY: demo test test-slow test-quantized check bench-env clean
 
 TRAIN := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
 	--num_cpu_threads_per_process 2 train.py
@@ -20,6 +20,11 @@ test: $(READY)
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m slow
+
+# Not in everyone's environment: on some CPUs bitsandbytes warns whenever it is imported, which PEFT does.
+test-quantized: $(READY)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[quantization]"
+	$(BIN)/python -m pytest tests/hub/test_quantized_weights.py
 
 check: $(READY)
 	$(BIN)/ruff check .

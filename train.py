@@ -7,10 +7,13 @@ Trains a stage of MM-GEM, evaluates it, and saves a checkpoint or an adapter.
 """
 
 import os
+import shlex
 import sys
+from pathlib import Path
 from typing import Any
 
 import transformers
+from huggingface_hub.errors import HTTPError
 from safetensors import SafetensorError
 
 from mmgem import MMGEMModel
@@ -20,11 +23,14 @@ from mmgem.evaluation.adapters import evaluate_adapter
 from mmgem.evaluation.evaluator import evaluate_model
 from mmgem.evaluation.region_report import add_to_report_of_base, region_section
 from mmgem.evaluation.report import environment, pair_sections, write_report
+from mmgem.hub.export import export, find_adapters
+from mmgem.hub.upload import upload
 from mmgem.training.arguments import DataArguments, ModelArguments, parse_arguments
 from mmgem.training.building import build_model_and_processor, initial_image_size, planned_config
 from mmgem.training.checkpoints import CheckpointError
 from mmgem.training.dry_run import dry_run_report
 from mmgem.training.feature_cache import DiskFullError
+from mmgem.training.record import write_record
 from mmgem.training.region_trainer import RegionTrainer
 from mmgem.training.trainer import MMGEMTrainer
 
@@ -62,26 +68,37 @@ def prepare() -> tuple[ModelArguments, DataArguments, MMGEMTrainer]:
 
 
 def main() -> None:
-    """Train, save, evaluate. What the user can put right ends with a line; a traceback is a fault of ours."""
+    """Train, save, evaluate, publish. What the user can put right ends with a line; a traceback is a fault of ours."""
     try:
         model_args, data_args, trainer = prepare()
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, HTTPError) as error:
         sys.exit(f"error: {error}")
-    args, eval_dataset = trainer.args, trainer.eval_dataset
+    args = trainer.args
     try:
-        trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+        result = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     except (BadDataError, CheckpointError, DiskFullError) as error:
         sys.exit(f"error: {error}")
     trainer.merge_lora()
+    is_first = trainer.is_world_process_zero()  # outside of the group everyone is
     try:
-        trainer.save_model()
+        trainer.save_model(_internal_call=True)  # what goes to the Hub goes there last, with its evaluation
+        if is_first:
+            Path(args.output_dir, "results.json").unlink(missing_ok=True)  # of weights that are no more
+        if is_first and "train_runtime" in result.metrics:
+            write_record(trainer, model_args, data_args, result.metrics["train_runtime"])
     except (OSError, SafetensorError) as error:
         sys.exit(f"error: the trained model could not be written to {args.output_dir}: {error}")
     trainer.accelerator.wait_for_everyone()  # what one has saved, all load
-    is_first = trainer.is_world_process_zero()  # outside of the group everyone is
-    if eval_dataset is None:
-        trainer.leave_process_group()
-        return
+    if trainer.eval_dataset is not None:
+        evaluate(trainer, model_args, data_args)
+    trainer.leave_process_group()
+    if is_first and args.push_to_hub:
+        publish(trainer, model_args)
+
+
+def evaluate(trainer: MMGEMTrainer, model_args: ModelArguments, data_args: DataArguments) -> None:
+    """Judges what was saved, by all processes; the first writes and prints it."""
+    args, eval_dataset, is_first = trainer.args, trainer.eval_dataset, trainer.is_world_process_zero()
     setting = {
         "dataset": data_args.dataset_name or data_args.validation_file or data_args.validation_annotations,
         "split": str(eval_dataset.table.split),
@@ -118,7 +135,6 @@ def main() -> None:
             sections = [region_section(args.stage, metrics, outputs, *shown)] if is_first else []
     except ValueError as error:
         sys.exit(f"error: {args.output_dir} is saved, but could not be evaluated: {error}")
-    trainer.leave_process_group()
     if not is_first:
         return
     report = write_report(args.output_dir, "Evaluation", sections, setting)
@@ -127,6 +143,26 @@ def main() -> None:
     for name, value in metrics.items():
         print(f"{name:28} {value:.4f}")
     print(f"Report: {os.path.relpath(report)}")
+
+
+def publish(trainer: MMGEMTrainer, model_args: ModelArguments) -> None:
+    """As push_to_hub.py does it: the model that was trained, or the base with the adapter that was."""
+    args, repo_id, folder = trainer.args, trainer.hub_model_id, os.path.join(trainer.args.output_dir, "hub")
+    model, adapters = args.output_dir, None
+    if args.stage != "1":
+        model = model_args.init_from
+        beside = {**find_adapters(Path(model)), args.stage: Path(args.output_dir)}
+        adapters = [str(path) for path in beside.values()]
+    try:
+        export(model, repo_id, folder, adapters)
+        print(upload(folder, repo_id, args.hub_private_repo, args.hub_revision, token=args.hub_token))
+    except (ValueError, OSError) as error:
+        words = ["python", "push_to_hub.py", "--model", model, "--repo_id", repo_id, "--output_dir", folder]
+        words += ["--adapters", *adapters] if adapters else []
+        words += ["--revision", args.hub_revision] if args.hub_revision else []
+        words += ["--private", str(args.hub_private_repo)] if args.hub_private_repo is not None else []
+        problem = f"error: {args.output_dir} is saved, but could not be pushed: {error}"
+        sys.exit(f"{problem}\nOnce more: {shlex.join(words)}")
 
 
 if __name__ == "__main__":

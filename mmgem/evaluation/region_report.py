@@ -13,7 +13,7 @@ from ..processing import MMGEMProcessor
 from ..processing.regions_mmgem import geometry_of
 from .adapters import stage_1
 from .regions import heat_map
-from .report import BLACK, CELL, GREEN, GREY, LINE, Section, paste, write_text
+from .report import BLACK, CELL, GREEN, GREY, LINE, Section, paste, table, write_text
 
 
 BOX_COLOURS = ("#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#008080", "#9a6324", "#808000")
@@ -34,10 +34,7 @@ def region_section(
     Args:
         metrics, outputs: what [`evaluate_adapter`] returns.
     """
-    lines = ["| metric | stage 1 | with the adapter |", "|---|---|---|"]
-    for name, value in metrics.items():
-        if not name.startswith("stage_1_"):
-            lines.append(f"| {name} | {metrics[f'stage_1_{name}']:.4g} | {value:.4g} |")
+    lines = table(metrics)
     if stage == "region-caption":
         pictures = {"regions.png": region_sheet(dataset, outputs)}
         lines += [

@@ -73,8 +73,16 @@ def write_report(output_dir: str, title: str, sections: Sequence[Section], setti
 
 
 def table(metrics: dict[str, float]) -> list[str]:
-    """Lines of Markdown."""
-    return ["| metric | value |", "|---|---|", *(f"| {name} | {value:.4g} |" for name, value in metrics.items())]
+    """Lines of Markdown, with a column of its own for `stage_1_…`, what stage 1 reaches without the adapter."""
+    before = {name.removeprefix("stage_1_"): v for name, v in metrics.items() if name.startswith("stage_1_")}
+    after = {name: value for name, value in metrics.items() if not name.startswith("stage_1_")}
+    if not before:
+        return ["| metric | value |", "|---|---|", *(f"| {name} | {value:.4g} |" for name, value in after.items())]
+    lines = ["| metric | stage 1 | with the adapter |", "|---|---|---|"]
+    return lines + [
+        f"| {name} | {f'{before[name]:.4g}' if name in before else ''} | {value:.4g} |"
+        for name, value in after.items()
+    ]
 
 
 def pair_sections(metrics: dict[str, float], outputs: dict[str, Any], dataset: PairDataset) -> list[Section]:

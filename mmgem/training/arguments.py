@@ -2,10 +2,12 @@
 
 import importlib.util
 import json
+import os
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from transformers import TrainingArguments
+from transformers.trainer_utils import HubStrategy
 
 from ..evaluation.arguments import EvaluationArguments
 from ..options import load_yaml, parse_options
@@ -282,6 +284,8 @@ class MMGEMTrainingArguments(TrainingArguments):
         super().__post_init__()
         self.remove_unused_columns = False
         self.dataloader_drop_last = True  # a ragged last batch would change the number of negatives
+        if self.push_to_hub:
+            self.hub_strategy = HubStrategy.END  # train.py exports the result; checkpoints are nobody else's
 
     def _set_up_stage_2(self) -> None:
         """The objective follows from the stage, and there is one learning rate."""
@@ -338,3 +342,5 @@ def _check_stage_2(model_args: Any, data_args: Any, args: Any, dry_run_args: Any
         raise ValueError("augmentation_scale is for stage 1: a random crop would move the regions.")
     if dry_run_args.dry_run:
         raise ValueError("The dry run is for stage 1.")
+    if args.push_to_hub and not os.path.isdir(model_args.init_from):
+        raise ValueError("push_to_hub uploads an adapter together with its base, so --init_from must be a folder.")

@@ -48,6 +48,8 @@ def build_model_and_processor(
         _own_config(arguments.init_from)
         model = MMGEMModel.from_pretrained(arguments.init_from)
         processor = MMGEMProcessor.from_pretrained(arguments.init_from)
+        for name in ("auto_map", "custom_pipelines"):
+            vars(model.config).pop(name, None)  # of an export: the code that they name does not come along
         processor.max_length = max_length
         if arguments.region_grid_size is not None:
             processor.region_grid_size = arguments.region_grid_size

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from transformers import pipeline
+from transformers import AutoModelForImageTextToText, AutoProcessor, pipeline
 
 from mmgem import RegionCaptioningPipeline
 from mmgem.training.region_adapters import add_region_adapter
@@ -27,6 +27,22 @@ def describe(processor, tmp_path_factory):
         model.soft_prompts.modules_to_save["default"].weight.normal_()
     adapter.save_pretrained(folder / "adapter")
     return pipeline("region-captioning", model=str(folder / "adapter"))
+
+
+def test_the_adapter_beside_a_model_is_found(trained):
+    describe = pipeline("region-captioning", model=str(trained))
+    assert describe.model.active_adapters() == ["region-caption"] and describe.model.region_grid_size == 2
+    expected = pipeline("region-captioning", model=str(trained / "region-caption"))
+    picture = make_picture(0)
+    assert describe(picture, boxes=BOXES, max_new_tokens=4) == expected(picture, boxes=BOXES, max_new_tokens=4)
+
+
+def test_a_model_that_has_an_adapter_keeps_it(trained):
+    model = AutoModelForImageTextToText.from_pretrained(trained)
+    model.load_adapter(str(trained / "region-caption"), adapter_name="mine")
+    model.disable_adapters()
+    describe = pipeline("region-captioning", model=model, processor=AutoProcessor.from_pretrained(trained))
+    assert list(describe.model.peft_config) == ["mine"]
 
 
 def test_regions_of_one_picture_and_of_several(describe):

@@ -1,0 +1,240 @@
+"""A trained model's folder to the folder that goes to the Hub: written from a list, nothing else is copied."""
+
+import json
+import shutil
+import tempfile
+from collections.abc import Sequence
+from fnmatch import fnmatch
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard
+from safetensors import SafetensorError
+from yaml import YAMLError
+
+from ..modeling_mmgem import MMGEMModel
+from ..modeling_mmgem.adapters_mmgem import REGION_ADAPTERS
+from ..processing import MMGEMProcessor
+from .model_card import CardOptions, model_card, read_json
+from .remote_code import add_to_json, write_remote_code
+
+
+WEIGHTS = ("model.safetensors", "model-?????-of-?????.safetensors", "model.safetensors.index.json")
+# What a folder for the Hub may hold. Runs leave optimiser states, pickles and logs beside a model; they stay.
+ALLOWED = (
+    *("README.md", "LICENSE", "LICENSE_CODE", "images/*.png", "*_mmgem.py", *WEIGHTS),
+    *("config.json", "generation_config.json"),
+    *("processor_config.json", "chat_template.jinja", "tokenizer.json", "tokenizer_config.json"),
+    *("modules.json", "sentence_bert_config.json", "config_sentence_transformers.json"),
+    *(f"{name}/adapter_{part}" for name in REGION_ADAPTERS for part in ("config.json", "model.safetensors")),
+)
+PICTURES = {
+    "": ("retrieval.png", "captions.png"),
+    "region-caption": ("regions.png",),
+    "region-retrieval": ("heat_maps.png",),
+}
+UNREADABLE = (OSError, SafetensorError, RuntimeError, KeyError, TypeError)  # what broken files raise
+MAX_SHARD_SIZE = "2GB"  # what an interrupted upload sends again at most
+
+
+def export(
+    model: str,
+    repo_id: str,
+    output_dir: str,
+    adapters: Sequence[str] | None = None,
+    options: CardOptions | None = None,
+) -> list[Path]:
+    """
+    Writes the whole folder that goes to the Hub as `repo_id`: weights in shards, configuration, processor, code,
+    adapters, sentence-transformers' files, model card and license.
+
+    Args:
+        model: folder of a stage-1 model, as train.py leaves it.
+        output_dir: is replaced if it holds an earlier export; nothing is left of one that fails.
+        adapters: folders of stage 2's adapters; by default those called `region-caption` and `region-retrieval` in
+            the model's own.
+        options: what the card cannot know.
+
+    Returns:
+        the files, relative to `output_dir`.
+
+    Raises:
+        ValueError: for a folder that holds no whole model of ours, an adapter of another base, or an output_dir that
+            holds something else than an earlier export.
+    """
+    source, target = Path(model), Path(output_dir).resolve()
+    found = find_adapters(source) if adapters is None else _by_kind([Path(path) for path in adapters])
+    _check_target(source, target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as scratch:
+        folder = Path(scratch, "new")
+        folder.mkdir()
+        loaded, processor = _load(source)
+        for kind, path in found.items():
+            _write_adapter(path, folder / kind, repo_id)
+            try:
+                loaded.load_adapter(str(path), adapter_name=kind)  # refuses another base's
+            except UNREADABLE as error:
+                raise ValueError(f"The adapter {path} could not be loaded: {error}") from error
+            if kind == "region-caption":
+                grid_size = loaded.region_grid_size
+                processor.region_grid_size = loaded.config.region_grid_size = grid_size
+            loaded.delete_adapter(kind)
+        loaded.save_pretrained(folder, max_shard_size=MAX_SHARD_SIZE)
+        processor.save_pretrained(folder)
+        _forget_folders(folder / "config.json")
+        write_remote_code(folder)
+        _write_sentence_transformers_files(folder, processor.max_length)
+        sources = {"": source, **found}
+        pictures = _copy_pictures(sources, folder / "images")
+        options = options or CardOptions()
+        if options.model_card is not None:
+            shutil.copyfile(options.model_card, folder / "README.md")
+        else:
+            text = model_card(repo_id, loaded, processor.max_length, sources, pictures, options)
+            (folder / "README.md").write_text(text, encoding="utf-8")
+        shutil.copyfile(_license_file(), folder / _license_name(folder / "README.md"))
+        files = files_of(folder)
+        if target.exists():
+            target.rename(Path(scratch, "old"))
+        folder.rename(target)
+    return files
+
+
+def files_of(folder: Path) -> list[Path]:
+    """The files of a Hub folder, relative to it; of what else may lie there, none."""
+    paths = [path.relative_to(folder) for path in folder.rglob("*") if path.is_file()]
+    return sorted(path for path in paths if _is_allowed(path))
+
+
+def find_adapters(model: Path) -> dict[str, Path]:
+    """
+    Adapters in the model's own folder, by kind.
+
+    Raises:
+        ValueError: where something else lies in their places.
+    """
+    folders = [model / kind for kind in REGION_ADAPTERS]
+    return _by_kind([folder for folder in folders if (folder / "adapter_config.json").is_file()])
+
+
+def _by_kind(adapters: Sequence[Path]) -> dict[str, Path]:
+    found: dict[str, Path] = {}
+    for adapter in adapters:
+        modules = sorted(read_json(adapter / "adapter_config.json").get("modules_to_save") or [])
+        kind = next((kind for kind, names in REGION_ADAPTERS.items() if sorted(names) == modules), None)
+        if kind is None:
+            raise ValueError(f"{adapter} holds no adapter of stage 2 ({' or '.join(REGION_ADAPTERS)}).")
+        if kind in found:
+            raise ValueError(f"{found[kind]} and {adapter} are both a {kind}; a Hub folder has room for one.")
+        found[kind] = adapter
+    return found
+
+
+def _check_target(source: Path, target: Path) -> None:
+    """What is to be replaced must be an earlier export, and nothing more."""
+    if target in (source.resolve(), Path.cwd()):
+        raise ValueError(f"--output_dir {target} would be replaced as a whole; give a folder of its own.")
+    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
+        return
+    files = [path.relative_to(target) for path in target.rglob("*") if not path.is_dir()]
+    foreign = [path for path in files if not _is_allowed(path)]
+    if foreign or Path("modules.json") not in files or Path("configuration_mmgem.py") not in files:
+        reason = f"holds {foreign[0]}" if foreign else "is no earlier export"
+        raise ValueError(f"--output_dir {target} {reason}, and would be replaced as a whole; give another.")
+
+
+def _is_allowed(path: Path) -> bool:
+    name = path.as_posix()
+    return any(fnmatch(name, pattern) and name.count("/") == pattern.count("/") for pattern in ALLOWED)
+
+
+def _load(source: Path) -> tuple[MMGEMModel, MMGEMProcessor]:
+    """What cannot be loaded whole should not be published."""
+    if not (source / "config.json").is_file():
+        is_adapter = (source / "adapter_config.json").is_file()
+        raise ValueError(
+            f"--model {source} " + ("is an adapter; give its base." if is_adapter else "has no config.json.")
+        )
+    if not any(list(source.glob(pattern)) for pattern in WEIGHTS):
+        raise ValueError(f"--model {source} has no model.safetensors (or shards of it).")
+    try:
+        loaded: Any = MMGEMModel.from_pretrained(source, dtype="auto", use_safetensors=True, output_loading_info=True)
+        model, info = loaded
+        processor = MMGEMProcessor.from_pretrained(source)
+    except UNREADABLE as error:
+        raise ValueError(f"--model {source} could not be loaded: {error}") from error
+    wrong = [str(name) for kind in ("missing_keys", "mismatched_keys", "unexpected_keys") for name in info[kind]]
+    if wrong:
+        raise ValueError(f"--model {source}: its weights do not fit its config.json, the first of them {wrong[0]}.")
+    return model, processor
+
+
+def _forget_folders(config: Path) -> None:
+    """Towers remember where they were loaded from, which may be a folder of one's own."""
+    content = json.loads(config.read_text(encoding="utf-8"))
+    for tower in ("vision_config", "text_config"):
+        content[tower].pop("_name_or_path", None)
+    config.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _write_adapter(source: Path, folder: Path, repo_id: str) -> None:
+    """The adapter's weights as they are, and a configuration that names its base by where it will lie."""
+    folder.mkdir()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        if not (source / name).is_file():
+            raise ValueError(f"The adapter {source} has no {name}.")
+        shutil.copyfile(source / name, folder / name)
+    base = {"base_model_class": "AutoModel", "parent_library": "transformers"}
+    add_to_json(folder / "adapter_config.json", {"base_model_name_or_path": repo_id, "auto_mapping": base})
+
+
+def _copy_pictures(sources: dict[str, Path], folder: Path) -> list[str]:
+    """What evaluations drew, as far as their figures are still there; returns the names."""
+    evaluated = {kind: source for kind, source in sources.items() if (source / "results.json").is_file()}
+    pictures = [source / name for kind, source in evaluated.items() for name in PICTURES[kind]]
+    pictures = [picture for picture in pictures if picture.is_file()]
+    if pictures:
+        folder.mkdir()
+    for picture in pictures:
+        shutil.copyfile(picture, folder / picture.name)
+    return [picture.name for picture in pictures]
+
+
+def _write_sentence_transformers_files(folder: Path, max_length: int) -> None:
+    """The embedding is what get_text_features and get_image_features return, brought to unit norm."""
+    module = "sentence_transformers.base.modules"
+    features = {
+        name: {"method": f"get_{name}_features", "method_output_name": "pooler_output"} for name in ("text", "image")
+    }
+    contents: dict[str, Any] = {
+        "modules.json": [
+            {"idx": 0, "name": "0", "path": "", "type": f"{module}.transformer.Transformer"},
+            {"idx": 1, "name": "1", "path": "1_Normalize", "type": f"{module}.normalize.Normalize"},
+        ],
+        "sentence_bert_config.json": {
+            "transformer_task": "feature-extraction",
+            "modality_config": features,
+            "module_output_name": "sentence_embedding",
+            "processing_kwargs": {"text": {"max_length": max_length}},
+        },
+        "config_sentence_transformers.json": {"model_type": "SentenceTransformer", "similarity_fn_name": "cosine"},
+    }
+    for name, content in contents.items():
+        (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _license_name(card: Path) -> str:
+    """That of the code is not to be taken for the weights'."""
+    try:
+        weights = ModelCard.load(card).data.license
+    except (YAMLError, ValueError, TypeError) as error:
+        raise ValueError(f"The metadata at the top of the model card cannot be read: {error}") from error
+    return "LICENSE" if weights == "apache-2.0" else "LICENSE_CODE"
+
+
+def _license_file() -> Path:
+    """The license of the code that travels."""
+    files = metadata.distribution("mmgem").files or []
+    return next(Path(str(file.locate())) for file in files if file.name == "LICENSE")

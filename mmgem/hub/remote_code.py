@@ -1,0 +1,80 @@
+"""
+The model's code as it travels: files of `configuration/`, `modeling_mmgem/` and `processing/` in one flat folder, as
+the Hub's loader follows `from .sibling import` and nothing else.
+"""
+
+import ast
+import json
+import re
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+
+FOLDERS = ("configuration", "modeling_mmgem", "processing")
+MODEL = "modeling_mmgem.MMGEMModel"
+CONFIG_ENTRIES = {
+    "auto_map": {
+        "AutoConfig": "configuration_mmgem.MMGEMConfig",
+        "AutoModel": MODEL,
+        "AutoModelForImageTextToText": MODEL,
+        "AutoModelForZeroShotImageClassification": MODEL,
+    },
+    "custom_pipelines": {
+        "region-captioning": {
+            "impl": "pipelines_mmgem.RegionCaptioningPipeline",
+            "pt": ["AutoModelForImageTextToText"],
+            "type": "multimodal",
+        }
+    },
+}
+PROCESSOR_ENTRIES = {"auto_map": {"AutoProcessor": "processing_mmgem.MMGEMProcessor"}}
+
+
+def write_remote_code(folder: Path) -> None:
+    """
+    Writes the code into a folder that holds a saved model and processor, and names its classes in their JSON, so that
+    `trust_remote_code=True` loads them where mmgem is not installed.
+    """
+    for name, code in remote_code().items():
+        (folder / name).write_text(code, encoding="utf-8")
+    add_to_json(folder / "config.json", CONFIG_ENTRIES)
+    add_to_json(folder / "processor_config.json", PROCESSOR_ENTRIES)
+
+
+def remote_code() -> dict[str, str]:
+    """
+    Name and content of the flat files.
+
+    Raises:
+        AssertionError: for an import that the Hub's loader would not follow, or two files of one name.
+    """
+    files: dict[str, str] = {}
+    for folder in FOLDERS:
+        for source in resources.files(f"mmgem.{folder}").iterdir():
+            if source.name.endswith(".py") and source.name != "__init__.py":
+                assert source.name not in files, f"two files of the travelling folders are called {source.name}"
+                code = source.read_text(encoding="utf-8")
+                files[source.name] = re.sub(r"^(\s*from )\.\.\w+(\.\w+ import)", r"\1\2", code, flags=re.MULTILINE)
+    for name, code in files.items():
+        for module, level in _imports(code):
+            travels = f"{module}.py" in files if level else module.split(".")[0] != "mmgem"
+            assert level <= 1 and travels, f"{name} imports {'.' * level}{module}, which does not travel with it"
+    return files
+
+
+def _imports(code: str) -> list[tuple[str, int]]:
+    """Every module that a source imports, with the number of dots in front."""
+    found: list[tuple[str, int]] = []
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.ImportFrom):
+            found.append((node.module or "", node.level))
+        elif isinstance(node, ast.Import):
+            found += [(alias.name, 0) for alias in node.names]
+    return found
+
+
+def add_to_json(path: Path, entries: dict[str, Any]) -> None:
+    """Sets entries of a JSON file."""
+    content = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps({**content, **entries}, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

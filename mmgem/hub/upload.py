@@ -1,0 +1,127 @@
+"""A folder that [`export`] wrote, to the Hub in one commit."""
+
+import json
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
+from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
+from huggingface_hub.hf_api import RepoFile
+
+from ..modeling_mmgem.adapters_mmgem import REGION_ADAPTERS
+from .export import PICTURES, WEIGHTS, files_of
+
+
+# A file's upload fails with a RuntimeError around what went wrong, or with hf_xet's own kinds of OSError.
+FAULTS = (HTTPError, OSError, RuntimeError, json.JSONDecodeError)
+WORTH_REPEATING = (None, 408, 412, 429, 500, 502, 503, 504)  # statuses, and none
+
+
+def upload(
+    folder: str,
+    repo_id: str,
+    private: bool | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    commit_message: str = "Upload MM-GEM",
+    token: str | None = None,
+) -> str:
+    """
+    Makes the repository where there is none, sends what it lacks, and commits all of it at once: whoever loads the
+    model meanwhile gets the old files or the new ones. What an earlier export left and this one has no more goes in
+    the same commit: shards, code, pictures, and adapters if the weights they were trained on change. What others put
+    there stays. Sent again after an interruption, files that had arrived are passed over.
+
+    Args:
+        private: of a new repository.
+        revision: a branch, made where there is none; `main` by default.
+        create_pr: open a pull request instead of committing to the branch.
+        token: by default that of `hf auth login` or HF_TOKEN.
+
+    Returns:
+        the URL of the commit or pull request.
+
+    Raises:
+        ConnectionError: where the Hub refuses or cannot be reached, with what is known of the repository then.
+        ValueError: for `private` where the repository is public already.
+    """
+    token = token or get_token()
+    if token is None:
+        raise ConnectionError("There is no token to upload with: run `hf auth login`, or set HF_TOKEN.")
+    # Not HfApi.upload_folder: where hf_xet is installed it may make several commits of one folder.
+    api, head = HfApi(token=token), None
+    try:
+        api.create_repo(repo_id, private=private, exist_ok=True)
+        if private and not api.repo_info(repo_id).private:
+            raise ValueError(f"{repo_id} is public already; make it private on the Hub, or leave out --private.")
+        if revision is not None:
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        head = api.repo_info(repo_id, revision=revision).sha
+        additions = [
+            CommitOperationAdd(path_in_repo=file.as_posix(), path_or_fileobj=Path(folder, file))
+            for file in files_of(Path(folder))
+        ]
+        commit = api.create_commit(
+            repo_id,
+            [*additions, *_deletions(api, repo_id, revision, additions)],
+            commit_message=commit_message,
+            revision=revision,
+            create_pr=create_pr,
+            parent_commit=head,
+        )
+    except FAULTS as error:
+        state = _state(api, repo_id, revision, head, create_pr)
+        raise ConnectionError(f"{state} {_explain(error)}") from error
+    return commit.pr_url or commit.commit_url
+
+
+def _deletions(
+    api: HfApi, repo_id: str, revision: str | None, additions: list[CommitOperationAdd]
+) -> list[CommitOperationDelete]:
+    """What only an earlier export can have put there, and this one has not."""
+    tree = api.list_repo_tree(repo_id, recursive=True, revision=revision)
+    remote = {file.path: file for file in tree if isinstance(file, RepoFile)}
+    ours = {addition.path_in_repo: addition for addition in additions}
+    stale = [*WEIGHTS, "*_mmgem.py"]
+    stale += [f"images/{name}" for names in PICTURES.values() for name in names]
+    weights = [path for path in ours if path.endswith(".safetensors") and "/" not in path]
+    if any(_sha256(remote.get(path)) != ours[path].upload_info.sha256.hex() for path in weights):
+        stale += [f"{adapter}/adapter_*" for adapter in REGION_ADAPTERS]
+    return [
+        CommitOperationDelete(path)
+        for path in remote
+        if path not in ours and any(fnmatch(path, s) and path.count("/") == s.count("/") for s in stale)
+    ]
+
+
+def _sha256(file: RepoFile | None) -> str | None:
+    return None if file is None or file.lfs is None else file.lfs.sha256
+
+
+def _state(api: HfApi, repo_id: str, revision: str | None, head: str | None, create_pr: bool) -> str:
+    """What is known of the repository after a fault: an answer may be lost whose commit was made."""
+    if head is None:
+        return f"Nothing was committed to {repo_id}:"
+    if create_pr:
+        return f"{repo_id} itself was left as it is; look whether it has a pull request already:"
+    try:
+        now = api.repo_info(repo_id, revision=revision).sha
+    except FAULTS:
+        return f"{repo_id} cannot be asked what it holds now:"
+    if now == head:
+        return f"{repo_id} was left as it is:"
+    return f"{repo_id} has a new commit, {now}, perhaps this one, whose answer was lost; look at it first:"
+
+
+def _explain(error: Exception) -> str:
+    cause: Any = error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ else error
+    status = getattr(getattr(cause, "response", None), "status_code", None)
+    text = str(cause).strip() or type(cause).__name__
+    if cause is not error:
+        text = f"{error} {text}"
+    if status in (401, 403) or isinstance(cause, PermissionError):
+        return f"the token may not write there ({status or 'refused'}); run `hf auth login` with one that may. {text}"
+    if status in WORTH_REPEATING:
+        text += "\nRun the command again: what has arrived is not sent twice."
+    return text

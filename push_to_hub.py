@@ -1,0 +1,78 @@
+"""
+Writes the Hub folder of a trained model, and uploads it.
+
+    python push_to_hub.py --model outputs/scenes --repo_id org/mm-gem --output_dir outputs/hub --dry_run
+    python push_to_hub.py --model outputs/scenes --repo_id org/mm-gem --output_dir outputs/hub
+"""
+
+import os
+import sys
+from dataclasses import dataclass, field
+
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+
+from mmgem.hub.export import export
+from mmgem.hub.model_card import CardOptions
+from mmgem.hub.upload import upload
+from mmgem.options import parse_options
+
+
+@dataclass
+class PushOptions:
+    """What goes where."""
+
+    model: str = field(metadata={"help": "Folder of a stage-1 model, as train.py leaves it."})
+    repo_id: str = field(metadata={"help": "Where it goes: user-or-organisation/name."})
+    output_dir: str = field(metadata={"help": "Where the Hub folder is written; replaces an earlier one."})
+    adapters: list[str] | None = field(
+        default=None,
+        metadata={"help": "Folders of adapters; by default region-caption and region-retrieval in the model's."},
+    )
+    dry_run: bool = field(default=False, metadata={"help": "Write the folder, list it, and upload nothing."})
+    private: bool | None = field(default=None, metadata={"help": "Of a new repository: for its owner's eyes."})
+    revision: str | None = field(default=None, metadata={"help": "Branch; made where there is none."})
+    create_pr: bool = field(default=False, metadata={"help": "Open a pull request."})
+    commit_message: str = field(default="Upload MM-GEM", metadata={"help": "Of the one commit."})
+
+    def __post_init__(self) -> None:
+        try:
+            validate_repo_id(self.repo_id)
+        except HFValidationError as error:
+            raise ValueError(f"--repo_id: {error}") from error
+        if "/" not in self.repo_id:
+            raise ValueError(f"--repo_id {self.repo_id} names nobody it belongs to: org/{self.repo_id}.")
+        if self.create_pr and self.revision is not None:
+            raise ValueError("A pull request is to main: --create_pr and --revision exclude each other.")
+
+
+def main() -> None:
+    """Export, list, upload. What the user can put right ends with a line."""
+    try:
+        options, card = parse_options([PushOptions, CardOptions], "python push_to_hub.py")
+        files = export(options.model, options.repo_id, options.output_dir, options.adapters, card)
+        if card.license is None and card.model_card is None:
+            print(
+                "--license was not given: the card says apache-2.0 for weights from scratch, and nothing for others."
+            )
+        sizes = {file: os.path.getsize(os.path.join(options.output_dir, file)) for file in files}
+        for file, size in sizes.items():
+            print(f"{size:>14,}  {file}")
+        print(f"{sum(sizes.values()):>14,}  bytes in {options.output_dir}")
+        if options.dry_run:
+            return
+        url = upload(
+            options.output_dir,
+            options.repo_id,
+            private=options.private,
+            revision=options.revision,
+            create_pr=options.create_pr,
+            commit_message=options.commit_message,
+        )
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+    print(url)
+
+
+if __name__ == "__main__":
+    main()
