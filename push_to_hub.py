@@ -30,7 +30,7 @@ class PushOptions:
         metadata={"help": "Folders of adapters; by default region-caption and region-retrieval in the model's."},
     )
     dry_run: bool = field(default=False, metadata={"help": "Write the folder, list it, and upload nothing."})
-    private: bool | None = field(default=None, metadata={"help": "Of a new repository: for its owner's eyes."})
+    private: bool = field(default=False, metadata={"help": "A new repository is for its owner's eyes."})
     revision: str | None = field(default=None, metadata={"help": "Branch; made where there is none."})
     create_pr: bool = field(default=False, metadata={"help": "Open a pull request."})
     commit_message: str = field(default="Upload MM-GEM", metadata={"help": "Of the one commit."})
@@ -64,7 +64,7 @@ def main() -> None:
         url = upload(
             options.output_dir,
             options.repo_id,
-            private=options.private,
+            private=options.private or None,
             revision=options.revision,
             create_pr=options.create_pr,
             commit_message=options.commit_message,

@@ -17,7 +17,7 @@ from huggingface_hub.errors import HTTPError
 from safetensors import SafetensorError
 
 from mmgem import MMGEMModel
-from mmgem.data.loading import load_pairs, load_regions
+from mmgem.data.loading import is_hub_id, load_pairs, load_regions
 from mmgem.data.pairs import BadDataError, PairDataset
 from mmgem.evaluation.adapters import evaluate_adapter
 from mmgem.evaluation.evaluator import evaluate_model
@@ -100,6 +100,7 @@ def evaluate(trainer: MMGEMTrainer, model_args: ModelArguments, data_args: DataA
     """Judges what was saved, by all processes; the first writes and prints it."""
     args, eval_dataset, is_first = trainer.args, trainer.eval_dataset, trainer.is_world_process_zero()
     setting = {
+        "dataset_id": data_args.dataset_name if is_hub_id(data_args.dataset_name) else None,
         "dataset": data_args.dataset_name or data_args.validation_file or data_args.validation_annotations,
         "split": str(eval_dataset.table.split),
         "prompt": PROMPTS[args.stage],
@@ -160,7 +161,7 @@ def publish(trainer: MMGEMTrainer, model_args: ModelArguments) -> None:
         words = ["python", "push_to_hub.py", "--model", model, "--repo_id", repo_id, "--output_dir", folder]
         words += ["--adapters", *adapters] if adapters else []
         words += ["--revision", args.hub_revision] if args.hub_revision else []
-        words += ["--private", str(args.hub_private_repo)] if args.hub_private_repo is not None else []
+        words += ["--private"] if args.hub_private_repo else []
         problem = f"error: {args.output_dir} is saved, but could not be pushed: {error}"
         sys.exit(f"{problem}\nOnce more: {shlex.join(words)}")
 

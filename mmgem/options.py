@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import re
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Sequence
@@ -106,3 +107,16 @@ def _refuse_unknown(unknown: list[str], known: set[str], where: str) -> None:
         nearest = difflib.get_close_matches(unknown[0], known, n=1, cutoff=0.5)
         hint = f"; did you mean {nearest[0]!r}?" if nearest else "; see --help."
         raise ValueError(f"Unknown option {unknown[0]!r} {where}{hint}")
+
+
+def checked_token(token: str) -> str:
+    """
+    Without white space around it.
+
+    Raises:
+        ValueError: for what no header can hold: errors of the library would print it.
+    """
+    token = token.strip()
+    if not re.fullmatch(r"[!-~]+", token):
+        raise ValueError("The Hub token is empty, or holds characters that no token has; copy it once more.")
+    return token

@@ -45,6 +45,8 @@ class CaptionGenerationMixin(GenerationMixin):
                 "The pictures have no <image> placeholder in input_ids, so no caption would see them; use "
                 'processor(images=…, task="caption").'
             )
+        if kwargs.get("attention_mask") is not None:
+            input_ids, kwargs["attention_mask"] = _pad_left(input_ids, kwargs["attention_mask"])
         self._warn_of_prompts(input_ids, of_regions=picture["boxes"] is not None or picture["masks"] is not None)
         features, grid = self._patch_features(pixel_values)
         at_a_time = len(input_ids) if kwargs.get("return_dict_in_generate") else MAX_ROWS
@@ -113,6 +115,14 @@ class CaptionGenerationMixin(GenerationMixin):
             of_boxes, of_masks = (None if r is None else r[index : index + 1, regions] for r in (boxes, masks))
             tokens.append(self._visual_tokens(features[index : index + 1], grid, of_boxes, of_masks, None))
         return torch.cat(tokens)
+
+
+def _pad_left(input_ids: torch.Tensor, attention_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Captions go on at the right end, where transformers' pipelines have the padding of a batch of prompts."""
+    padding = attention_mask.flip(-1).long().argmax(-1, keepdim=True)
+    length = input_ids.shape[1]
+    places = (torch.arange(length, device=input_ids.device) - padding) % length
+    return input_ids.gather(1, places), attention_mask.gather(1, places)
 
 
 __all__ = ["CaptionGenerationMixin"]

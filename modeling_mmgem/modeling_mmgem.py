@@ -55,7 +55,7 @@ class MMGEMOutput(ModelOutput):
         image_embeds (`torch.FloatTensor` of shape `(M, D)`): unit norm; `(B, R, D)` with boxes or masks.
         text_embeds (`torch.FloatTensor` of shape `(N, D)`): unit norm, in row-major order of [EMB].
         logits (`torch.FloatTensor` of shape `(B, T, vocab_size)`): next-token scores.
-        logit_scale (`torch.FloatTensor`, scalar): 1 / tau.
+        logit_scale (`torch.FloatTensor`, scalar): 1 / tau, beside texts and pictures.
         past_key_values (`Cache`): with `use_cache=True`.
     """
 
@@ -530,7 +530,7 @@ class MMGEMModel(RegionAdapterMixin, CaptionGenerationMixin, PreTrainedModel):
             image_embeds=image_embeds,
             text_embeds=text_embeds,
             logits=logits,
-            logit_scale=logit_scale,
+            logit_scale=None if text_embeds is None or image_embeds is None else logit_scale,
             past_key_values=getattr(outputs, "past_key_values", None),
         )
 

@@ -204,9 +204,9 @@ class MMGEMProcessor(ProcessorMixin):
 
     def _sentences(self, texts: list[str], text_kwargs: dict[str, Any]) -> dict[str, Any]:
         """Rows "(BOS) text [EMB]". A sentence that spells out a special token gets its letters, not the token."""
-        max_length = text_kwargs.pop("max_length", self.max_length)
+        max_length = text_kwargs.pop("max_length", min(self.max_length, self.tokenizer.model_max_length))
         truncation = text_kwargs.pop("truncation", None)
-        rows = self.tokenizer(texts, split_special_tokens=True)["input_ids"]
+        rows = self.tokenizer(texts, split_special_tokens=True, verbose=False)["input_ids"]
         too_long = [i for i, row in enumerate(rows) if len(row) > max_length]
         if truncation is None and too_long:
             logger.warning(

@@ -18,6 +18,11 @@ Table = tuple[Any, str]  # rows, and the file they were read from
 FORMATS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv"}
 
 
+def is_hub_id(name: str | None) -> bool:
+    """Whether a name stands for something on the Hub: not for a folder here, nor for the built-in scenes."""
+    return name is not None and name != "scenes" and not os.path.exists(name)
+
+
 def load_pairs(
     arguments: DataArguments, image_size: int, seed: int
 ) -> tuple[PairDataset | ShardStream, PairDataset | None]:

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from accelerate import PartialState
 from datasets.exceptions import DatasetsError
 
+from ..data.loading import is_hub_id
 from ..options import parse_options
 from ..processing import MMGEMProcessor
 from .arguments import EvaluationArguments
@@ -57,6 +58,7 @@ def describe(arguments: EvaluationArguments, processor: MMGEMProcessor, state: P
     if arguments.classification_suite is not None:
         used["classification_suite"] = read_suite(arguments.classification_suite)
     return {
+        "dataset_id": arguments.dataset_name if is_hub_id(arguments.dataset_name) else None,
         "dataset": arguments.dataset_name or arguments.data_file or arguments.annotations,
         **used,
         "prompt": "<image>[CAP]",

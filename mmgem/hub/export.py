@@ -11,6 +11,7 @@ from typing import Any
 
 from huggingface_hub import ModelCard
 from safetensors import SafetensorError
+from transformers.utils import logging
 from yaml import YAMLError
 
 from ..modeling_mmgem import MMGEMModel
@@ -20,6 +21,9 @@ from .model_card import CardOptions, model_card, read_json
 from .remote_code import add_to_json, write_remote_code
 
 
+logger = logging.get_logger(__name__)
+
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 WEIGHTS = ("model.safetensors", "model-?????-of-?????.safetensors", "model.safetensors.index.json")
 # What a folder for the Hub may hold. Runs leave optimiser states, pickles and logs beside a model; they stay.
 ALLOWED = (
@@ -27,7 +31,7 @@ ALLOWED = (
     *("config.json", "generation_config.json"),
     *("processor_config.json", "chat_template.jinja", "tokenizer.json", "tokenizer_config.json"),
     *("modules.json", "sentence_bert_config.json", "config_sentence_transformers.json"),
-    *(f"{name}/adapter_{part}" for name in REGION_ADAPTERS for part in ("config.json", "model.safetensors")),
+    *(f"{name}/{file}" for name in REGION_ADAPTERS for file in ADAPTER_FILES),
 )
 PICTURES = {
     "": ("retrieval.png", "captions.png"),
@@ -53,15 +57,15 @@ def export(
         model: folder of a stage-1 model, as train.py leaves it.
         output_dir: is replaced if it holds an earlier export; nothing is left of one that fails.
         adapters: folders of stage 2's adapters; by default those called `region-caption` and `region-retrieval` in
-            the model's own.
+            the model's own, as far as they were trained on it.
         options: what the card cannot know.
 
     Returns:
         the files, relative to `output_dir`.
 
     Raises:
-        ValueError: for a folder that holds no whole model of ours, an adapter of another base, or an output_dir that
-            holds something else than an earlier export.
+        ValueError: for a folder that holds no whole model of ours, a named adapter of another base, or an output_dir
+            that holds something else than an earlier export.
     """
     source, target = Path(model), Path(output_dir).resolve()
     found = find_adapters(source) if adapters is None else _by_kind([Path(path) for path in adapters])
@@ -71,21 +75,29 @@ def export(
         folder = Path(scratch, "new")
         folder.mkdir()
         loaded, processor = _load(source)
-        for kind, path in found.items():
-            _write_adapter(path, folder / kind, repo_id)
+        for kind, path in list(found.items()):
+            _check_files(path)
             try:
-                loaded.load_adapter(str(path), adapter_name=kind)  # refuses another base's
+                loaded.load_adapter(str(path), adapter_name=kind)
             except UNREADABLE as error:
                 raise ValueError(f"The adapter {path} could not be loaded: {error}") from error
+            except ValueError as error:  # trained on another base
+                if adapters is not None:
+                    raise
+                logger.warning(f"{path} is left out. {error}")
+                del found[kind]
+                continue
+            _write_adapter(path, folder / kind, repo_id)
             if kind == "region-caption":
                 grid_size = loaded.region_grid_size
                 processor.region_grid_size = loaded.config.region_grid_size = grid_size
             loaded.delete_adapter(kind)
         loaded.save_pretrained(folder, max_shard_size=MAX_SHARD_SIZE)
+        processor.tokenizer.model_max_length = processor.max_length  # sentence-transformers' max_seq_length
         processor.save_pretrained(folder)
         _forget_folders(folder / "config.json")
         write_remote_code(folder)
-        _write_sentence_transformers_files(folder, processor.max_length)
+        _write_sentence_transformers_files(folder)
         sources = {"": source, **found}
         pictures = _copy_pictures(sources, folder / "images")
         options = options or CardOptions()
@@ -179,12 +191,16 @@ def _forget_folders(config: Path) -> None:
     config.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
+def _check_files(adapter: Path) -> None:
+    for name in ADAPTER_FILES:
+        if not (adapter / name).is_file():
+            raise ValueError(f"The adapter {adapter} has no {name}.")
+
+
 def _write_adapter(source: Path, folder: Path, repo_id: str) -> None:
     """The adapter's weights as they are, and a configuration that names its base by where it will lie."""
     folder.mkdir()
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
-        if not (source / name).is_file():
-            raise ValueError(f"The adapter {source} has no {name}.")
+    for name in ADAPTER_FILES:
         shutil.copyfile(source / name, folder / name)
     base = {"base_model_class": "AutoModel", "parent_library": "transformers"}
     add_to_json(folder / "adapter_config.json", {"base_model_name_or_path": repo_id, "auto_mapping": base})
@@ -202,7 +218,7 @@ def _copy_pictures(sources: dict[str, Path], folder: Path) -> list[str]:
     return [picture.name for picture in pictures]
 
 
-def _write_sentence_transformers_files(folder: Path, max_length: int) -> None:
+def _write_sentence_transformers_files(folder: Path) -> None:
     """The embedding is what get_text_features and get_image_features return, brought to unit norm."""
     module = "sentence_transformers.base.modules"
     features = {
@@ -217,7 +233,6 @@ def _write_sentence_transformers_files(folder: Path, max_length: int) -> None:
             "transformer_task": "feature-extraction",
             "modality_config": features,
             "module_output_name": "sentence_embedding",
-            "processing_kwargs": {"text": {"max_length": max_length}},
         },
         "config_sentence_transformers.json": {"model_type": "SentenceTransformer", "similarity_fn_name": "cosine"},
     }

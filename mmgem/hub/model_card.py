@@ -1,8 +1,7 @@
 """The model card: README.md of a Hub folder, filled from the model, its training.json and its results.json."""
 
 import json
-import os
-import re
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -40,7 +39,6 @@ EXPLANATIONS = {
     "reference).",
     "heat_maps.png": "A phrase and its box; where stage 1 sees what it says, and where the adapter does.",
 }
-HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 CITATION = """\
 @article{ma2024multimodal,
   title   = {Multi-Modal Generative Embedding Model},
@@ -127,16 +125,21 @@ def _check(results: dict[str, Any], records: dict[str, Any], sources: dict[str, 
     for kind, folder in sources.items():
         found, record = results[kind], records[kind]
         metrics = found.get("metrics", {})
-        if not isinstance(metrics, dict) or not all(isinstance(value, int | float) for value in metrics.values()):
+        if not isinstance(metrics, dict) or not all(_is_number(value) for value in metrics.values()):
             raise ValueError(f"{folder / 'results.json'}: metrics must be numbers by name; evaluate once more.")
         if not isinstance(found.get("setting", {}), dict):
             raise ValueError(f"{folder / 'results.json'}: setting must be an object; evaluate once more.")
         try:
             _training({kind: record})
+            [*record.get("base_models", []), *record.get("dataset_ids", [])]
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ValueError(
                 f"{folder / 'training.json'} is not as train.py writes it ({error!r}); delete it to go without."
             ) from error
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def _metadata(repo_id: str, results: dict[str, Any], records: dict[str, Any], options: CardOptions) -> ModelCardData:
@@ -162,10 +165,11 @@ def _eval_results(results: dict[str, Any]) -> Iterator[EvalResult]:
         task, heading = _task(metric)
         of_suite = "classification_suite" in setting and metric.startswith("classification_")
         name = "a suite of data sets" if of_suite else _dataset_name(setting)
+        hub_id = None if of_suite else setting.get("dataset_id")
         yield EvalResult(
             task_type=task,
             task_name=heading,
-            dataset_type=name if HUB_ID.fullmatch(name) else "unknown",
+            dataset_type=hub_id or "unknown",
             dataset_name=name,
             dataset_split=setting.get("split"),
             metric_type=metric,
@@ -180,12 +184,10 @@ def _task(metric: str) -> tuple[str, str]:
 
 
 def _dataset_name(setting: dict[str, Any]) -> str:
-    """Without the folders that it lies in on somebody's machine."""
-    dataset = setting.get("dataset") or "unknown"
+    """Its id, or names of files without the folders that they lie in on somebody's machine."""
+    dataset = setting.get("dataset_id") or setting.get("dataset") or "unknown"
     files = [dataset] if isinstance(dataset, str) else list(dataset)
-    return ", ".join(
-        file if HUB_ID.fullmatch(file) and not os.path.exists(file) else Path(file).name for file in files
-    )
+    return ", ".join(files if setting.get("dataset_id") else [Path(file).name for file in files])
 
 
 def _introduction(repo_id: str, model: MMGEMModel) -> str:
@@ -304,7 +306,7 @@ def _limits(records: dict[str, Any], max_length: int, options: CardOptions) -> s
         "these hold; similarity is no measure of truth.",
         f"- Of a text longer than {max_length} tokens the rest is not read, unless you raise `max_length`.",
     ]
-    if any(record.get("data") == ["scenes"] for record in records.values()):
+    if records[""].get("data") == ["scenes"]:
         lines.append(
             "- It was trained on drawn scenes of coloured shapes and knows nothing else: a model to try things with."
         )

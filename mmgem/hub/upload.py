@@ -10,6 +10,7 @@ from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
 from huggingface_hub.hf_api import RepoFile
 
 from ..modeling_mmgem.adapters_mmgem import REGION_ADAPTERS
+from ..options import checked_token
 from .export import PICTURES, WEIGHTS, files_of
 
 
@@ -44,11 +45,12 @@ def upload(
 
     Raises:
         ConnectionError: where the Hub refuses or cannot be reached, with what is known of the repository then.
-        ValueError: for `private` where the repository is public already.
+        ValueError: for `private` where the repository is public already, and for what cannot be a token.
     """
     token = token or get_token()
     if token is None:
         raise ConnectionError("There is no token to upload with: run `hf auth login`, or set HF_TOKEN.")
+    token = checked_token(token)
     # Not HfApi.upload_folder: where hf_xet is installed it may make several commits of one folder.
     api, head = HfApi(token=token), None
     try:

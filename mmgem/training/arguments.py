@@ -10,7 +10,7 @@ from transformers import TrainingArguments
 from transformers.trainer_utils import HubStrategy
 
 from ..evaluation.arguments import EvaluationArguments
-from ..options import load_yaml, parse_options
+from ..options import checked_token, load_yaml, parse_options
 
 
 @dataclass
@@ -285,6 +285,7 @@ class MMGEMTrainingArguments(TrainingArguments):
         self.remove_unused_columns = False
         self.dataloader_drop_last = True  # a ragged last batch would change the number of negatives
         if self.push_to_hub:
+            self.hub_token = None if self.hub_token is None else checked_token(self.hub_token)
             self.hub_strategy = HubStrategy.END  # train.py exports the result; checkpoints are nobody else's
 
     def _set_up_stage_2(self) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from ..data.loading import is_hub_id
 from ..evaluation.report import environment
 from .arguments import DataArguments, MMGEMTrainingArguments, ModelArguments
 from .trainer import MMGEMTrainer
@@ -24,12 +25,16 @@ def write_record(trainer: MMGEMTrainer, model_args: ModelArguments, data_args: D
     """
     args = trainer.args
     batch_size = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    origin = _origin(model_args)
+    own_id = [data_args.dataset_name] if is_hub_id(data_args.dataset_name) else []
     record = {
         "stage": args.stage,
         "objective": args.objective,
-        **_origin(model_args),
-        "dataset_ids": [data_args.dataset_name] if _is_hub_id(data_args.dataset_name) else [],
-        "data": _data(data_args),
+        "base_models": origin["base_models"],
+        "from_scratch": origin["from_scratch"],
+        "dataset_ids": list(dict.fromkeys(origin["dataset_ids"] + own_id)),
+        # An adapter's base has a record, and a column of the card, of its own.
+        "data": list(dict.fromkeys((origin["data"] if args.stage == "1" else []) + _data(data_args))),
         "steps": trainer.state.global_step,
         "batch_size": batch_size,
         "examples": batch_size * trainer.state.global_step,
@@ -44,18 +49,17 @@ def write_record(trainer: MMGEMTrainer, model_args: ModelArguments, data_args: D
         file.write("\n")
 
 
-def _is_hub_id(name: str | None) -> bool:
-    return name is not None and name != "scenes" and not os.path.exists(name)
-
-
 def _origin(model_args: ModelArguments) -> dict[str, Any]:
-    """Hub ids of what the weights come from, and whether from nothing; of a folder, as its own run recorded it."""
+    """
+    What the weights come from: Hub ids of models, whether nothing else, and the data that they had seen before; of a
+    folder, as its own run recorded it.
+    """
+    unknown: dict[str, Any] = {"base_models": [], "from_scratch": False, "dataset_ids": [], "data": []}
     if model_args.init_from is None:
         towers = [model_args.vision_model_name_or_path, model_args.text_model_name_or_path]
-        return {"base_models": [tower for tower in towers if _is_hub_id(tower)], "from_scratch": not any(towers)}
-    if _is_hub_id(model_args.init_from):
-        return {"base_models": [model_args.init_from], "from_scratch": False}
-    unknown = {"base_models": [], "from_scratch": False}
+        return {**unknown, "base_models": [t for t in towers if is_hub_id(t)], "from_scratch": not any(towers)}
+    if is_hub_id(model_args.init_from):
+        return {**unknown, "base_models": [model_args.init_from]}
     earlier = os.path.join(model_args.init_from, RECORD_NAME)
     if not os.path.isfile(earlier):
         return unknown
@@ -68,7 +72,7 @@ def _data(data_args: DataArguments) -> list[str]:
     """Names, without the folders that they lie in."""
     if data_args.dataset_name is not None:
         return [
-            data_args.dataset_name if _is_hub_id(data_args.dataset_name) else os.path.basename(data_args.dataset_name)
+            data_args.dataset_name if is_hub_id(data_args.dataset_name) else os.path.basename(data_args.dataset_name)
         ]
     files = data_args.train_shards or data_args.train_annotations or [str(data_args.train_file)]
     return [os.path.basename(file) for file in files]

@@ -40,7 +40,7 @@ TRAINING = {
 }
 RESULTS = {
     "metrics": {"text_to_image_R@1": 0.5, "caption_cider": 1.25},
-    "setting": {"dataset": "/home/somebody/pairs.parquet", "split": "test", "size": 7, "prompt": "<image>[CAP]"},
+    "setting": {"dataset": "data/of/somebody/pairs.parquet", "split": "test", "size": 7, "prompt": "<image>[CAP]"},
 }
 REGION_RESULTS = {
     "metrics": {"region_caption_exact": 0.75, "stage_1_region_caption_exact": 0.0},

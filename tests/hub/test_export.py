@@ -189,6 +189,15 @@ def test_what_cannot_be_exported_is_named(trained, tmp_path, processor):
         export(str(trained), REPO_ID, str(tmp_path / "model"))
 
 
+def test_adapters_that_retraining_left_behind_stay_there(trained, tmp_path, processor, caplog):
+    shutil.copytree(trained, tmp_path / "run")
+    make_model(processor, seed=5).save_pretrained(tmp_path / "run")
+    files = export(str(tmp_path / "run"), REPO_ID, str(tmp_path / "hub"))
+    assert not any(file.parent.name.startswith("region") for file in files)
+    assert "region-caption is left out" in caplog.text and "another base" in caplog.text
+    assert "region-caption" not in (tmp_path / "hub/README.md").read_text()
+
+
 def test_an_adapter_of_another_base_is_refused(trained, tmp_path, processor):
     other = make_model(processor, seed=5)
     other.name_or_path = "another"

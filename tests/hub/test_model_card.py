@@ -23,6 +23,7 @@ def test_metadata(exported):
     expected = {("pairs.parquet", name): value for name, value in RESULTS["metrics"].items()}
     expected |= {("scenes", name): value for name, value in REGION_RESULTS["metrics"].items()}
     assert found == expected
+    assert {r.dataset_type for r in data.eval_results} == {"unknown"}, "neither is on the Hub"
     tasks = {r.metric_name: r.task_type for r in data.eval_results}
     assert tasks["text_to_image_R@1"] == "image-text-retrieval" and tasks["caption_cider"] == "image-to-text"
     assert tasks["region_caption_exact"] == tasks["stage_1_region_caption_exact"] == "region-captioning"
@@ -30,7 +31,7 @@ def test_metadata(exported):
 
 def test_text(exported, trained):
     text = (exported / "README.md").read_text()
-    assert "/home/somebody" not in text and str(trained) not in text, "nobody's folders"
+    assert "of/somebody" not in text and str(trained) not in text, "nobody's folders"
     assert "| region_caption_exact | 0 | 0.75 |" in text, "before and after"
     assert "| steps x batch size | 5 x 8 |" in text and "a card of the test's" in text and "0.2 min" in text
     assert "clip_vision_model, 2 layers of 32, 32 px in patches of 8" in text
@@ -71,6 +72,8 @@ def test_a_model_of_which_nothing_is_known(trained, tmp_path):
     [
         ("results.json", {"metrics": []}, r"run.results\.json: metrics must be numbers"),
         ("results.json", {"metrics": {"R@1": None}}, r"run.results\.json: metrics must be numbers"),
+        ("results.json", {"metrics": {"R@1": float("nan")}}, r"run.results\.json: metrics must be numbers"),
+        ("training.json", {**TRAINING, "base_models": None}, r"run.training\.json is not as train\.py writes it"),
         ("results.json", {"setting": None}, r"run.results\.json: setting must be an object"),
         ("results.json", [1], r"run.results\.json must hold a JSON object"),
         ("training.json", {"steps": "five"}, r"run.training\.json is not as train\.py writes it"),
@@ -86,7 +89,7 @@ def test_files_that_are_not_as_they_should_be_are_named(trained, tmp_path, file,
 
 def test_metrics_of_a_suite_are_not_said_to_be_of_the_dataset(trained, tmp_path):
     shutil.copytree(trained, tmp_path / "run")
-    setting = {"dataset": "org/pairs", "classification_suite": [{"name": "birds"}]}
+    setting = {"dataset": "org/pairs", "dataset_id": "org/pairs", "classification_suite": [{"name": "birds"}]}
     metrics = {"text_to_image_R@1": 0.5, "classification_birds_top1": 0.25}
     write_json(tmp_path / "run/results.json", {"metrics": metrics, "setting": setting})
     export(str(tmp_path / "run"), REPO_ID, str(tmp_path / "hub"), adapters=[])
@@ -94,6 +97,16 @@ def test_metrics_of_a_suite_are_not_said_to_be_of_the_dataset(trained, tmp_path)
     found = {r.metric_name: (r.dataset_name, r.dataset_type) for r in results}
     assert found["text_to_image_R@1"] == ("org/pairs", "org/pairs")
     assert found["classification_birds_top1"] == ("a suite of data sets", "unknown")
+
+
+def test_data_of_an_adapter_is_not_taken_for_the_models(trained, tmp_path):
+    shutil.copytree(trained, tmp_path / "run")
+    write_json(tmp_path / "run/region-caption/training.json", {**TRAINING, "data": ["scenes"]})
+    export(str(tmp_path / "run"), REPO_ID, str(tmp_path / "hub"))
+    assert "knows nothing else" not in (tmp_path / "hub/README.md").read_text()
+    write_json(tmp_path / "run/training.json", {**TRAINING, "data": ["scenes"]})
+    export(str(tmp_path / "run"), REPO_ID, str(tmp_path / "hub"))
+    assert "knows nothing else" in (tmp_path / "hub/README.md").read_text()
 
 
 def test_a_card_of_ones_own(trained, tmp_path):

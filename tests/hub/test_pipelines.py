@@ -37,6 +37,24 @@ def test_the_adapter_beside_a_model_is_found(trained):
     assert describe(picture, boxes=BOXES, max_new_tokens=4) == expected(picture, boxes=BOXES, max_new_tokens=4)
 
 
+def test_batches_give_what_single_inputs_give(trained):
+    pictures = [make_picture(0), make_picture(1, (30, 60))]
+    caption = pipeline("image-text-to-text", model=str(trained))
+    image = [{"type": "image", "image": pictures[0]}]
+    chats = [
+        [{"role": "user", "content": [*image, *text]}] for text in ([], [{"type": "text", "text": "the cat sat"}])
+    ]
+    options = {"max_new_tokens": 5, "return_full_text": False}
+    single, batched = (caption(text=chats, batch_size=n, **options) for n in (1, 2))
+    assert [answer[0]["generated_text"] for answer in batched] == [answer[0]["generated_text"] for answer in single]
+    extract = pipeline("image-feature-extraction", model=str(trained))
+    np.testing.assert_allclose(extract(pictures, batch_size=2), extract(pictures), atol=1e-6)
+    classify = pipeline("zero-shot-image-classification", model=str(trained))
+    single, batched = (classify(pictures, candidate_labels=["dog", "snow"], batch_size=n) for n in (1, 2))
+    for one, other in zip(single, batched):
+        assert {s["label"]: round(s["score"], 5) for s in one} == {s["label"]: round(s["score"], 5) for s in other}
+
+
 def test_a_model_that_has_an_adapter_keeps_it(trained):
     model = AutoModelForImageTextToText.from_pretrained(trained)
     model.load_adapter(str(trained / "region-caption"), adapter_name="mine")

@@ -71,6 +71,14 @@ def test_a_dry_run_sends_nothing(hub, trained, tmp_path):
     assert result.returncode == 1 and "--repo_id" in result.stderr and "Traceback" not in result.stderr
 
 
+def test_options_reach_the_hub(hub, trained, tmp_path):
+    arguments = ("--model", str(trained), "--repo_id", REPO_ID, "--output_dir", "hub", "--private")
+    result = push(hub, tmp_path, *arguments, "--create_pr", "--commit_message", "for you to see")
+    assert result.returncode == 0 and result.stdout.strip().endswith("/discussions/1"), result.stderr
+    repository = hub.repositories[REPO_ID]
+    assert repository.private and repository.messages[-1] == "for you to see" and not hub.files(REPO_ID)
+
+
 @pytest.fixture
 def here(hub, monkeypatch):
     """This process has the Hub of this test."""
@@ -261,6 +269,14 @@ def test_no_token_no_upload(hub, exported, monkeypatch):
         upload(str(exported), REPO_ID)
 
 
+def test_a_token_that_is_none_is_not_printed(here, hub, exported):
+    upload(str(exported), REPO_ID, token=f" {TOKEN}\n")
+    assert hub.files(REPO_ID)
+    with pytest.raises(ValueError, match="holds characters that no token has") as error:
+        upload(str(exported), REPO_ID, token="hf_secret secret")
+    assert "secret" not in str(error.value)
+
+
 def test_a_download_that_is_cut_goes_on(hub, send, exported, tmp_path):
     send()
     hub.faults.append(Fault("GET", r"resolve/.*/model\.safetensors", cut=True))
@@ -284,6 +300,7 @@ def test_train_pushes_what_an_export_holds(hub, here, tmp_path, monkeypatch):
     assert not any(name.startswith("checkpoint-") for name in files)
     card = files["README.md"].decode()
     assert "| steps x batch size | 2 x 4 |" in card and "text_to_image_R@1" in card and "drawn scenes" in card
+    assert '"data": [\n    "scenes"' in Path("run/training.json").read_text()
     train("--stage", "region-caption", "--init_from", "run", "--output_dir", "elsewhere/adapter")
     files = hub.files("org/trained")
     assert "region-caption/adapter_model.safetensors" in files and "model.safetensors" in files

@@ -46,6 +46,17 @@ def test_prompts_and_similarity(encoder, embed):
     np.testing.assert_allclose(similarity.numpy(), expected, atol=1e-5)
 
 
+def test_the_length_of_texts(encoder, embed):
+    assert encoder.max_seq_length == 50, "that of the processor"
+    short, long = embed(text=[TEXTS[2]], max_length=10), embed(text=[TEXTS[2]])
+    assert np.abs(short - long).max() > 1e-3
+    encoder.max_seq_length = 10
+    try:
+        np.testing.assert_allclose(encoder.encode([TEXTS[2]]), short, atol=1e-5)
+    finally:
+        encoder.max_seq_length = 50
+
+
 def test_quantised(encoder):
     exact = encoder.encode(TEXTS)
     binary = encoder.encode(TEXTS, precision="binary")
