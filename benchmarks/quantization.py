@@ -90,10 +90,13 @@ def main() -> None:
     print_table("embeddings", rows)
 
     rows = {f"float32, {megabytes(model.language_model):.2f} MB": recall(texts, pictures)}
+    model = MMGEMModel.from_pretrained(options.model, dtype=torch.float16).eval()
+    name = f"float16, {megabytes(model.language_model):.2f} MB"
+    rows[name] = recall(*embed(model, processor, "test", options.pictures))
     for bits in (8, 4):
         config = BitsAndBytesConfig(**{f"load_in_{bits}bit": True}, llm_int8_skip_modules=KEPT)
         model = MMGEMModel.from_pretrained(options.model, quantization_config=config, dtype=torch.float16).eval()
-        name = f"{bits} bits, {megabytes(model.language_model):.2f} MB"
+        name = f"{bits} bits, the rest float16, {megabytes(model.language_model):.2f} MB"
         rows[name] = recall(*embed(model, processor, "test", options.pictures))
     print()
     print_table("language model", rows)
