@@ -243,12 +243,12 @@ def _architecture(model: MMGEMModel, max_length: int) -> str:
         ("maps h1 to h4 between them", f"linear, embedding of {config.projection_dim}", size(*maps)),
         ("in all", f"{str(model.dtype).removeprefix('torch.')}", f"{model.num_parameters() / 1e6:.3g} M"),
     ]
-    table = "\n".join(f"| {part} | {what} | {parameters} |" for part, what, parameters in rows)
+    lines = "\n".join(f"| {part} | {what} | {parameters} |" for part, what, parameters in rows)
     return f"""## Architecture
 
 | part | | parameters |
 |---|---|---|
-{table}
+{lines}
 
 In front of its caption a picture is one visual token, a region {config.region_grid_size} x {config.region_grid_size}.
 Texts are cut at {max_length} tokens (`max_length=` of the processor changes that). tau is \
