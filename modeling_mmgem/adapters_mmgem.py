@@ -125,12 +125,8 @@ class RegionAdapterMixin:
             raise ImportError("Adapters need PEFT: pip install peft.") from error
 
         names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
-        loaded = list(getattr(self, "peft_config", {}))
-        if missing := [name for name in names if name not in loaded]:
-            raise ValueError(
-                f"There is no adapter {missing[0]!r}; loaded are {', '.join(map(repr, loaded)) or 'none'} "
-                "(model.load_adapter(folder, adapter_name=…) loads one)."
-            )
+        for name in names:
+            self._check_loaded(name)
         for module_name, module in self.named_modules():
             sharing = [name for name in names if name in getattr(module, "modules_to_save", {})]
             if len(sharing) > 1:
@@ -156,11 +152,32 @@ class RegionAdapterMixin:
             layer.enable_adapters(False)
 
     def delete_adapter(self: Any, adapter_names: str | list[str]) -> None:
-        """As [`PreTrainedModel.delete_adapter`]; with the last one of a module PEFT's wrapper around it goes too."""
-        super().delete_adapter(adapter_names)  # type: ignore[misc]
+        """
+        Removes adapters; with the last one of a module, PEFT's wrapper around it goes too.
+
+        Raises:
+            ValueError: for a name that is not loaded, with those that are.
+        """
+        # transformers' own refuses the PEFT that is current beside transformers 5.24 (it asks for 0.22).
+        from peft.functional import delete_adapter
+
+        for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
+            self._check_loaded(name)
+            delete_adapter(self, name, prefix=f"{self.peft_config.pop(name).peft_type.value.lower()}_")
+        if not self.peft_config:
+            del self.peft_config
+            self._hf_peft_config_loaded = False
         for name, module in list(self.named_children()):
             if hasattr(module, "modules_to_save") and not module.modules_to_save:
                 setattr(self, name, module.original_module)
+
+    def _check_loaded(self: Any, name: str) -> None:
+        loaded = list(getattr(self, "peft_config", {}))
+        if name not in loaded:
+            raise ValueError(
+                f"There is no adapter {name!r}; loaded are {', '.join(map(repr, loaded)) or 'none'} "
+                "(model.load_adapter(folder, adapter_name=…) loads one)."
+            )
 
     def _adapter_layers(self: Any) -> list[Any]:
         layers = [layer for layer in self.modules() if hasattr(layer, "active_adapters") and layer is not self]

@@ -12,10 +12,18 @@ from ..processing.tokenization_mmgem import special_token_ids, to_mmgem_tokenize
 
 
 def from_vision_text_pretrained(
-    cls: Any, vision: str, text: str, image_size: int | None = None, **config_kwargs: Any
+    cls: Any,
+    vision: str,
+    text: str,
+    image_size: int | None = None,
+    dtype: torch.dtype | str = torch.float32,
+    attn_implementation: str | None = None,
+    **config_kwargs: Any,
 ) -> Any:
     """
     Loads both towers, adds the new tokens (their rows start at the mean of the old ones) and new projections.
+
+    The loaded towers become part of the model as they are: no second copy of their weights is made.
 
     Args:
         vision (`str`): Hub id or folder of a CLIP, SigLIP, DINOv2 or ViT checkpoint; of a full CLIP or SigLIP the
@@ -23,45 +31,51 @@ def from_vision_text_pretrained(
         text (`str`): Hub id or folder of a causal language model.
         image_size (`int`, *optional*): pixels per side; another size than the checkpoint's interpolates its position
             embeddings (the paper's ViT-L-336).
+        dtype (`torch.dtype` or `str`, *optional*, defaults to `torch.float32`): precision of all weights; "auto" is
+            the language model's. Train in float32 (under autocast): small steps are lost in 16-bit weights.
+        attn_implementation (`str`, *optional*): of both towers, such as "sdpa" or "flash_attention_2".
         **config_kwargs: of [`MMGEMConfig`], such as `projection_dim`.
 
     Raises:
         ValueError: for a vision tower or language model that could not be rebuilt exactly, by name.
     """
-    vision_model = _load_vision_tower(vision, image_size)
-    causal_lm = AutoModelForCausalLM.from_pretrained(text, dtype=torch.float32)
+    vision_config = vision_config_of(vision)  # refuses a tower before the language model is loaded
+    causal_lm = AutoModelForCausalLM.from_pretrained(text, dtype=dtype, attn_implementation=attn_implementation)
+    dtype = causal_lm.dtype
+    vision_model = _load_vision_tower(vision, vision_config, image_size, dtype, attn_implementation)
     old_tokenizer = AutoTokenizer.from_pretrained(text)
     old_vocabulary = old_tokenizer.get_vocab()
     tokenizer = to_mmgem_tokenizer(old_tokenizer)
     _check_language_model(causal_lm)
     # Inside a vocabulary that was padded, the new tokens take rows that no old token uses.
     known = torch.tensor(sorted(i for i in old_vocabulary.values() if i < causal_lm.config.vocab_size))
-    probe = known[:32][None]
+    probe = {"input_ids": known[:32][None], "attention_mask": torch.ones_like(known[:32][None])}
     with torch.no_grad():
-        expected = causal_lm.eval()(probe).logits[..., known]
+        expected = causal_lm.eval()(**probe).logits[..., known]
     new_ids = [i for token, i in tokenizer.get_vocab().items() if token not in old_vocabulary]
     _add_rows(causal_lm, len(tokenizer), known, new_ids)
 
     head = causal_lm.get_output_embeddings()
     config = MMGEMConfig(
-        vision_config=vision_model.config.to_dict(),
-        text_config=causal_lm.config.to_dict(),
+        vision_config=vision_model.config,
+        text_config=causal_lm.config,
         **special_token_ids(tokenizer),
         lm_head_bias=head.bias is not None,
         **config_kwargs,
     )
-    model = cls(config).eval()
-    missing = model.vision_model.load_state_dict(vision_model.state_dict(), strict=False).missing_keys
-    if missing:
-        raise ValueError(f"{vision} lacks weights of its vision tower: {', '.join(missing[:5])}.")
-    model.language_model.load_state_dict(causal_lm.base_model.state_dict())
-    model.lm_head.load_state_dict(head.state_dict())
+    with torch.device("meta"):
+        model = cls(config).eval()
+    model.vision_model, model.language_model, model.lm_head = vision_model.eval(), causal_lm.base_model, head
+    for module in model.children():
+        if any(tensor.is_meta for tensor in [*module.parameters(), *module.buffers()]):
+            module.to(dtype).to_empty(device=causal_lm.device)
+            model._init_weights(module)
     model.tie_weights()
     configure_generation(model, tokenizer)
 
     with torch.no_grad():
-        error = (model(probe).logits[..., known] - expected).abs().max() / expected.abs().max()
-    if not error < 1e-4:
+        error = (model(**probe).logits[..., known] - expected).abs().max() / expected.abs().max()
+    if not error < max(1e-4, 4 * torch.finfo(dtype).eps):
         raise ValueError(
             f"The logits of '{causal_lm.config.model_type}' ({text}) are computed in a way that MM-GEM does not know "
             f"(they differ by {error:.1e}), so the language model would not be the same; choose another one."
@@ -99,15 +113,21 @@ def vision_config_of(vision: str) -> Any:
     return config
 
 
-def _load_vision_tower(vision: str, image_size: int | None) -> PreTrainedModel:
-    config = vision_config_of(vision)
-    model, info = AutoModel.from_pretrained(vision, config=config, dtype=torch.float32, output_loading_info=True)
-    missing = [name for name in info["missing_keys"] if not name.startswith("pooler.")]
-    if missing:
+def _load_vision_tower(
+    vision: str, config: Any, image_size: int | None, dtype: torch.dtype, attn_implementation: str | None
+) -> PreTrainedModel:
+    options = {"dtype": dtype, "attn_implementation": attn_implementation, **_without_pooler(config)}
+    model, info = AutoModel.from_pretrained(vision, config=config, output_loading_info=True, **options)
+    if missing := info["missing_keys"]:
         raise ValueError(f"{vision} lacks weights of its vision tower: {', '.join(sorted(missing)[:5])}.")
     if image_size is None or image_size == config.image_size:
         return model
     return interpolate_positions(model, image_size)
+
+
+def _without_pooler(config: Any) -> dict[str, Any]:
+    """ViT's pooling head would stay unused: the patches are pooled by PoolAggregator."""
+    return {"add_pooling_layer": False} if config.model_type == "vit" else {}
 
 
 def interpolate_positions(model: PreTrainedModel, image_size: int) -> PreTrainedModel:
@@ -123,7 +143,7 @@ def interpolate_positions(model: PreTrainedModel, image_size: int) -> PreTrained
         raise ValueError(f"image_size {image_size} is not a multiple of the tower's patch_size {config.patch_size}.")
     new_config = copy.deepcopy(config)
     new_config.image_size = image_size
-    resized = AutoModel.from_config(new_config)
+    resized = AutoModel.from_config(new_config, **_without_pooler(config))
     state, shapes = model.state_dict(), resized.state_dict()
     for name in [name for name in state if state[name].shape != shapes[name].shape]:
         old, side = state[name], image_size // config.patch_size
@@ -137,7 +157,7 @@ def interpolate_positions(model: PreTrainedModel, image_size: int) -> PreTrained
         )
         state[name] = torch.cat([prefix, grid.flatten(2)[0].T]).reshape(shapes[name].shape)
     resized.load_state_dict(state)
-    return resized
+    return resized.to(model.dtype)
 
 
 def _check_language_model(causal_lm: PreTrainedModel) -> None:

@@ -39,6 +39,8 @@ class CaptionGenerationMixin(GenerationMixin):
         pixel_values = kwargs.pop("pixel_values", None)
         input_ids = kwargs.pop("input_ids", None) if inputs is None else inputs
         if pixel_values is None:
+            if input_ids is not None and bool(input_ids.eq(self.config.image_token_id).any()):
+                raise ValueError("input_ids hold <image> placeholders, but there are no pixel_values to fill them.")
             return parent.generate(input_ids, **kwargs)
         if input_ids is None or not bool(input_ids.eq(self.config.image_token_id).any()):
             raise ValueError(
@@ -52,6 +54,7 @@ class CaptionGenerationMixin(GenerationMixin):
         at_a_time = len(input_ids) if kwargs.get("return_dict_in_generate") else MAX_ROWS
         if len(input_ids) <= at_a_time:
             tokens = self._visual_tokens(features, grid, **picture)
+            self._check_placeholders(input_ids, len(tokens))
             embeds = self._place_visual_tokens(self._embed_tokens(input_ids), input_ids, tokens)
             return parent.generate(input_ids, inputs_embeds=embeds, **kwargs)
         owners = self._owners(len(pixel_values), **picture)

@@ -15,7 +15,7 @@ Stage 2 trains caption_projection and soft_prompts, or region_projection, as ada
 `adapters_mmgem.py`.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoModel, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache
-from transformers.modeling_outputs import BaseModelOutputWithPooling, ModelOutput
+from transformers.modeling_outputs import BaseModelOutputWithPooling, CausalLMOutputWithPast
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.utils import torch_compilable_check
 from transformers.utils.generic import can_return_tuple
@@ -38,37 +38,39 @@ from .pooling_mmgem import PoolAggregator
 
 
 MAX_LOGITS = 2**27  # next-token scores that a loss computes at a time: 512 MiB in float32
+# transformers 5.24 renamed `past_key_values` to `cache`.
+CACHE_NAME = "cache" if "cache" in {field.name for field in fields(CausalLMOutputWithPast)} else "past_key_values"
 VISION_MODEL_TYPES = ("clip_vision_model", "siglip_vision_model", "dinov2", "dinov2_with_registers", "vit")
 
 
 @dataclass
-class MMGEMOutput(ModelOutput):
+class MMGEMOutput(CausalLMOutputWithPast):
     """
-    Output of [`MMGEMModel`]. N texts, M pictures (or regions, those of `region_mask` alone).
+    Output of [`MMGEMModel`]. N texts, M images (or regions, those of `region_mask` alone).
 
     Args:
-        loss (`torch.FloatTensor`, scalar): sum of the two below, as far as they were asked for (equation 4).
+        loss (`torch.FloatTensor`, scalar): sum of the two losses below that were computed (equation 4).
+        logits (`torch.FloatTensor` of shape `(B, T, vocab_size)`): next-token scores.
+        cache, or past_key_values before transformers 5.24 (`Cache`): with `use_cache=True`.
+        hidden_states, attentions (`tuple` of `torch.FloatTensor`): of the language model, with
+            `output_hidden_states=True` and `output_attentions=True`.
         contrastive_loss (`torch.FloatTensor`, scalar): L_Emb, with `return_loss=True`.
         caption_loss (`torch.FloatTensor`, scalar): L_Gen in nats per caption token, with `labels`.
         logits_per_image (`torch.FloatTensor` of shape `(M, N)`): scaled cosine similarities.
         logits_per_text (`torch.FloatTensor` of shape `(N, M)`): the same, transposed.
-        image_embeds (`torch.FloatTensor` of shape `(M, D)`): unit norm; `(B, R, D)` with boxes or masks.
-        text_embeds (`torch.FloatTensor` of shape `(N, D)`): unit norm, in row-major order of [EMB].
-        logits (`torch.FloatTensor` of shape `(B, T, vocab_size)`): next-token scores.
-        logit_scale (`torch.FloatTensor`, scalar): 1 / tau, beside texts and pictures.
-        past_key_values (`Cache`): with `use_cache=True`.
+        image_embeds (`torch.FloatTensor` of shape `(M, D)`): unit norm, float32 or wider; `(B, R, D)` with boxes or
+            masks.
+        text_embeds (`torch.FloatTensor` of shape `(N, D)`): unit norm, float32 or wider, in row-major order of [EMB].
+        logit_scale (`torch.FloatTensor`, scalar): 1 / tau, beside texts and images.
     """
 
-    loss: torch.Tensor | None = None
     contrastive_loss: torch.Tensor | None = None
     caption_loss: torch.Tensor | None = None
     logits_per_image: torch.Tensor | None = None
     logits_per_text: torch.Tensor | None = None
     image_embeds: torch.Tensor | None = None
     text_embeds: torch.Tensor | None = None
-    logits: torch.Tensor | None = None
     logit_scale: torch.Tensor | None = None
-    past_key_values: Cache | None = None
 
 
 class LogitScale(nn.Module):
@@ -110,7 +112,7 @@ class MMGEMModel(RegionAdapterMixin, CaptionGenerationMixin, PreTrainedModel):
     main_input_name = "input_ids"
     input_modalities = ("image", "text")  # type: ignore[assignment]
     supports_gradient_checkpointing = True
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["past_key_values", "cache"]
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -145,6 +147,9 @@ class MMGEMModel(RegionAdapterMixin, CaptionGenerationMixin, PreTrainedModel):
         self.register_adapter_buffers()
         self.logit_scale = LogitScale(float(config.logit_scale_init_value), config.logit_scale_max_value)
         embeddings = self.language_model.get_input_embeddings()
+        # Rotary positions have no end; a table of positions has.
+        has_table = any(isinstance(m, nn.Embedding) and m is not embeddings for m in self.language_model.modules())
+        self._max_positions = getattr(text_config, "max_position_embeddings", None) if has_table else None
         name = next(name for name, module in self.language_model.named_modules() if module is embeddings)
         self._tied_weights_keys = {"lm_head.weight": f"language_model.{name}.weight"}
         self.post_init()
@@ -238,7 +243,7 @@ class MMGEMModel(RegionAdapterMixin, CaptionGenerationMixin, PreTrainedModel):
         pooled = self.pool_aggregator(features, grid, boxes, masks, grid_size)
         tokens = self.caption_projection(self.visual_projection(pooled))
         if region_mask is not None:
-            tokens = tokens.unflatten(1, (region_mask.shape[1], -1))[region_mask]
+            tokens = tokens.unflatten(1, (region_mask.shape[1], -1))[region_mask.to(tokens.device)]
         return tokens.flatten(0, -2)
 
     def get_image_features(
@@ -267,7 +272,7 @@ class MMGEMModel(RegionAdapterMixin, CaptionGenerationMixin, PreTrainedModel):
         features, grid = self._patch_features(pixel_values)
         embeds = self._image_features(features, grid, boxes, masks)
         if region_mask is not None:
-            embeds = embeds * region_mask[..., None].to(embeds.dtype)
+            embeds = embeds * region_mask[..., None].to(embeds)
         return BaseModelOutputWithPooling(last_hidden_state=features, pooler_output=embeds)
 
     # ------------------------------------------------------------------- texts
@@ -297,11 +302,13 @@ class MMGEMModel(RegionAdapterMixin, CaptionGenerationMixin, PreTrainedModel):
             is_emb.any(-1).all(),
             f"A text has no [EMB] token (id {self.config.emb_token_id}) at its end; tokenize it with the processor.",
         )
+        if attention_mask is None and position_ids is None:
+            attention_mask = self._mask_of_padding(input_ids)
         hidden = self._language_hidden_states(
             self.get_input_embeddings()(input_ids), attention_mask, position_ids
         ).last_hidden_state
         last = input_ids.shape[1] - 1 - is_emb.flip(-1).int().argmax(-1)
-        at_emb = hidden[torch.arange(len(hidden), device=hidden.device), last]
+        at_emb = hidden[torch.arange(len(hidden), device=hidden.device), last.to(hidden.device)]
         return BaseModelOutputWithPooling(last_hidden_state=hidden, pooler_output=self.text_projection(at_emb))
 
     def get_embedding(
@@ -320,7 +327,7 @@ class MMGEMModel(RegionAdapterMixin, CaptionGenerationMixin, PreTrainedModel):
 
         Returns:
             `torch.FloatTensor`: unit norm, `(B, D)`; `(B, R, D)` with boxes or masks (zero where `region_mask` is
-            False).
+            False). float32 whatever the weights' precision: in 16 bits a norm of 1 is off by up to 0.004.
 
         Raises:
             ValueError: for texts and pictures in one call, or neither.
@@ -336,7 +343,7 @@ class MMGEMModel(RegionAdapterMixin, CaptionGenerationMixin, PreTrainedModel):
             assert input_ids is not None
             features = self.get_text_features(input_ids, attention_mask)
         embeds: torch.Tensor = features.pooler_output  # type: ignore[assignment]
-        return nn.functional.normalize(embeds, dim=-1)
+        return unit_norm(embeds)
 
     # ---------------------------------------------------------- language model
 
@@ -348,9 +355,27 @@ class MMGEMModel(RegionAdapterMixin, CaptionGenerationMixin, PreTrainedModel):
         **kwargs: Any,
     ) -> Any:
         kwargs.setdefault("use_cache", False)
+        length = inputs_embeds.shape[1]
+        if attention_mask is not None and attention_mask.ndim == 2:
+            if position_ids is None:  # tables of positions (GPT-2, OPT) would count padding on the left
+                position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
+            length = attention_mask.shape[1]
+        if self._max_positions is not None and length > self._max_positions:
+            raise ValueError(
+                f"A row has {length} tokens, but '{self.config.text_config.model_type}' has positions for "
+                f"{self._max_positions} only. Truncate the text (max_length), or generate less."
+            )
         return self.language_model(
             inputs_embeds=inputs_embeds, attention_mask=attention_mask, position_ids=position_ids, **kwargs
         )
+
+    def _mask_of_padding(self, input_ids: torch.Tensor) -> torch.Tensor | None:
+        """The attention mask of rows that came without one, where a token means padding and nothing else."""
+        generation = self.generation_config
+        pad, bos, eos = generation.pad_token_id, generation.bos_token_id, generation.eos_token_id
+        if pad is None or pad == bos or pad in (eos if isinstance(eos, list) else [eos]):
+            return None
+        return input_ids.ne(pad).long()
 
     def _logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """The head, with what Granite (division), Cohere (factor) and Gemma2 (soft cap) do behind it."""
@@ -365,19 +390,30 @@ class MMGEMModel(RegionAdapterMixin, CaptionGenerationMixin, PreTrainedModel):
         return logits
 
     def _caption_loss(
-        self, hidden_states: torch.Tensor, targets: torch.Tensor, num_items_in_batch: torch.Tensor | int | None
+        self,
+        hidden_states: torch.Tensor,
+        labels: torch.Tensor,
+        label_positions: torch.Tensor | None,
+        num_items_in_batch: torch.Tensor | int | None,
     ) -> torch.Tensor:
-        """L_Gen. The head runs where there is something to predict; many logits come in parts, twice in training."""
-        count = (targets != -100).sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
+        """L_Gen. The head runs only where there is something to predict; many logits are computed in parts."""
+        if label_positions is None:
+            is_target = nn.functional.pad(labels[:, 1:].ne(-100), (1, 0))  # nothing predicts the first token
+            label_positions = is_target.flatten().nonzero()[:, 0]
+        targets = labels.flatten()[label_positions].to(hidden_states.device)
+        hidden_states = hidden_states.flatten(0, 1)[label_positions.to(hidden_states.device) - 1]
+        count = max(len(targets), 1) if num_items_in_batch is None else num_items_in_batch
 
         def loss(hidden_states: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-            predicts = targets != -100
-            return caption_loss(self._logits(hidden_states[predicts]), targets[predicts], count)
+            return caption_loss(self._logits(hidden_states), targets, count)
 
-        rows = max(1, MAX_LOGITS // (targets.shape[1] * self.config.text_config.vocab_size))
-        if len(targets) <= rows or torch.compiler.is_compiling():  # each number of parts would be another graph
+        if torch.compiler.is_compiling():  # each number of parts would be another graph
             return loss(hidden_states, targets)
-        parts = zip(hidden_states.split(rows), targets.split(rows))
+        tokens = max(1, MAX_LOGITS // self.config.text_config.vocab_size)
+        if len(targets) <= tokens:
+            return loss(hidden_states, targets)
+        # In training each part's logits are computed again in the backward pass, instead of being kept.
+        parts = zip(hidden_states.split(tokens), targets.split(tokens))
         return torch.stack([checkpoint(loss, *part, use_reentrant=False) for part in parts]).sum()
 
     def _embed_tokens(self, input_ids: torch.Tensor) -> torch.Tensor:
@@ -390,15 +426,16 @@ class MMGEMModel(RegionAdapterMixin, CaptionGenerationMixin, PreTrainedModel):
         behind = torch.where(is_cap, length, index).flip(-1).cummin(-1).values.flip(-1)
         is_soft = is_cap & (behind - before - 1 == self.config.num_soft_prompts)
         soft = self.soft_prompts((index - before - 1).clamp(0, self.config.num_soft_prompts - 1))
-        return inputs_embeds + soft * is_soft[..., None].to(soft.dtype)
+        return inputs_embeds + (soft * is_soft[..., None].to(soft)).to(inputs_embeds)
 
     def _place_visual_tokens(
         self, inputs_embeds: torch.Tensor, input_ids: torch.Tensor, tokens: torch.Tensor
     ) -> torch.Tensor:
-        """V_in at the `<image>` placeholders; no placeholder at all beside [EMB] is CLIP's use of the model."""
-        self._check_placeholders(input_ids, len(tokens))
-        is_image = input_ids.eq(self.config.image_token_id)
-        return inputs_embeds.masked_scatter(is_image[..., None], tokens.to(inputs_embeds.dtype))
+        """V_in at the `<image>` placeholders."""
+        is_image = input_ids.eq(self.config.image_token_id).to(inputs_embeds.device)
+        return inputs_embeds.masked_scatter(
+            is_image[..., None], tokens.to(inputs_embeds.device, inputs_embeds.dtype)
+        )
 
     def _are_sentences(self, input_ids: torch.Tensor) -> bool:
         """CLIP's use of the model: [EMB] and no placeholder."""
@@ -427,102 +464,118 @@ class MMGEMModel(RegionAdapterMixin, CaptionGenerationMixin, PreTrainedModel):
         patch_features: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         return_loss: bool | None = None,
+        cache: Cache | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         num_items_in_batch: torch.Tensor | int | None = None,
+        text_positions: torch.Tensor | None = None,
+        label_positions: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> MMGEMOutput:
         """
         Everything that the inputs allow, in one pass of each tower.
 
         A row may hold any number of sequences, "text [EMB]" and "<image> [CAP] caption" alike: texts come out in
-        row-major order of [EMB], pictures go in, in row-major order of their placeholders. Several sequences in a row
+        row-major order of [EMB], images go in, in row-major order of their placeholders. Several sequences in a row
         need `position_ids` that restart at 0 and no `attention_mask`.
 
         Args:
             input_ids (`torch.LongTensor` of shape `(B, T)`, *optional*).
-            attention_mask (`torch.Tensor` of shape `(B, T)`, *optional*): 0 on padding.
+            attention_mask (`torch.Tensor` of shape `(B, T)`, *optional*): 0 on padding. Without it and without
+                `position_ids`, padding is known by the pad token of `generation_config`.
             position_ids (`torch.LongTensor` of shape `(B, T)`, *optional*).
             pixel_values, boxes, masks, region_mask: see [`get_image_features`].
-            patch_features (`torch.FloatTensor` of shape `(B, rows, columns, C)`, *optional*): V of pictures that went
+            patch_features (`torch.FloatTensor` of shape `(B, rows, columns, C)`, *optional*): V of images that went
                 through the ViT before, instead of `pixel_values`.
             labels (`torch.LongTensor` of shape `(B, T)`, *optional*): the caption's tokens in their own places, -100
                 elsewhere; the shift by one happens here. While training, the head then runs on these positions alone
                 and `logits` is `None`.
-            return_loss (`bool`, *optional*): compute L_Emb; text i belongs to picture i. `False` leaves out the
+            return_loss (`bool`, *optional*): compute L_Emb; text i belongs to image i. `False` leaves out the
                 similarities too, which take memory in training.
+            cache, past_key_values (`Cache`, *optional*): one cache under its names from and before transformers 5.24.
             logits_to_keep (`int` or `torch.Tensor`): see transformers' causal language models.
             num_items_in_batch (`int` or scalar tensor, *optional*): see [`caption_loss`].
+            text_positions, label_positions (`torch.LongTensor` of shapes `(N,)` and `(L,)`, *optional*): indices into
+                `input_ids.flatten()` of the [EMB] to read, in the order of the texts wanted, and of all labels that
+                are not -100. A collator that hands them over spares the host from waiting for the device to find
+                them; its prompts are then trusted to match the images.
 
         Returns:
             [`MMGEMOutput`]
 
         Raises:
-            ValueError: neither texts nor pictures; pictures that do not match the placeholders; `return_loss` where
-            texts and pictures differ in number.
+            ValueError: neither texts nor images; images that do not match the placeholders; `return_loss` where
+            texts and images differ in number; rows longer than the language model has positions for.
         """
         if input_ids is None and inputs_embeds is None and pixel_values is None and patch_features is None:
             raise ValueError("Pass input_ids (or inputs_embeds), pixel_values, or both.")
+        cache = past_key_values if cache is None else cache
         logit_scale = self.logit_scale(torch.ones((), device=self.logit_scale.weight.device))
         image_embeds = text_embeds = logits = logits_per_text = contrastive = caption = outputs = None
         if patch_features is not None:
             features, grid = patch_features.flatten(1, 2), (patch_features.shape[1], patch_features.shape[2])
         elif pixel_values is not None:
             features, grid = self._patch_features(pixel_values)
-        has_pictures = pixel_values is not None or patch_features is not None
-        if has_pictures:
+        has_images = pixel_values is not None or patch_features is not None
+        if has_images:
             image_embeds = self._image_features(features, grid, boxes, masks)
             if region_mask is not None:
-                image_embeds = image_embeds * region_mask[..., None].to(image_embeds.dtype)
-            image_embeds = nn.functional.normalize(image_embeds, dim=-1)
+                image_embeds = image_embeds * region_mask[..., None].to(image_embeds)
+            image_embeds = unit_norm(image_embeds)
 
         if inputs_embeds is None and input_ids is not None:
             inputs_embeds = self._embed_tokens(input_ids)
-            # Beside sentences alone there is nothing to place; a graph cannot branch on what its inputs hold.
-            if has_pictures and (torch.compiler.is_compiling() or not self._are_sentences(input_ids)):
+            # A graph cannot branch on what its inputs hold: it places visual tokens whether or not there are any.
+            has_prompts = labels is not None or (
+                text_positions is None and (torch.compiler.is_compiling() or not self._are_sentences(input_ids))
+            )
+            if has_images and has_prompts:
                 tokens = self._visual_tokens(features, grid, boxes, masks, region_mask)
+                if label_positions is None:
+                    self._check_placeholders(input_ids, len(tokens))
                 inputs_embeds = self._place_visual_tokens(inputs_embeds, input_ids, tokens)
-            elif not has_pictures and (past_key_values is None or past_key_values.get_seq_length() == 0):
+            elif not has_images and text_positions is None and (cache is None or input_ids.shape[1] > 1):
                 torch_compilable_check(
                     ~input_ids.eq(self.config.image_token_id).any(),
                     "input_ids hold <image> placeholders, but there are no pixel_values to fill them.",
                 )
+            if attention_mask is None and position_ids is None and cache is None:
+                attention_mask = self._mask_of_padding(input_ids)
         if inputs_embeds is not None:
-            outputs = self._language_hidden_states(
-                inputs_embeds,
-                attention_mask,
-                position_ids,
-                past_key_values=past_key_values,
-                use_cache=past_key_values is not None if use_cache is None else use_cache,
-                **kwargs,
-            )
+            use_cache = cache is not None if use_cache is None else use_cache
+            kwargs.update({"use_cache": use_cache, CACHE_NAME: cache})
+            outputs = self._language_hidden_states(inputs_embeds, attention_mask, position_ids, **kwargs)
             hidden_states = outputs.last_hidden_state
-            if input_ids is not None and past_key_values is None:
-                at_emb = hidden_states[input_ids.eq(self.config.emb_token_id)]
-                if torch.compiler.is_compiling() or len(at_emb) > 0:  # a graph cannot branch on what its inputs hold
-                    text_embeds = nn.functional.normalize(self.text_projection(at_emb), dim=-1)
+            if input_ids is not None and cache is None:
+                if text_positions is None:
+                    at_emb = hidden_states[input_ids.eq(self.config.emb_token_id).to(hidden_states.device)]
+                else:
+                    at_emb = hidden_states.flatten(0, 1)[text_positions.to(hidden_states.device)]
+                if torch.compiler.is_compiling() or len(at_emb) > 0:
+                    text_embeds = unit_norm(self.text_projection(at_emb))
             if labels is not None:
-                caption = self._caption_loss(hidden_states[:, :-1], labels[:, 1:], num_items_in_batch)
+                caption = self._caption_loss(hidden_states, labels, label_positions, num_items_in_batch)
             if labels is None or not self.training:
                 logits = self._logits(slice_logits_to_keep(hidden_states, logits_to_keep))
 
         if text_embeds is not None and image_embeds is not None and return_loss is not False:
-            pictures = image_embeds
-            if pictures.ndim == 3:
-                pictures = pictures.flatten(0, 1) if region_mask is None else pictures[region_mask]
-            logits_per_text = similarity_logits(text_embeds, pictures, logit_scale)
+            images = image_embeds
+            if images.ndim == 3:
+                images = images.flatten(0, 1) if region_mask is None else images[region_mask.to(images.device)]
+            images = images.to(text_embeds.device)
+            logits_per_text = similarity_logits(text_embeds, images, logit_scale.to(text_embeds.device))
             if return_loss:
-                if len(pictures) != len(text_embeds):
+                if len(images) != len(text_embeds):
                     raise ValueError(
-                        f"return_loss pairs text i with picture i, but there are {len(text_embeds)} texts and "
-                        f"{len(pictures)} pictures."
+                        f"return_loss pairs text i with image i, but there are {len(text_embeds)} texts and "
+                        f"{len(images)} images."
                     )
-                contrastive = contrastive_loss(text_embeds, pictures, logit_scale)
+                contrastive = contrastive_loss(text_embeds, images, logit_scale.to(text_embeds.device))
         losses = [loss for loss in (contrastive, caption) if loss is not None]
         return MMGEMOutput(
-            loss=torch.stack(losses).sum() if losses else None,
+            loss=torch.stack([loss.to(losses[0].device) for loss in losses]).sum() if losses else None,
             contrastive_loss=contrastive,
             caption_loss=caption,
             logits_per_image=None if logits_per_text is None else logits_per_text.T,
@@ -531,8 +584,15 @@ class MMGEMModel(RegionAdapterMixin, CaptionGenerationMixin, PreTrainedModel):
             text_embeds=text_embeds,
             logits=logits,
             logit_scale=None if text_embeds is None or image_embeds is None else logit_scale,
-            past_key_values=getattr(outputs, "past_key_values", None),
+            hidden_states=getattr(outputs, "hidden_states", None),
+            attentions=getattr(outputs, "attentions", None),
+            **{CACHE_NAME: getattr(outputs, CACHE_NAME, None)},
         )
+
+
+def unit_norm(embeds: torch.Tensor) -> torch.Tensor:
+    """Rows of norm 1, `(…, D)`, in float32 at least; a row of zeros (a region that is padding) stays zero."""
+    return nn.functional.normalize(embeds.to(torch.promote_types(embeds.dtype, torch.float32)), dim=-1)
 
 
 # The pipeline is imported so that its file is saved with this one: `custom_pipelines` of a Hub folder names it.

@@ -99,6 +99,7 @@ class PoolAggregator(nn.Module):
             raise ValueError("A region is a box or a mask: pass `boxes` or `masks`, not both.")
         regions = masks if boxes is None else boxes
         assert regions is not None
+        regions = regions.to(patch_features.device)
         # Masks are added up along one axis first: k numbers per pixel.
         weights_each = (
             patch_features.shape[1] * grid_size**2 if masks is None else masks.shape[-2:].numel() * grid_size
