@@ -8,7 +8,7 @@ from torch.nn.functional import normalize
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
 from mmgem import MMGEMModel, MMGEMProcessor
-from mmgem.data.collator import PairCollator
+from mmgem.data.collator import MODEL_INPUTS, PairCollator
 from mmgem.evaluation.embedding import embed_pictures, embed_texts
 from mmgem.modeling_mmgem import contrastive_loss
 from mmgem.training.stages import freeze_parameters
@@ -36,10 +36,10 @@ class LanguageModelSide:
             self.model.logit_scale.weight.clamp_(max=self.model.config.logit_scale_max_value)
 
     def loss(self, batch: dict[str, Any]) -> torch.Tensor:
-        names = ("input_ids", "position_ids", "pixel_values")
-        outputs = self.model(**{name: batch[name] for name in names}, return_loss=False, logits_to_keep=1)
-        texts, ids = outputs.text_embeds[batch["text_index"]], batch["pair_ids"]
-        return contrastive_loss(texts, outputs.image_embeds, outputs.logit_scale, pair_ids=ids)
+        inputs = {name: batch[name] for name in MODEL_INPUTS if name in batch}
+        outputs = self.model(**inputs, return_loss=False, logits_to_keep=1)
+        embeds = outputs.text_embeds, outputs.image_embeds
+        return contrastive_loss(*embeds, outputs.logit_scale, pair_ids=batch["pair_ids"])
 
     def embed_texts(self, texts: list[str], length: int) -> torch.Tensor:
         return embed_texts(self.model.eval(), self.processor, texts, BATCH, length)

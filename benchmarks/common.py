@@ -15,6 +15,7 @@ from transformers.models.clip import CLIPImageProcessorPil
 
 import mmgem
 from mmgem import MMGEMConfig, MMGEMModel, MMGEMProcessor
+from mmgem.data.collator import MODEL_INPUTS
 from mmgem.data.pairs import as_captions
 from mmgem.data.tokenizer import train_tokenizer
 from mmgem.modeling_mmgem import contrastive_loss
@@ -62,10 +63,10 @@ def examples_of(captions: list[str]) -> list[dict]:
 
 def joint_losses(model: MMGEMModel, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
     """L_Emb and L_Gen of a collator's batch."""
-    names = ("input_ids", "attention_mask", "position_ids", "pixel_values", "labels")
-    outputs = model(**{name: batch[name] for name in names if name in batch}, return_loss=False, logits_to_keep=1)
-    texts, ids = outputs.text_embeds[batch["text_index"]], batch["pair_ids"]
-    contrastive = contrastive_loss(texts, outputs.image_embeds, outputs.logit_scale, pair_ids=ids)
+    inputs = {name: batch[name] for name in MODEL_INPUTS if name in batch}
+    outputs = model(**inputs, return_loss=False, logits_to_keep=1)
+    embeds = outputs.text_embeds, outputs.image_embeds
+    contrastive = contrastive_loss(*embeds, outputs.logit_scale, pair_ids=batch["pair_ids"])
     return contrastive, outputs.caption_loss
 
 

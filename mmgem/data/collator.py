@@ -11,6 +11,11 @@ from ..processing.tokenization_mmgem import CAP_TOKEN, IMAGE_TOKEN
 from .pairs import digest
 
 
+# What of a batch goes into the model; the rest is for the losses and the log.
+MODEL_INPUTS = (
+    *("input_ids", "attention_mask", "position_ids", "text_positions", "labels", "label_positions"),
+    *("pixel_values", "patch_features", "boxes", "region_mask"),
+)
 TokenSequence = tuple[list[int], list[int]]  # token ids and labels
 
 
@@ -26,10 +31,11 @@ class PairCollator:
             restarting with each; 0 gives every sequence a padded row of its own, sentences first.
         mini_batch_size: cuts the batch into parts for the gradient cache; 0 leaves it whole.
 
-    Packing puts sequences where they fit. Pictures come in the order of their captions, and `text_index` `(B,)` says
-    which of the sentences, in row-major order, belongs to each; `pair_ids` `(B, 2)`, in the order of the pictures, are
-    hashes of each pair's caption and picture, by which equal ones are known. With `mini_batch_size`, the list
-    `mini_batches` holds a batch for each part, in which `sentences` are the inputs that embed its texts alone.
+    Packing puts sequences where they fit. Images come in the order of their captions. `text_positions` `(B,)` are the
+    places of [EMB] in `input_ids.flatten()`, in the order of the images, and `label_positions` those of all labels:
+    the model need not search for them. `pair_ids` `(B, 2)`, in the order of the images, are hashes of each pair's
+    caption and image, by which equal ones are known. With `mini_batch_size`, the list `mini_batches` holds a batch for
+    each part, in which `sentences` are the inputs that embed its texts alone.
 
     A batch also counts what the Trainer reports: `truncated` (captions over `max_length`) and `bad` (index and reason
     of unreadable examples). Of a stream it has the `position` behind its last example.
@@ -74,20 +80,17 @@ class PairCollator:
         captions = [] if self.objective == "contrastive" else self._captions(ids)
         sequences = sentences + captions
         rows = pack([len(tokens) for tokens, _ in sequences], self.pack_length)
-        batch = self._tensors(sequences, rows)
         order = [i for row in rows for i in row]
-        texts = [i for i in order if i < len(sentences)]
-        pictures = [i - len(sentences) for i in order if i >= len(sentences)] or texts
-        images = [examples[i]["image"] for i in pictures]
-        batch["pixel_values"] = self.pixel_values(images)
+        images = [i - len(sentences) for i in order if i >= len(sentences)] or order
+        texts = images if sentences else []
+        batch = self._tensors(sequences, rows, texts)
+        batch["pixel_values"] = self.pixel_values([examples[i]["image"] for i in images])
         if sentences:
-            batch["text_index"] = _places(texts, pictures)
-            pair_ids = [[digest(examples[i]["caption"].encode()), examples[i]["image_id"]] for i in pictures]
+            pair_ids = [[digest(examples[i]["caption"].encode()), examples[i]["image_id"]] for i in images]
             batch["pair_ids"] = torch.tensor(pair_ids)
         if sentences and self.mini_batch_size:
             rows = pack([len(tokens) for tokens, _ in sentences], self.pack_length)
-            texts = [i for row in rows for i in row]
-            batch["sentences"] = {**self._tensors(sentences, rows), "text_index": _places(texts, pictures)}
+            batch["sentences"] = self._tensors(sentences, rows, texts)
         return batch
 
     def pixel_values(self, images: list[Any]) -> torch.Tensor:
@@ -119,35 +122,37 @@ class PairCollator:
             sequences.append(([*opening, *words], [-100] * len(opening) + words))
         return sequences
 
-    def _tensors(self, sequences: list[TokenSequence], rows: list[list[int]]) -> dict[str, Any]:
+    def _tensors(
+        self, sequences: list[TokenSequence], rows: list[list[int]], texts: Sequence[int]
+    ) -> dict[str, torch.Tensor]:
+        """Rows of sequences; `texts` are those that end with [EMB], in the order in which they are wanted."""
         width = self.pack_length or max(len(ids) for ids, _ in sequences)
         input_ids = torch.full((len(rows), width), self.processor.tokenizer.pad_token_id)
         labels = torch.full_like(input_ids, -100)
         # Padding is a sequence of its own: its positions start at 0 too.
         position_ids = torch.zeros_like(input_ids)
         attention_mask = torch.zeros_like(input_ids)
+        last = {}  # of each sequence, the place of its last token
         for r, row in enumerate(rows):
             start = 0
-            for ids, targets in (sequences[i] for i in row):
+            for i in row:
+                ids, targets = sequences[i]
                 end = start + len(ids)
                 input_ids[r, start:end] = torch.tensor(ids)
                 labels[r, start:end] = torch.tensor(targets)
                 position_ids[r, start:end] = torch.arange(len(ids))
                 attention_mask[r, start:end] = 1
                 start = end
+                last[i] = r * width + end - 1
             position_ids[r, start:] = torch.arange(width - start)
-        tensors = {"input_ids": input_ids}
+        positions = torch.tensor([last[i] for i in texts], dtype=torch.long)
+        tensors = {"input_ids": input_ids, "text_positions": positions}
         # From restarting positions, and no mask, transformers makes the block-diagonal mask itself.
         tensors.update({"position_ids": position_ids} if self.pack_length else {"attention_mask": attention_mask})
-        if (labels != -100).any():
-            tensors["labels"] = labels
+        label_positions = labels.flatten().ne(-100).nonzero()[:, 0]
+        if len(label_positions):
+            tensors.update(labels=labels, label_positions=label_positions)
         return tensors
-
-
-def _places(texts: list[int], pictures: list[int]) -> torch.Tensor:
-    """Where in the order of the texts each picture's own stands."""
-    place = {text: k for k, text in enumerate(texts)}
-    return torch.tensor([place[i] for i in pictures])
 
 
 def pack(lengths: Sequence[int], row_length: int) -> list[list[int]]:

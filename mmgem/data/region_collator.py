@@ -48,11 +48,11 @@ class RegionCollator(PairCollator):
         ids = self.processor.tokenizer(phrases, split_special_tokens=True)["input_ids"]
         if self.objective == "caption":
             prompt = [IMAGE_TOKEN] * self.processor.region_grid_size**2
-            sequences = self._captions(ids, prompt + [CAP_TOKEN] * self.processor.num_soft_prompts)
+            sequences, texts = self._captions(ids, prompt + [CAP_TOKEN] * self.processor.num_soft_prompts), []
         else:
-            sequences = self._sentences(ids)
+            sequences, texts = self._sentences(ids), list(range(len(ids)))
         batch = {
-            **self._tensors(sequences, [[i] for i in range(len(sequences))]),
+            **self._tensors(sequences, [[i] for i in range(len(sequences))], texts),
             "boxes": pad_sequence(boxes, batch_first=True),
             "region_mask": torch.arange(int(counts.max())) < counts[:, None],
             "pair_ids": torch.tensor([[digest(phrase.encode())] for phrase in phrases]),

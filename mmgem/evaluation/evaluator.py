@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..data.collator import PairCollator
+from ..data.collator import MODEL_INPUTS, PairCollator
 from ..data.pairs import PairDataset
 from ..data.scenes import ScenesDataset, parse_objects
 from ..modeling_mmgem import MMGEMModel
@@ -83,9 +83,9 @@ def held_out_caption_loss(
         pairs = [{**example, "caption": caption} for example in examples for caption in example["captions"]]
         for start in range(0, len(pairs), batch_size):
             batch = collate(pairs[start : start + batch_size])
-            inputs = {name: batch[name].to(model.device) for name in batch if name not in ("bad", "truncated")}
-            loss = float(model(**inputs, num_items_in_batch=1).caption_loss)
-            sums.append((loss, int((batch["labels"] != -100).sum())))
+            inputs = {name: batch[name].to(model.device) for name in MODEL_INPUTS if name in batch}
+            loss = float(model(**inputs, num_items_in_batch=1, logits_to_keep=1).caption_loss)
+            sums.append((loss, len(batch["label_positions"])))
     losses, tokens = zip(*gather_parts(sums))
     loss = sum(losses) / sum(tokens)
     if not math.isfinite(loss):

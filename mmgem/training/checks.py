@@ -26,7 +26,7 @@ def check_packing(model: MMGEMModel, accelerator: Accelerator) -> None:
     rows = torch.stack([ids.flatten(), ids.flip(0).flatten()])
     positions = torch.arange(8, device=model.device).repeat(2, 2)
     with accelerator.autocast():
-        alone: Any = model.get_text_features(ids)
+        alone: Any = model.get_text_features(ids, torch.ones_like(ids))
         packed: Any = model.get_text_features(rows, position_ids=positions)
     model.train(was_training)
     expected = alone.last_hidden_state.float()

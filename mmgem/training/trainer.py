@@ -15,7 +15,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 from transformers.utils import logging
 
-from ..data.collator import PairCollator
+from ..data.collator import MODEL_INPUTS, PairCollator
 from ..data.pairs import BadDataError, PairDataset
 from ..data.shards import ShardStream
 from ..evaluation.evaluator import evaluate_model
@@ -34,10 +34,6 @@ from .stream_progress import StreamProgress
 
 logger = logging.get_logger(__name__)
 
-MODEL_INPUTS = (
-    *("input_ids", "attention_mask", "position_ids", "labels"),
-    *("pixel_values", "patch_features", "boxes", "region_mask"),
-)
 DATA_BOUND = 1 / 3  # share of the time spent waiting for data from which on the log says so
 
 
@@ -192,8 +188,6 @@ class MMGEMTrainer(Trainer):
         model_inputs = {name: inputs[name] for name in MODEL_INPUTS if name in inputs}
         outputs = model(**model_inputs, num_items_in_batch=num_items_in_batch, return_loss=False, logits_to_keep=1)
         texts, images = outputs.text_embeds, outputs.image_embeds
-        if "text_index" in inputs:
-            texts = texts[inputs["text_index"]]
         if "region_mask" in inputs:
             images = images[inputs["region_mask"]]
         self._logit_scale = outputs.logit_scale.detach() if self.args.objective != "caption" else None

@@ -10,7 +10,7 @@ from transformers.models.clip import CLIPImageProcessorPil
 from transformers.models.siglip import SiglipImageProcessorPil
 
 from mmgem import MMGEMProcessor
-from mmgem.data.collator import PairCollator, pack
+from mmgem.data.collator import MODEL_INPUTS, PairCollator, pack
 from mmgem.modeling_mmgem import contrastive_loss
 from tests.conftest import CORPUS, make_model, make_picture
 
@@ -84,6 +84,14 @@ def sequences_of(batch, pad):
     return sequences
 
 
+def texts_of(batch, emb):
+    """The words in front of each [EMB] that `text_positions` names, in its order."""
+    row, end = batch["text_positions"] // 64, batch["text_positions"] % 64
+    assert batch["input_ids"][row, end].eq(emb).all()
+    start = end - batch["position_ids"][row, end]
+    return [batch["input_ids"][r, s + 1 : e].tolist() for r, s, e in zip(row, start, end)]
+
+
 def test_packed_rows_hold_the_same_sequences_and_say_which_belong_together(processor):
     captions = [*CORPUS, "snow", "a dog", "two people ride red bicycles on a beach on the mat"]
     padded = PairCollator(processor)(examples(captions))
@@ -96,7 +104,8 @@ def test_packed_rows_hold_the_same_sequences_and_say_which_belong_together(proce
     emb = processor.tokenizer.vocab["[EMB]"]
     texts = [sequence[1:-1] for sequence in found if sequence[-1] == emb]
     written = [sequence[3:-1] for sequence in found if sequence[-1] != emb]
-    assert [texts[i] for i in packed["text_index"]] == written
+    # Each text's [EMB], in the order of the captions.
+    assert texts_of(packed, emb) == written and sorted(texts) == sorted(written)
     # The pictures are those of the captions, in this order.
     order = [int(image_id) for image_id in packed["pair_ids"][:, 1]]
     assert written == [expected[i][1:-1] for i in order] and sorted(order) == list(range(len(captions)))
@@ -111,12 +120,10 @@ def test_packed_losses_and_gradients_equal_the_padded_ones(processor, objective,
     for pack_length in (0, 64, 128):
         batch = PairCollator(processor, objective, pack_length)(examples(CORPUS))
         model.zero_grad()
-        names = ("input_ids", "attention_mask", "position_ids", "pixel_values", "labels")
-        output = model(**{name: batch[name] for name in names if name in batch})
+        output = model(**{name: batch[name] for name in MODEL_INPUTS if name in batch})
         losses = [] if objective == "contrastive" else [output.caption_loss]
         if objective != "caption":
-            texts = output.text_embeds[batch["text_index"]]
-            losses.append(contrastive_loss(texts, output.image_embeds, output.logit_scale))
+            losses.append(contrastive_loss(output.text_embeds, output.image_embeds, output.logit_scale))
         loss = torch.stack(losses).sum()
         loss.backward()
         gradient = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
@@ -134,11 +141,9 @@ def test_mini_batches_are_the_batch_in_parts(processor):
     assert torch.equal(torch.cat([first["pair_ids"], second["pair_ids"]])[:, 1].sort().values, torch.arange(6))
     emb, pad = processor.tokenizer.vocab["[EMB]"], processor.tokenizer.pad_token_id
     for part in (first, second):
-        alone = sequences_of(part["sentences"], pad)
-        mixed = [sequence for sequence in sequences_of(part, pad) if sequence[-1] == emb]
-        assert all(sequence[-1] == emb for sequence in alone)
-        pairs = zip(part["sentences"]["text_index"], part["text_index"], strict=True)
-        assert all(alone[i] == mixed[j] for i, j in pairs)
+        alone, mixed = (texts_of(batch, emb) for batch in (part["sentences"], part))
+        assert alone == mixed and len(alone) == len(part["pixel_values"])
+        assert sorted(alone) == sorted(row[1:-1] for row in sequences_of(part["sentences"], pad))
 
 
 @pytest.mark.parametrize("image_processor", [CLIPImageProcessorPil, SiglipImageProcessorPil, BitImageProcessorPil])
