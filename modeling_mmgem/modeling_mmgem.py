@@ -272,7 +272,7 @@ class MMGEMModel(RegionAdapterMixin, CaptionGenerationMixin, PreTrainedModel):
         features, grid = self._patch_features(pixel_values)
         embeds = self._image_features(features, grid, boxes, masks)
         if region_mask is not None:
-            embeds = embeds * region_mask[..., None].to(embeds)
+            embeds = embeds * region_mask[..., None].to(embeds.device)
         return BaseModelOutputWithPooling(last_hidden_state=features, pooler_output=embeds)
 
     # ------------------------------------------------------------------- texts
@@ -426,7 +426,7 @@ class MMGEMModel(RegionAdapterMixin, CaptionGenerationMixin, PreTrainedModel):
         behind = torch.where(is_cap, length, index).flip(-1).cummin(-1).values.flip(-1)
         is_soft = is_cap & (behind - before - 1 == self.config.num_soft_prompts)
         soft = self.soft_prompts((index - before - 1).clamp(0, self.config.num_soft_prompts - 1))
-        return inputs_embeds + (soft * is_soft[..., None].to(soft)).to(inputs_embeds)
+        return inputs_embeds + (soft * is_soft[..., None].to(soft.device)).to(inputs_embeds.device)
 
     def _place_visual_tokens(
         self, inputs_embeds: torch.Tensor, input_ids: torch.Tensor, tokens: torch.Tensor
@@ -437,10 +437,12 @@ class MMGEMModel(RegionAdapterMixin, CaptionGenerationMixin, PreTrainedModel):
             is_image[..., None], tokens.to(inputs_embeds.device, inputs_embeds.dtype)
         )
 
-    def _are_sentences(self, input_ids: torch.Tensor) -> bool:
-        """CLIP's use of the model: [EMB] and no placeholder."""
+    def _may_be_prompts(self, input_ids: torch.Tensor) -> bool:
+        """False for CLIP's use of the model: [EMB] and no placeholder. A graph cannot branch on that, so it is True."""
+        if torch.compiler.is_compiling():
+            return True
         is_sentence = input_ids.eq(self.config.emb_token_id).any() & ~input_ids.eq(self.config.image_token_id).any()
-        return bool(is_sentence)
+        return not bool(is_sentence)
 
     def _check_placeholders(self, input_ids: torch.Tensor, tokens: int) -> None:
         placeholders = input_ids.eq(self.config.image_token_id).sum()
@@ -522,16 +524,12 @@ class MMGEMModel(RegionAdapterMixin, CaptionGenerationMixin, PreTrainedModel):
         if has_images:
             image_embeds = self._image_features(features, grid, boxes, masks)
             if region_mask is not None:
-                image_embeds = image_embeds * region_mask[..., None].to(image_embeds)
+                image_embeds = image_embeds * region_mask[..., None].to(image_embeds.device)
             image_embeds = unit_norm(image_embeds)
 
         if inputs_embeds is None and input_ids is not None:
             inputs_embeds = self._embed_tokens(input_ids)
-            # A graph cannot branch on what its inputs hold: it places visual tokens whether or not there are any.
-            has_prompts = labels is not None or (
-                text_positions is None and (torch.compiler.is_compiling() or not self._are_sentences(input_ids))
-            )
-            if has_images and has_prompts:
+            if has_images and (labels is not None or (text_positions is None and self._may_be_prompts(input_ids))):
                 tokens = self._visual_tokens(features, grid, boxes, masks, region_mask)
                 if label_positions is None:
                     self._check_placeholders(input_ids, len(tokens))

@@ -39,6 +39,7 @@ def classification_metrics(
     Raises:
         ValueError: for scores that are not finite, or a label that is no class.
     """
+    scores, labels = scores.cpu(), labels.cpu()
     bad = (~scores.isfinite()).any(-1).nonzero().flatten().tolist()
     if bad:
         raise ValueError(f"The scores of {len(bad)} of {len(scores)} pictures, first of number {bad[0]}, hold NaN.")

@@ -39,7 +39,7 @@ def retrieval_metrics(
         ValueError: for embeddings that are not finite (a NaN would rank first) or not of unit norm, or a text or
             picture without another that is right.
     """
-    texts, images = text_embeds.float(), image_embeds.float()
+    texts, images = text_embeds.float(), image_embeds.to(text_embeds.device).float()
     for side, embeds in (("text", texts), ("image", images)):
         bad = (~embeds.isfinite()).any(-1).nonzero().flatten().tolist()
         if bad:
@@ -54,7 +54,7 @@ def retrieval_metrics(
                 f"{len(wrong)} of {len(embeds)} {side} embeddings are not of unit norm: number {wrong[0]} has "
                 f"{norms[wrong[0]]:.4g}; divide each by its norm."
             )
-    pairs = text_to_image
+    pairs = text_to_image.to(texts.device)
     if pairs.ndim == 1:
         if len(pairs) != len(texts):
             raise ValueError(f"text_to_image names a picture for {len(pairs)} of {len(texts)} texts.")
