@@ -45,11 +45,20 @@ class RegionAdapterMixin:
     def base_signature(self: Any) -> torch.Tensor | None:
         """
         One weight each of 64 matrices spread over ViT, h1 and language model, `(64,)` float32; two models that were
-        trained apart do not share them. None where weights are not at hand (offloaded, or in 8 or 4 bits).
+        trained apart do not share them. None where weights are not at hand (offloaded, sharded, or in 8 or 4 bits).
+        Matrices that other adapters (LoRA) put beside the base's do not count.
         """
         modules = (self.vision_model, self.visual_projection, self.language_model)
-        matrices = [parameter for module in modules for parameter in module.parameters() if parameter.ndim > 1]
-        if any(matrix.is_meta or not matrix.is_floating_point() for matrix in matrices):
+        of_adapters = {"modules_to_save"}
+        for module in self.modules():
+            of_adapters.update(getattr(module, "adapter_layer_names", ()))
+        matrices = [
+            parameter
+            for module in modules
+            for name, parameter in module.named_parameters()
+            if parameter.ndim > 1 and of_adapters.isdisjoint(name.split("."))
+        ]
+        if any(m.is_meta or not m.is_floating_point() or hasattr(m, "full_tensor") for m in matrices):
             return None
         chosen = [matrices[i * len(matrices) // SIGNATURE_SIZE] for i in range(SIGNATURE_SIZE)]
         places = [(i * 7919) % matrix.numel() for i, matrix in enumerate(chosen)]

@@ -153,6 +153,9 @@ class MMGEMModel(RegionAdapterMixin, CaptionGenerationMixin, PreTrainedModel):
         name = next(name for name, module in self.language_model.named_modules() if module is embeddings)
         self._tied_weights_keys = {"lm_head.weight": f"language_model.{name}.weight"}
         self.post_init()
+        # CLIP's list names its text tower too, which FSDP would look for here.
+        present = {type(module).__name__ for module in self.modules()}
+        self._no_split_modules = [name for name in self._no_split_modules or () if name in present]
 
     @classmethod
     def from_vision_text_pretrained(cls, vision: str, text: str, **kwargs: Any) -> "MMGEMModel":
@@ -433,9 +436,7 @@ class MMGEMModel(RegionAdapterMixin, CaptionGenerationMixin, PreTrainedModel):
     ) -> torch.Tensor:
         """V_in at the `<image>` placeholders."""
         is_image = input_ids.eq(self.config.image_token_id).to(inputs_embeds.device)
-        return inputs_embeds.masked_scatter(
-            is_image[..., None], tokens.to(inputs_embeds.device, inputs_embeds.dtype)
-        )
+        return inputs_embeds.masked_scatter(is_image[..., None], tokens.to(inputs_embeds.device, inputs_embeds.dtype))
 
     def _may_be_prompts(self, input_ids: torch.Tensor) -> bool:
         """False for CLIP's use of the model: [EMB] and no placeholder. A graph cannot branch on that, so it is True."""

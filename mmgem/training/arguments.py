@@ -281,6 +281,9 @@ class MMGEMTrainingArguments(TrainingArguments):
         switch = str(self.resume_from_checkpoint).lower()
         if switch in ("true", "false"):
             self.resume_from_checkpoint = True if switch == "true" else None  # type: ignore[assignment]
+        if self.ddp_find_unused_parameters is None:
+            # What an objective does not reach is frozen, so there is nothing to search for after every forward.
+            self.ddp_find_unused_parameters = False
         super().__post_init__()
         self.remove_unused_columns = False
         self.dataloader_drop_last = True  # a ragged last batch would change the number of negatives

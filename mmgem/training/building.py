@@ -46,7 +46,8 @@ def build_model_and_processor(
     """
     if arguments.init_from is not None:
         _own_config(arguments.init_from)
-        model = MMGEMModel.from_pretrained(arguments.init_from)
+        # A checkpoint in 16 bits too: steps that are small against a weight would be rounded away.
+        model = MMGEMModel.from_pretrained(arguments.init_from, dtype=torch.float32)
         processor = MMGEMProcessor.from_pretrained(arguments.init_from)
         for name in ("auto_map", "custom_pipelines"):
             vars(model.config).pop(name, None)  # of an export: the code that they name does not come along

@@ -40,6 +40,19 @@ def check_packing(model: MMGEMModel, accelerator: Accelerator) -> None:
         )
 
 
+def check_precision(model: torch.nn.Module) -> None:
+    """
+    Raises:
+        ValueError: for trained weights in 16 bits, in which most steps of an optimizer are rounded away.
+    """
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and parameter.dtype in (torch.float16, torch.bfloat16):
+            raise ValueError(
+                f"{name} is to be trained, but it is {parameter.dtype}, in which small steps of the optimizer are "
+                "rounded away. Load the model with dtype=torch.float32, and pass bf16=True to compute in 16 bits."
+            )
+
+
 def check_parallelism(args: MMGEMTrainingArguments, fsdp_version: int = 0, deepspeed: bool = False) -> None:
     """
     Refuses what would not train on the gradients of the whole batch, or not at all. `fsdp_version` 0 is none.

@@ -113,7 +113,8 @@ class RegionTrainer(MMGEMTrainer):
         """What [`evaluate_regions`] computes for this adapter; every process does its part."""
         dataset: Any = self.eval_dataset if eval_dataset is None else eval_dataset
         batch_size = self.args.per_device_eval_batch_size
-        metrics = evaluate_regions(self._base(), self.processor, dataset, self.args.stage, batch_size)[0]
+        with self.accelerator.autocast():  # as training computes, outside of forward too
+            metrics = evaluate_regions(self._base(), self.processor, dataset, self.args.stage, batch_size)[0]
         return self._log_metrics(metrics, metric_key_prefix)
 
     def _base(self) -> Any:

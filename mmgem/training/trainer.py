@@ -24,9 +24,10 @@ from ..modeling_mmgem import MMGEMModel, contrastive_loss
 from ..processing import MMGEMProcessor
 from .arguments import MMGEMTrainingArguments
 from .checkpoints import find_checkpoint, writing
-from .checks import check_packing, check_parallelism
+from .checks import check_packing, check_parallelism, check_precision
 from .gathering import GatherWithGradient
 from .gradient_cache import Embeddings, cached_backward, refuse_dropout
+from .fsdp import keep_temperature_in_float32
 from .lora import add_lora
 from .stages import freeze_parameters, make_optimizer
 from .stream_progress import StreamProgress
@@ -86,8 +87,10 @@ class MMGEMTrainer(Trainer):
         sizes = (processor.image_processor.size, getattr(processor.image_processor, "crop_size", None) or {})
         sides = [size.get(name) or 0 for size in sizes for name in ("shortest_edge", "height", "width")]
         train_dataset.least_side = max(sides) if processor.image_processor.do_resize else 0
+        trained = self.make_trainable(model, args, processor)
+        check_precision(trained)
         super().__init__(
-            model=self.make_trainable(model, args, processor),  # type: ignore[arg-type]
+            model=trained,  # type: ignore[arg-type]
             args=args,
             data_collator=self.make_collator(processor, args, pack_length),
             train_dataset=train_dataset,
@@ -97,6 +100,8 @@ class MMGEMTrainer(Trainer):
         )
         fsdp_version = self.accelerator.state.fsdp_plugin.fsdp_version if self.is_fsdp_enabled else 0
         check_parallelism(args, fsdp_version, self.is_deepspeed_enabled)
+        if fsdp_version:
+            keep_temperature_in_float32(model, self.accelerator)
         self.processor = processor
         self.max_bad_fraction = max_bad_fraction
         self.loss_is_scaled_for_ga = True
@@ -366,10 +371,12 @@ class MMGEMTrainer(Trainer):
         """Retrieval and held-out L_Gen, and what `--evaluation_config` asks for; every process does its part."""
         dataset: Any = self.eval_dataset if eval_dataset is None else eval_dataset
         model = self.accelerator.unwrap_model(self.model)
-        metrics = evaluate_model(model, self.processor, dataset, self.args.per_device_eval_batch_size)[0]
-        if self.args.evaluation_config:
-            for section in run_tasks(model, self.processor, self.args.evaluation):
-                metrics.update({f"suite_{name}": value for name, value in section.metrics.items()})
+        # Trainer's autocast covers forward alone; get_embedding and generate are to compute as training does.
+        with self.accelerator.autocast():
+            metrics = evaluate_model(model, self.processor, dataset, self.args.per_device_eval_batch_size)[0]
+            if self.args.evaluation_config:
+                for section in run_tasks(model, self.processor, self.args.evaluation):
+                    metrics.update({f"suite_{name}": value for name, value in section.metrics.items()})
         return self._log_metrics(metrics, metric_key_prefix)
 
     def _log_metrics(self, metrics: dict[str, float], metric_key_prefix: str) -> dict[str, float]:

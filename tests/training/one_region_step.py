@@ -14,9 +14,9 @@ from mmgem.data.regions import RegionDataset
 from mmgem.data.scenes import ScenesDataset
 from mmgem.data.tokenizer import train_tokenizer
 from mmgem.processing import to_mmgem_tokenizer
-from mmgem.training.arguments import MMGEMTrainingArguments
 from mmgem.training.region_trainer import RegionTrainer
 from tests.conftest import CORPUS, make_model
+from tests.training.sharding import training_arguments, whole
 
 
 PICTURES = 8
@@ -29,14 +29,15 @@ class Sequential(RegionTrainer):
         return torch.utils.data.SequentialSampler(self.train_dataset)
 
 
-def main(stage: str, cache_features: bool, folder: Path) -> None:
+def main(strategy: str, stage: str, cache_features: bool, folder: Path) -> None:
     torch.set_num_threads(1)
     image_processor = CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
     processor = MMGEMProcessor(image_processor, to_mmgem_tokenizer(train_tokenizer(CORPUS, 320)), max_length=200)
     model = make_model(processor)
     # 1 to 4 objects: processes have different numbers of regions.
     dataset = RegionDataset(ScenesDataset("train", PICTURES, 32), max_regions=4, whole_image_weight=0.5)
-    args = MMGEMTrainingArguments(
+    args = training_arguments(
+        strategy,
         output_dir=str(folder),
         stage=stage,
         cache_features=cache_features,
@@ -56,10 +57,11 @@ def main(stage: str, cache_features: bool, folder: Path) -> None:
 
     class Keep(TrainerCallback):
         def on_pre_optimizer_step(self, args, state, control, **kwargs):
-            gradients.update({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+            gradients.update({n: whole(p.grad) for n, p in model.named_parameters() if p.grad is not None})
 
     trainer.add_callback(Keep())
     trainer.train()
+    trainer.save_model(str(folder / "saved"))
     if int(os.environ["RANK"]) == 0:
         world_size = dist.get_world_size() if dist.is_initialized() else 1
         loss = torch.tensor(next(entry["loss"] for entry in trainer.state.log_history if "loss" in entry))
@@ -68,4 +70,4 @@ def main(stage: str, cache_features: bool, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2] == "cached", Path(sys.argv[3]))
+    main(sys.argv[1], sys.argv[2], sys.argv[3] == "cached", Path(sys.argv[4]))

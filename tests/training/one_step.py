@@ -15,9 +15,9 @@ from mmgem.data.pairs import PairDataset
 from mmgem.data.scenes import ScenesDataset
 from mmgem.data.tokenizer import train_tokenizer
 from mmgem.processing import to_mmgem_tokenizer
-from mmgem.training.arguments import MMGEMTrainingArguments
 from mmgem.training.trainer import MMGEMTrainer
 from tests.conftest import CORPUS, make_model
+from tests.training.sharding import training_arguments, whole
 
 
 PAIRS = 16
@@ -31,7 +31,7 @@ class Sequential(MMGEMTrainer):
         return torch.utils.data.SequentialSampler(self.train_dataset)
 
 
-def main(accumulation_steps: int, mini_batch_size: int, folder: Path) -> None:
+def main(strategy: str, accumulation_steps: int, mini_batch_size: int, folder: Path) -> None:
     torch.set_num_threads(1)
     world_size = int(os.environ["WORLD_SIZE"])
     image_processor = CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
@@ -40,7 +40,8 @@ def main(accumulation_steps: int, mini_batch_size: int, folder: Path) -> None:
     dataset = PairDataset(ScenesDataset("train", PAIRS, 32))  # 1 to 4 objects: captions of very different lengths
     micro_batch = PAIRS // accumulation_steps
     expected_loss = reference_loss(model, processor, dataset, micro_batch)
-    args = MMGEMTrainingArguments(
+    args = training_arguments(
+        strategy,
         output_dir=str(folder),
         per_device_train_batch_size=micro_batch // world_size,
         gradient_accumulation_steps=accumulation_steps,
@@ -62,17 +63,19 @@ def main(accumulation_steps: int, mini_batch_size: int, folder: Path) -> None:
 
     class Keep(TrainerCallback):
         def on_pre_optimizer_step(self, args, state, control, **kwargs):
-            gradients.update({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+            gradients.update({n: whole(p.grad) for n, p in model.named_parameters() if p.grad is not None})
 
     trainer.add_callback(Keep())
     trainer.train()
+    trainer.save_model(str(folder / "saved"))
     if int(os.environ["RANK"]) == 0:
-        loss = next(entry["loss"] for entry in trainer.state.log_history if "loss" in entry)
+        log = next(entry for entry in trainer.state.log_history if "loss" in entry)
         torch.save(
             {
                 "gradients": gradients,
                 "world_size": dist.get_world_size() if dist.is_initialized() else 1,
-                "loss": torch.tensor(loss),
+                "loss": torch.tensor(log["loss"]),
+                "tau": torch.tensor(log["tau"]),
                 "expected_loss": expected_loss,
             },
             folder / "gradients.pt",
@@ -97,4 +100,4 @@ def reference_loss(model, processor, dataset, micro_batch: int) -> torch.Tensor:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))
+    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4]))

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 
 ROOT = Path(__file__).parents[2]
@@ -18,8 +19,8 @@ def single_process_gradients(tmp_path_factory):
     return {steps: run(1, steps, tmp_path_factory.mktemp("single")) for steps in (1, 4)}
 
 
-def run(processes, accumulation_steps, folder, mini_batch_size=0):
-    return launch(processes, "one_step.py", accumulation_steps, mini_batch_size, folder)
+def run(processes, accumulation_steps, folder, mini_batch_size=0, strategy="ddp"):
+    return launch(processes, "one_step.py", strategy, accumulation_steps, mini_batch_size, folder)
 
 
 def launch(processes, script, *arguments):
@@ -31,7 +32,7 @@ def launch(processes, script, *arguments):
     assert result.returncode == 0, result.stderr[-3000:]
     saved = torch.load(folder / "gradients.pt", weights_only=True)
     assert saved["world_size"] == processes
-    return saved
+    return {**saved, "weights": load_file(next((folder / "saved").glob("*.safetensors")))}
 
 
 @pytest.mark.parametrize("accumulation_steps", [1, 4])
@@ -54,14 +55,35 @@ def test_gradient_cache_equals_the_whole_batch(
 @pytest.mark.parametrize("stage", ["region-caption", "region-retrieval"])
 def test_stage_2_equals_the_single_process_whatever_number_of_regions_each_has(stage, tmp_path):
     """Also with the patch features in a file that the processes share."""
-    expected = launch(1, "one_region_step.py", stage, "plain", tmp_path)
-    actual = launch(2, "one_region_step.py", stage, "cached", tmp_path)
+    expected = launch(1, "one_region_step.py", "ddp", stage, "plain", tmp_path)
     assert len(expected["gradients"]) == (3 if stage == "region-caption" else 2)
-    assert_equal(actual, expected)
-    torch.testing.assert_close(actual["loss"], expected["loss"], atol=1e-4, rtol=1e-5)
+    for strategy, features in (("ddp", "cached"), ("fsdp", "plain")):
+        actual = launch(2, "one_region_step.py", strategy, stage, features, tmp_path)
+        assert_equal(actual, expected)
+        torch.testing.assert_close(actual["loss"], expected["loss"], atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("accumulation_steps", "mini_batch_size"), [(1, 0), (4, 0), (1, 3)])
+def test_sharded_model_equals_the_single_process(
+    single_process_gradients, accumulation_steps, mini_batch_size, tmp_path
+):
+    actual = run(2, accumulation_steps, tmp_path, mini_batch_size, "fsdp")
+    assert_equal(actual, single_process_gradients[accumulation_steps])
+
+
+def test_temperature_of_a_sharded_model_in_16_bits_is_float32(single_process_gradients, tmp_path):
+    """In bfloat16 1 / tau = 14.29 is 14.25, and tau 0.07018."""
+    actual = run(2, 1, tmp_path, strategy="fsdp-bf16")
+    assert actual["tau"] == single_process_gradients[1]["tau"] == pytest.approx(0.07, abs=1e-6)
+    torch.testing.assert_close(actual["loss"], actual["expected_loss"], rtol=0.01, atol=0)
+    assert {w.dtype for w in actual["weights"].values() if w.is_floating_point()} == {torch.float32}
 
 
 def assert_equal(actual, expected):
+    assert actual["weights"].keys() == expected["weights"].keys()
+    for name, weight in expected["weights"].items():
+        # One step of AdamW at 1e-6 in the direction of gradients that differ by rounding.
+        torch.testing.assert_close(actual["weights"][name], weight, rtol=0, atol=2.1e-5)
     assert actual["gradients"].keys() == expected["gradients"].keys() and actual["gradients"]
     for name, gradient in expected["gradients"].items():
         scale = gradient.abs().max()
