@@ -40,9 +40,9 @@ def from_vision_text_pretrained(
         ValueError: for a vision tower or language model that could not be rebuilt exactly, by name.
     """
     vision_config = vision_config_of(vision)  # refuses a tower before the language model is loaded
-    causal_lm = AutoModelForCausalLM.from_pretrained(text, dtype=dtype, attn_implementation=attn_implementation)
+    causal_lm = AutoModelForCausalLM.from_pretrained(text, dtype=dtype)
     dtype = causal_lm.dtype
-    vision_model = _load_vision_tower(vision, vision_config, image_size, dtype, attn_implementation)
+    vision_model = _load_vision_tower(vision, vision_config, image_size, dtype)
     old_tokenizer = AutoTokenizer.from_pretrained(text)
     old_vocabulary = old_tokenizer.get_vocab()
     tokenizer = to_mmgem_tokenizer(old_tokenizer)
@@ -71,6 +71,8 @@ def from_vision_text_pretrained(
             module.to(dtype).to_empty(device=causal_lm.device)
             model._init_weights(module)
     model.tie_weights()
+    if attn_implementation is not None:
+        model.set_attn_implementation(attn_implementation)
     configure_generation(model, tokenizer)
 
     with torch.no_grad():
@@ -113,10 +115,8 @@ def vision_config_of(vision: str) -> Any:
     return config
 
 
-def _load_vision_tower(
-    vision: str, config: Any, image_size: int | None, dtype: torch.dtype, attn_implementation: str | None
-) -> PreTrainedModel:
-    options = {"dtype": dtype, "attn_implementation": attn_implementation, **_without_pooler(config)}
+def _load_vision_tower(vision: str, config: Any, image_size: int | None, dtype: torch.dtype) -> PreTrainedModel:
+    options = {"dtype": dtype, **_without_pooler(config)}
     model, info = AutoModel.from_pretrained(vision, config=config, output_loading_info=True, **options)
     if missing := info["missing_keys"]:
         raise ValueError(f"{vision} lacks weights of its vision tower: {', '.join(sorted(missing)[:5])}.")

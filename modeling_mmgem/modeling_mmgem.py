@@ -358,16 +358,18 @@ class MMGEMModel(RegionAdapterMixin, CaptionGenerationMixin, PreTrainedModel):
         **kwargs: Any,
     ) -> Any:
         kwargs.setdefault("use_cache", False)
-        length = inputs_embeds.shape[1]
-        if attention_mask is not None and attention_mask.ndim == 2:
-            if position_ids is None:  # tables of positions (GPT-2, OPT) would count padding on the left
-                position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
-            length = attention_mask.shape[1]
-        if self._max_positions is not None and length > self._max_positions:
-            raise ValueError(
-                f"A row has {length} tokens, but '{self.config.text_config.model_type}' has positions for "
-                f"{self._max_positions} only. Truncate the text (max_length), or generate less."
-            )
+        length, cache = inputs_embeds.shape[1], kwargs.get(CACHE_NAME)
+        may_be_too_long = position_ids is None or cache is not None  # those of packed rows restart
+        if attention_mask is not None and attention_mask.ndim == 2 and position_ids is None:
+            # Tables of positions (GPT-2, OPT) would count padding on the left.
+            position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
+        if self._max_positions is not None and may_be_too_long and not torch.compiler.is_compiling():
+            length += 0 if cache is None else int(cache.get_seq_length())
+            if length > self._max_positions:
+                raise ValueError(
+                    f"A row has {length} tokens, but '{self.config.text_config.model_type}' has positions for "
+                    f"{self._max_positions} only. Truncate the text (max_length), or generate less."
+                )
         return self.language_model(
             inputs_embeds=inputs_embeds, attention_mask=attention_mask, position_ids=position_ids, **kwargs
         )
@@ -439,7 +441,7 @@ class MMGEMModel(RegionAdapterMixin, CaptionGenerationMixin, PreTrainedModel):
         return inputs_embeds.masked_scatter(is_image[..., None], tokens.to(inputs_embeds.device, inputs_embeds.dtype))
 
     def _may_be_prompts(self, input_ids: torch.Tensor) -> bool:
-        """False for CLIP's use of the model: [EMB] and no placeholder. A graph cannot branch on that, so it is True."""
+        """False for CLIP's use of the model: [EMB] and no placeholder. A graph cannot branch on that."""
         if torch.compiler.is_compiling():
             return True
         is_sentence = input_ids.eq(self.config.emb_token_id).any() & ~input_ids.eq(self.config.image_token_id).any()

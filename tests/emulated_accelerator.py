@@ -1,8 +1,8 @@
 """
 An accelerator with two devices, `pretend:1` and `pretend:2`, made of the CPU.
 
-A tensor on it holds a CPU tensor. Each operation runs on the CPU, is refused where its tensors sit on different devices,
-and is counted where a real accelerator would make the host wait for it.
+A tensor on it holds a CPU tensor. Each operation runs on the CPU, is refused where its tensors sit on different
+devices, and is counted where a real accelerator would make the host wait for it.
 
 Import this module before anything is trained: autograd counts the devices once. torch gives a backend in Python one
 device, so that in C++ all tensors are on `pretend:0`; what an operation makes there inside belongs anywhere.

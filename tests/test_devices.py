@@ -4,18 +4,13 @@ import numpy as np
 import pytest
 import torch
 from accelerate import dispatch_model
-from accelerate.state import AcceleratorState, PartialState
-from datasets import Dataset
+from accelerate.state import AcceleratorState
 
-from mmgem.data.collator import PairCollator
 from mmgem.data.pairs import PairDataset
 from mmgem.data.scenes import ScenesDataset
-from mmgem.evaluation.arguments import EvaluationArguments
-from mmgem.evaluation.tasks import run_tasks
 from mmgem.modeling_mmgem.adapters_mmgem import REGION_ADAPTERS
 from mmgem.training.arguments import MMGEMTrainingArguments
 from mmgem.training.region_adapters import add_region_adapter
-from mmgem.training.region_trainer import RegionTrainer
 from mmgem.training.trainer import MMGEMTrainer
 from tests import emulated_accelerator
 from tests.conftest import make_model, make_picture

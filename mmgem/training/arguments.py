@@ -34,6 +34,9 @@ class ModelArguments:
     image_size: int | None = field(
         default=None, metadata={"help": "Pixels per side; position embeddings are interpolated where it is new."}
     )
+    attn_implementation: str | None = field(
+        default=None, metadata={"help": "Attention of both towers: sdpa (default), eager, flash_attention_2, …"}
+    )
     projection_dim: int = field(default=512, metadata={"help": "D, the size of the embedding space."})
     region_grid_size: int | None = field(
         default=None, metadata={"help": "k: a region becomes k x k visual tokens; by default the checkpoint's own."}

@@ -42,8 +42,20 @@ def build_model_and_processor(
     the training captions.
 
     Raises:
-        ValueError: where `init_from` is a checkpoint of another model type.
+        ValueError: where `init_from` is a checkpoint of another model type, or for an attention that is not there.
     """
+    model, processor = _build(arguments, train_dataset, max_length)
+    if arguments.attn_implementation is not None:
+        try:
+            model.set_attn_implementation(arguments.attn_implementation)
+        except (ImportError, ValueError) as error:
+            raise ValueError(f"--attn_implementation {arguments.attn_implementation}: {error}") from error
+    return model, processor
+
+
+def _build(
+    arguments: ModelArguments, train_dataset: PairDataset | ShardStream, max_length: int
+) -> tuple[MMGEMModel, MMGEMProcessor]:
     if arguments.init_from is not None:
         _own_config(arguments.init_from)
         # A checkpoint in 16 bits too: steps that are small against a weight would be rounded away.

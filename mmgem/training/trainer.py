@@ -25,9 +25,9 @@ from ..processing import MMGEMProcessor
 from .arguments import MMGEMTrainingArguments
 from .checkpoints import find_checkpoint, writing
 from .checks import check_packing, check_parallelism, check_precision
+from .fsdp import keep_temperature_in_float32
 from .gathering import GatherWithGradient
 from .gradient_cache import Embeddings, cached_backward, refuse_dropout
-from .fsdp import keep_temperature_in_float32
 from .lora import add_lora
 from .stages import freeze_parameters, make_optimizer
 from .stream_progress import StreamProgress

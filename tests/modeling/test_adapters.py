@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, inject_adapter_in_model
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import AutoModel
@@ -286,3 +286,27 @@ def test_prompts_that_nothing_was_trained_for_are_warned_of(folder, base, proces
     assert not messages
     base.generate(**whole, max_new_tokens=2)
     assert "stage 1's prompt" in messages.pop() and not messages
+
+
+@pytest.mark.parametrize("lora_first", [True, False])
+def test_beside_the_users_own_lora(folder, processor, lora_first, base):
+    """Their matrices lie among those of the base; the adapter knows it all the same."""
+    plain = load_both(MMGEMModel.from_pretrained(folder / "base").eval(), folder)
+    plain.set_adapter(list(REGION_ADAPTERS))
+    expected = everything(plain, processor, 2)
+    lora = LoraConfig(r=2, target_modules=["q_proj", "v_proj"])
+    for step in (lora_first, not lora_first):
+        if step:
+            inject_adapter_in_model(lora, base, "own")
+            base.peft_config = {**getattr(base, "peft_config", {}), "own": lora}
+            base._hf_peft_config_loaded = True
+        else:
+            load_both(base, folder)
+    base.set_adapter(["own", *REGION_ADAPTERS])
+    for name, value in everything(base, processor, 2).items():
+        torch.testing.assert_close(value, expected[name])  # LoRA starts at zero
+    with torch.no_grad():
+        for name, parameter in base.named_parameters():
+            if "lora_B" in name:
+                parameter.add_(1)
+    assert not same(everything(base, processor, 2), expected) & {"text", "caption", "of"}

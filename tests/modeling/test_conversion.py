@@ -1,7 +1,11 @@
 """Two checkpoints on disk become one MM-GEM whose language model is still the original."""
 
+import weakref
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
 from transformers import (
     CLIPConfig,
     CLIPModel,
@@ -118,6 +122,54 @@ def test_logits_equal_the_original_language_model(name, tie, vision, base_tokeni
     loaded = MMGEMModel.from_pretrained(tmp_path / "out").eval()
     with torch.no_grad():
         torch.testing.assert_close(loaded(ids).logits[..., :size], expected, atol=1e-5, rtol=1e-5)
+
+
+class PeakOfNewMemory(TorchDispatchMode):
+    """Bytes of the storages that operations of this thread make, at most at a time."""
+
+    def __init__(self):
+        super().__init__()
+        self.live, self.peak, self.seen = 0, 0, set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_iter(out):
+            if isinstance(tensor, torch.Tensor) and tensor.device.type == "cpu":
+                storage = tensor.untyped_storage()
+                if storage._cdata not in self.seen:
+                    self.seen.add(storage._cdata)
+                    self.live += storage.nbytes()
+                    weakref.finalize(storage, self.release, storage._cdata, storage.nbytes())
+        self.peak = max(self.peak, self.live)
+        return out
+
+    def release(self, key, size):
+        self.seen.discard(key)
+        self.live -= size
+
+
+def test_towers_are_taken_over_not_copied(vision, base_tokenizer, tmp_path):
+    wide = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 4}
+    save_language_model(tmp_path, "llama", base_tokenizer, **wide)
+    with PeakOfNewMemory() as memory:
+        model = MMGEMModel.from_vision_text_pretrained(vision, str(tmp_path))
+    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    assert memory.peak < 1.4 * size
+    assert model.config.text_config is model.language_model.config
+    assert model.config.vision_config is model.vision_model.config
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, "auto"])
+def test_dtype_and_attention_of_both_towers(vision, base_tokenizer, tmp_path, dtype):
+    text = str(tmp_path / "text")
+    save_language_model(text, "llama", base_tokenizer).to(torch.bfloat16).save_pretrained(text)
+    model = MMGEMModel.from_vision_text_pretrained(vision, text, dtype=dtype, attn_implementation="eager")
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16} == {model.dtype}
+    towers = (model.vision_model, model.language_model)
+    assert {tower.config._attn_implementation for tower in towers} == {"eager"}
+    model.save_pretrained(tmp_path / "saved")
+    assert MMGEMModel.from_pretrained(tmp_path / "saved").dtype == torch.bfloat16
+    assert MMGEMModel.from_vision_text_pretrained(vision, text).dtype == torch.float32
 
 
 def test_whole_model_generates_and_embeds(vision, base_tokenizer, tmp_path):

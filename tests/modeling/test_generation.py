@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import pipeline
+from transformers import CompileConfig, pipeline
 
 from mmgem import MMGEMModel, MMGEMProcessor
 from mmgem.modeling_mmgem import generation_mmgem
@@ -184,3 +184,38 @@ def test_pipelines_of_the_library(model, processor):
     with torch.no_grad():
         embedding = model.get_embedding(**processor(images=pictures[:1], return_tensors="pt"))
     torch.testing.assert_close(torch.tensor(extract(pictures[0])), embedding)
+
+
+def test_decoding_with_a_static_cache_is_one_graph(model, processor):
+    inputs = prompts(processor)
+    options = {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False}
+    expected = model.generate(**inputs, **options)
+    compile_config = CompileConfig(fullgraph=True, backend="aot_eager", mode=None)
+    compile_config._compile_all_devices = True  # transformers compiles on accelerators alone
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    found = model.generate(**inputs, **options, cache_implementation="static", compile_config=compile_config)
+    assert torch.equal(found, expected)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+def test_hidden_states_and_attentions_of_generate(model, processor):
+    inputs = prompts(processor)
+    model.set_attn_implementation("eager")
+    output = model.generate(
+        **inputs,
+        max_new_tokens=3,
+        do_sample=False,
+        return_dict_in_generate=True,
+        output_hidden_states=True,
+        output_attentions=True,
+    )
+    layers, start = model.config.text_config.num_hidden_layers, inputs["input_ids"].shape[1]
+    assert len(output.hidden_states) == len(output.attentions) == output.sequences.shape[1] - start
+    assert {len(step) for step in output.hidden_states} == {layers + 1}
+    assert {len(step) for step in output.attentions} == {layers}
+    # What the head reads at each step.
+    logits = model._logits(output.hidden_states[1][-1][:, -1])
+    assert torch.equal(logits.argmax(-1), output.sequences[:, start + 1])
+    states = model(**inputs, output_hidden_states=True).hidden_states
+    torch.testing.assert_close(states[-1], output.hidden_states[0][-1])

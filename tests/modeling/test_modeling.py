@@ -285,3 +285,37 @@ def test_config_holds_no_machine_paths(model, tmp_path):
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["model_type"] == "mmgem" and config["architectures"] == ["MMGEMModel"]
     assert str(tmp_path) not in json.dumps(config)
+
+
+TABLES = {
+    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "max_position_embeddings": 24},
+    "opt": {"ffn_dim": 64, "word_embed_proj_dim": 32, "max_position_embeddings": 24},
+}
+
+
+@pytest.mark.parametrize("language_model", ["llama", *TABLES])
+def test_padding_changes_nothing_wherever_it_is_with_a_mask_or_without(processor, language_model):
+    """Absolute positions (GPT-2, OPT) count from the first token of the text, not of the row."""
+    model = make_model(processor, model_type=language_model, **TABLES.get(language_model, {}))
+    texts = ["a dog on a beach", "snow"]
+    expected = torch.cat([model.get_embedding(**processor(text=[t], return_tensors="pt")) for t in texts])
+    for side in ("left", "right"):
+        inputs = processor(text=texts, padding_side=side, return_tensors="pt")
+        assert not inputs["attention_mask"].all()
+        for given in (inputs, {"input_ids": inputs["input_ids"]}):
+            torch.testing.assert_close(model.get_embedding(**given), expected, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(model(**given).text_embeds, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("language_model", TABLES)
+def test_rows_longer_than_the_table_of_positions_are_refused(processor, language_model):
+    model = make_model(processor, model_type=language_model, **TABLES[language_model])
+    inputs = processor(text=["a dog on a beach " * 9], max_length=40, return_tensors="pt")
+    with pytest.raises(ValueError, match=rf"40 tokens, but '{language_model}' has positions for 24 only"):
+        model.get_embedding(**inputs)
+    packed = torch.arange(40)[None] % 20
+    with torch.no_grad():
+        model(input_ids=torch.full((1, 40), 5), position_ids=packed)
+    prompt = processor(images=[make_picture(0)], task="caption", return_tensors="pt")
+    with pytest.raises(ValueError, match="25 tokens, but"):
+        model.generate(**prompt, max_new_tokens=40, min_new_tokens=40)

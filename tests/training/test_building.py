@@ -8,6 +8,7 @@ from mmgem.data.pairs import PairDataset
 from mmgem.data.scenes import ScenesDataset
 from mmgem.training.arguments import ModelArguments
 from mmgem.training.building import build_model_and_processor
+from tests.conftest import make_model
 
 
 TOWERS = {
@@ -62,3 +63,16 @@ def test_projections_and_head_keep_the_variance():
     model, _, _ = build("siglip_vision_model")
     for module in (model.visual_projection, model.text_projection, model.lm_head):
         assert module.weight.std().item() == pytest.approx(32**-0.5, rel=0.1)
+
+
+def test_attention_of_both_towers_is_chosen(processor, tmp_path):
+    make_model(processor).save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    dataset = PairDataset(ScenesDataset("train", 4, 32))
+    arguments = ModelArguments(init_from=str(tmp_path), attn_implementation="eager")
+    model, _ = build_model_and_processor(arguments, dataset, max_length=30)
+    towers = (model.vision_model, model.language_model)
+    assert {tower.config._attn_implementation for tower in towers} == {"eager"}
+    arguments.attn_implementation = "flash_attention_9"
+    with pytest.raises(ValueError, match="--attn_implementation flash_attention_9"):
+        build_model_and_processor(arguments, dataset, max_length=30)

@@ -5,8 +5,8 @@ import torch
 
 from mmgem.data.pairs import PairDataset
 from mmgem.data.scenes import ScenesDataset
-from mmgem.evaluation.evaluator import evaluate_model
-from mmgem.training.arguments import ModelArguments, MMGEMTrainingArguments
+from mmgem.evaluation.evaluator import evaluate_model, held_out_caption_loss
+from mmgem.training.arguments import MMGEMTrainingArguments, ModelArguments
 from mmgem.training.building import build_model_and_processor
 from mmgem.training.trainer import MMGEMTrainer
 from tests.conftest import make_model
@@ -62,3 +62,15 @@ def test_norms_and_temperature_are_float32_whatever_the_weights_are(processor, d
     embeds = model.get_embedding(**texts)
     assert embeds.dtype == torch.float32
     torch.testing.assert_close(embeds.norm(dim=-1), torch.ones(3))
+
+
+def test_held_out_loss_never_holds_all_logits(processor, scenes, monkeypatch):
+    """Of 8 captions of 50 tokens it needs those of the captions' own tokens, some at a time, and not in training."""
+    model = make_model(processor)
+    expected = held_out_caption_loss(model, processor, scenes, 8)
+    rows = []
+    model.lm_head.register_forward_hook(lambda module, inputs, logits: rows.append(logits.numel()))
+    limit = 20 * model.config.text_config.vocab_size
+    monkeypatch.setattr("mmgem.modeling_mmgem.modeling_mmgem.MAX_LOGITS", limit)
+    assert held_out_caption_loss(model, processor, scenes, 8) == pytest.approx(expected)
+    assert max(rows) <= limit and len(rows) > 10
