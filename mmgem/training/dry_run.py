@@ -193,7 +193,7 @@ class _Step:
             loss = None
             if with_captions:
                 targets = torch.zeros(size * (self.tokens - 1), dtype=torch.long)
-                parts = -(-rows * (width - 1) * model.config.text_config.vocab_size // MAX_LOGITS)
+                parts = -(-len(targets) // max(1, MAX_LOGITS // model.config.text_config.vocab_size))
                 loss = self.caption_loss(hidden_states[: len(targets)], targets, parts)
         return (nn.functional.normalize(texts, dim=-1), nn.functional.normalize(images, dim=-1), scale), loss
 
@@ -290,7 +290,8 @@ def dry_run_report(
     )
     total = sum(memory.values())
     there = dry_run.dry_run_memory * GIB if dry_run.dry_run_memory else _memory_of_this_device()
-    tflops = dry_run.dry_run_tflops or _measured_tflops("cuda" if on_cuda else "cpu", args)
+    precision = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
+    tflops = dry_run.dry_run_tflops or measured_tflops("cuda" if on_cuda else "cpu", precision)
     seconds = plan.flops / (tflops * 1e12 * dry_run.dry_run_mfu)
     pairs = args.per_device_train_batch_size * dry_run.dry_run_devices * args.gradient_accumulation_steps
     lines = [
@@ -319,9 +320,8 @@ def _memory_of_this_device() -> int:
     return psutil.virtual_memory().total
 
 
-def _measured_tflops(device: str, args: MMGEMTrainingArguments) -> float:
-    """Of a product of large matrices on this device, in the precision of the run."""
-    precision = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
+def measured_tflops(device: str, precision: torch.dtype) -> float:
+    """Of a product of large matrices on this device."""
     size = 8192 if device == "cuda" else 1024
     matrix = torch.randn(size, size, device=device, dtype=precision)
     best = float("inf")
