@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-slow test-quantized check bench-env clean
+.PHONY: demo test test-slow test-quantized test-newest test-oldest check bench-env clean
 
 TRAIN := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
 	--num_cpu_threads_per_process 2 train.py
@@ -25,6 +25,28 @@ test-slow: $(READY)
 test-quantized: $(READY)
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[quantization]"
 	$(BIN)/python -m pytest tests/hub/test_quantized_weights.py
+
+# In environments of their own, made anew: the newest of everything but torch, so that we meet the next renaming first, and
+# the oldest that pyproject.toml allows of what renames things.
+TORCH := $(shell grep '^torch==' constraints.txt)
+OLDEST := transformers==5.23.0 peft==0.21.0 accelerate==1.15.0
+
+test-newest:
+	$(call environment,.venv-newest)
+	.venv-newest/bin/python -m pip install --quiet $(TORCH) -e ".[dev]"
+	.venv-newest/bin/python -m pip list | grep -iE "^(transformers|peft|accelerate|datasets|huggingface_hub|torch) "
+	.venv-newest/bin/python -m pytest
+
+test-oldest:
+	$(call environment,.venv-oldest)
+	.venv-oldest/bin/python -m pip install --quiet $(TORCH) $(OLDEST) -e ".[dev]"
+	.venv-oldest/bin/python -m pytest tests/modeling tests/processing tests/hub tests/test_devices.py
+
+define environment
+	rm -rf $(1)
+	$(PYTHON) -m venv $(1)
+	$(1)/bin/python -m pip install --quiet --upgrade "pip>=24" "setuptools>=77"
+endef
 
 check: $(READY)
 	$(BIN)/ruff check .
@@ -50,4 +72,4 @@ bench-env: .venv-bench/.ready
 	touch .venv-bench/.ready
 
 clean:
-	rm -rf $(VENV) .venv-bench build dist outputs *.egg-info
+	rm -rf $(VENV) .venv-bench .venv-newest .venv-oldest build dist outputs *.egg-info

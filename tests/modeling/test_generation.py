@@ -1,5 +1,8 @@
 """Captions from `generate`, against a loop over the plain forward pass."""
 
+import logging
+import warnings
+
 import pytest
 import torch
 from transformers import CompileConfig, pipeline
@@ -219,3 +222,19 @@ def test_hidden_states_and_attentions_of_generate(model, processor):
     assert torch.equal(logits.argmax(-1), output.sequences[:, start + 1])
     states = model(**inputs, output_hidden_states=True).hidden_states
     torch.testing.assert_close(states[-1], output.hidden_states[0][-1])
+
+
+def test_no_deprecated_name_is_used(model, processor, tmp_path, caplog, monkeypatch):
+    """Of any version of transformers: 5.24 renamed `past_key_values` to `cache`, in arguments and in outputs."""
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        inputs = prompts(processor)
+        model.save_pretrained(tmp_path)
+        output = MMGEMModel.from_pretrained(tmp_path)(**inputs, use_cache=True)
+        name = "cache" if hasattr(output, "cache") else "past_key_values"
+        assert output[name].get_seq_length() == inputs["input_ids"].shape[1]
+        model.generate(**inputs, max_new_tokens=3, num_beams=2, return_dict_in_generate=True)
+        model.get_embedding(**processor(text=["a dog"], return_tensors="pt"))
+    messages = [str(w.message) for w in caught if issubclass(w.category, FutureWarning | DeprecationWarning)]
+    assert [m for m in [*messages, *caplog.messages] if "deprecated" in m] == []
