@@ -242,13 +242,15 @@ class MMGEMTrainer(Trainer):
             own_losses.append(torch.zeros(()) if loss is None else loss.detach())
             return embeddings, loss
 
+        # Accelerate's own does nothing for a single process, which torchrun wraps all the same.
+        is_ddp = isinstance(model, torch.nn.parallel.DistributedDataParallel)
         contrastive = cached_backward(
             mini_batches,
             embed,
             lambda texts, images, scale: self._contrastive_loss(texts, images, scale, pair_ids),
             forward,
             self.accelerator.backward,
-            lambda: self.accelerator.no_sync(model),
+            model.no_sync if is_ddp else lambda: self.accelerator.no_sync(model),  # type: ignore[arg-type]
         )
         return contrastive + torch.stack(own_losses).sum().to(contrastive.device)
 
