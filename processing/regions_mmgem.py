@@ -1,31 +1,11 @@
-"""Pictures to RGB, and regions from pixels of the original picture to pixels of `pixel_values`."""
+"""Regions from pixels of the original picture to pixels of `pixel_values`."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """
-    The picture as a viewer shows it: EXIF orientation applied, transparency over white, 16-bit scaled to 8.
-
-    Grey, palette, RGBA, CMYK and 16-bit pictures all become RGB.
-    """
-    image = ImageOps.exif_transpose(image)
-    if image.mode == "RGB":
-        return image
-    if image.mode.startswith("I") or image.mode == "F":
-        values = np.asarray(image, dtype=np.float64)
-        # Pillow opens 16-bit PNGs as I;16 or I; its own conversion clips them at 255.
-        values = values / 257 if values.size and values.max() > 255 else values
-        return Image.fromarray(values.clip(0, 255).astype(np.uint8)).convert("RGB")
-    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
-        rgba = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
-    return image.convert("RGB")
+from PIL import Image
 
 
 @dataclass(frozen=True)
@@ -160,4 +140,4 @@ def map_regions(
     return padded, region_mask
 
 
-__all__ = ["Geometry", "geometry_of", "map_regions", "to_rgb"]
+__all__ = ["Geometry", "geometry_of", "map_regions"]

@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 from PIL import ExifTags
 
-from ..processing.regions_mmgem import Geometry, geometry_of, map_box, to_rgb
-from .pairs import PairDataset, as_captions, digest, encoded, open_image, opened
+from ..processing.images_mmgem import open_image, to_rgb
+from ..processing.regions_mmgem import Geometry, geometry_of, map_box
+from .pairs import PairDataset, as_captions, decoded, digest, encoded
 
 
 class RegionDataset(PairDataset):
@@ -74,8 +75,8 @@ class RegionDataset(PairDataset):
         regions = as_regions(columns.get(self.regions_column))
         captions = as_captions(columns.get(self.caption_column))
         content = encoded(columns[self.image_column], self.root)
-        width, height = opened(content).size
-        picture = open_image(content, self.least_side)
+        width, height = open_image(content).size
+        picture = decoded(content, self.least_side)
         if picture.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8):  # lies on its side
             width, height = height, width
         stated = (int(columns.get("width") or width), int(columns.get("height") or height))

@@ -47,7 +47,8 @@ class MMGEMEncoder(AbsEncoder):
         loaded: Any = MMGEMModel.from_pretrained(model, revision=revision or "main", **kwargs)
         self.model = loaded.to(device).eval()
         self.processor = MMGEMProcessor.from_pretrained(model, revision=revision or "main")
-        self.processor.max_length = max_length or self.processor.max_length
+        if max_length is not None:
+            self.processor.max_length = self.processor.checked_length(max_length)
         self.mteb_model_meta = ModelMeta(
             loader=None,
             name=f"mmgem/{model.rstrip('/').split('/')[-1]}",
