@@ -5,6 +5,7 @@ import os
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from transformers.image_utils import load_image
 
@@ -115,13 +116,10 @@ def image_of_array(value: Any) -> Image.Image:
         ValueError: for anything else, and for values that [`eight_bits`] refuses.
     """
     is_tensor = hasattr(value, "detach")
-    if is_tensor:
-        value = value.detach().cpu()
-        value = (value.float() if value.is_floating_point() else value).numpy()
-    array = np.asarray(value) if hasattr(value, "__array__") else np.empty(0, dtype=object)
+    array = as_array(value) if hasattr(value, "__array__") else np.empty(0, dtype=object)
     if array.dtype.kind not in "biuf":
         raise ValueError(
-            f"a {type(value).__name__} is no image; pass a PIL image, a path, a URL, bytes, an array or a tensor"
+            f"{type(value).__name__} is no image; pass a PIL image, a path, a URL, bytes, an array or a tensor"
         )
     if array.ndim == 3 and array.shape[0] in CHANNELS and (is_tensor or array.shape[2] not in CHANNELS):
         array = np.moveaxis(array, 0, 2)
@@ -134,6 +132,14 @@ def image_of_array(value: Any) -> Image.Image:
         )
     check_size(array.shape[1], array.shape[0])
     return Image.fromarray(eight_bits(array))
+
+
+def as_array(value: Any) -> np.ndarray:
+    """An array of numbers, or of a tensor on any device, of any dtype and with a gradient."""
+    if hasattr(value, "detach"):
+        value = value.detach().cpu()
+        value = value.float() if value.dtype == torch.bfloat16 else value  # which NumPy does not know
+    return np.asarray(value)
 
 
 def eight_bits(values: np.ndarray) -> np.ndarray:
@@ -177,4 +183,4 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-__all__ = ["check_size", "encoded_image", "open_image", "read_image", "to_rgb"]
+__all__ = ["as_array", "check_size", "encoded_image", "image_of_array", "open_image", "read_image", "to_rgb"]

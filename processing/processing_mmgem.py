@@ -208,7 +208,7 @@ class MMGEMProcessor(ProcessorMixin):
             except ValueError as error:
                 raise ValueError(f"text[{i}]: {error}") from error
             if task is None and is_empty:
-                beside = "" if images is None else ", leave text out to embed the image, or caption it: task=\"caption\""
+                beside = "" if images is None else ', leave text out to embed the image, or caption it: task="caption"'
                 raise ValueError(f"text[{i}] ({sample!r}) is empty, so there is nothing to embed: drop it{beside}.")
 
     def _check_image_kwargs(self, kwargs: dict[str, Any], has_regions: bool) -> None:
@@ -359,7 +359,7 @@ def _around_image(text: str, index: int) -> tuple[str, str]:
 
 
 def _as_list(images: Any) -> list[Any]:
-    """One image as a list of it; a batch array, or anything else that is not an image, as the list of what it holds."""
+    """One image as a list of it; a batch, or whatever else is no image, as the list of what it holds."""
     is_one = isinstance(images, str | bytes | dict | os.PathLike | Image.Image) or getattr(images, "ndim", 1) in (2, 3)
     return [images] if is_one or not hasattr(images, "__iter__") else list(images)
 

@@ -35,8 +35,8 @@ class PairCollator:
     of unreadable examples). Of a stream it has the `position` behind its last example.
 
     Raises:
-        ValueError: for a `pack_length` that the longest sequence does not fit into, and a `max_length` of the processor
-            that holds no text.
+        ValueError: for a `pack_length` that the longest sequence does not fit into, and for a `max_length` of the
+            processor that holds no text.
     """
 
     def __init__(

@@ -177,8 +177,10 @@ def encoded(value: Any, root: str = "") -> bytes | Image.Image:
     """The file's bytes, from bytes, a path, or `datasets`' `{"bytes", "path"}`; a PIL image or array as an image."""
     if isinstance(value, dict):
         value = encoded_image(value)
-    if isinstance(value, bytes | Image.Image):
+    if isinstance(value, bytes):
         return value
+    if isinstance(value, Image.Image):
+        return open_image(value)
     if value is None:
         raise ValueError("it has no image")
     if not isinstance(value, str | os.PathLike):

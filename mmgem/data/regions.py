@@ -8,7 +8,7 @@ import numpy as np
 from PIL import ExifTags
 
 from ..processing.images_mmgem import open_image, to_rgb
-from ..processing.regions_mmgem import Geometry, geometry_of, map_box
+from ..processing.regions_mmgem import Geometry, geometry_of, map_box, refuse_normalized
 from .pairs import PairDataset, as_captions, decoded, digest, encoded
 
 
@@ -73,6 +73,7 @@ class RegionDataset(PairDataset):
         """The example of a row of the table with all its regions, and captions where there are any."""
         columns = self.table[row]
         regions = as_regions(columns.get(self.regions_column))
+        refuse_normalized([box for box, _ in regions])
         captions = as_captions(columns.get(self.caption_column))
         content = encoded(columns[self.image_column], self.root)
         width, height = open_image(content).size

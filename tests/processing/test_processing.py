@@ -264,7 +264,7 @@ PICTURE = make_picture(0)
         ({"images": [PICTURE], "boxes": [[[0, 0, 5, 5], [9, 0, 5, 5]]]}, r"boxes\[0\]\[1\].*no area"),
         ({"images": [PICTURE], "boxes": [[[3, 3, 3, 9]]]}, r"boxes\[0\]\[0\].*no area"),
         ({"images": [PICTURE], "boxes": [[[60, 60, 70, 70]]]}, r"boxes\[0\]\[0\].*outside"),
-        ({"images": [PICTURE], "boxes": [[[0, 0, 1, 1]]]}, r"boxes\[0\]\[0\].*crop"),
+        ({"images": [PICTURE], "boxes": [[[0, 0, 2, 2]]]}, r"boxes\[0\]\[0\].*crop"),
         ({"images": [PICTURE], "boxes": [[[0, 0, 5]]]}, r"boxes\[0\]\[0\].*four"),
         ({"images": [PICTURE], "boxes": []}, "0 pictures, but there are 1"),
         ({"images": [PICTURE], "boxes": [[]]}, "no region"),
