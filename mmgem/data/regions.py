@@ -9,6 +9,7 @@ from PIL import ExifTags
 
 from ..processing.images_mmgem import open_image, to_rgb
 from ..processing.regions_mmgem import Geometry, geometry_of, map_box, refuse_normalized
+from ..processing.tokenization_mmgem import as_sentence
 from .pairs import PairDataset, as_captions, decoded, digest, encoded
 
 
@@ -139,8 +140,8 @@ def as_regions(value: Any) -> list[tuple[list[float], str]]:
         corners = np.asarray(box if box is not None else [], dtype=np.float64)
         if corners.shape != (4,) or not np.isfinite(corners).all():
             raise ValueError(f"regions[{i}] has the box {box!r}; it must be four numbers [x0, y0, x1, y1]")
-        if phrase and phrase.strip():
-            regions.append((corners.tolist(), phrase.strip()))
+        if phrase and (sentence := as_sentence(phrase)):
+            regions.append((corners.tolist(), sentence))
     return regions
 
 
