@@ -20,6 +20,7 @@ from torch.nn.functional import normalize
 from .._version import __version__
 from ..modeling_mmgem import MMGEMModel
 from ..processing import MMGEMProcessor
+from ..processing.tokenization_mmgem import as_sentence
 from .embedding import embed_pictures, embed_texts
 
 
@@ -86,7 +87,7 @@ class MMGEMEncoder(AbsEncoder):
             parts = []
             if "text" in batch:
                 # Some corpora hold empty documents, which the processor refuses.
-                texts = [text if text.strip() else "." for text in batch["text"]]
+                texts = [text if as_sentence(text) else "." for text in batch["text"]]
                 parts.append(embed_texts(self.model, self.processor, texts, len(texts)))
             if "image" in batch:
                 parts.append(embed_pictures(self.model, self.processor, batch["image"]))
