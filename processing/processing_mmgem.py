@@ -206,10 +206,11 @@ class MMGEMProcessor(ProcessorMixin):
             try:
                 is_empty = not as_sentence(sample)
             except ValueError as error:
-                raise ValueError(f"text[{i}]: {error}") from error
+                raise ValueError(f"text[{i}] of this call: {error}") from error
             if task is None and is_empty:
                 beside = "" if images is None else ', leave text out to embed the image, or caption it: task="caption"'
-                raise ValueError(f"text[{i}] ({sample!r}) is empty, so there is nothing to embed: drop it{beside}.")
+                # Libraries sort texts before they call: what it is says more than where it stands.
+                raise ValueError(f"text[{i}] of this call is empty, {sample!r}: drop it{beside}.")
 
     def _check_image_kwargs(self, kwargs: dict[str, Any], has_regions: bool) -> None:
         known = self.image_processor.valid_kwargs.__annotations__
@@ -256,7 +257,7 @@ class MMGEMProcessor(ProcessorMixin):
             first = too_long[0]
             logger.warning(
                 f"{len(too_long)} of {len(rows)} texts are longer than max_length={max_length} tokens and were "
-                f"truncated before [EMB], the first of them text[{first}] with {len(rows[first])}: "
+                f"truncated before [EMB], the first of them text[{first}] of this call with {len(rows[first])}: "
                 f"{texts[first][:40]!r}…"
             )
         if truncation not in (False, "do_not_truncate"):

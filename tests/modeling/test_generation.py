@@ -184,3 +184,13 @@ def test_pipelines_of_the_library(model, processor):
     with torch.no_grad():
         embedding = model.get_embedding(**processor(images=pictures[:1], return_tensors="pt"))
     torch.testing.assert_close(torch.tensor(extract(pictures[0])), embedding)
+
+
+def test_sentences_and_nan_are_no_prompts(model, processor):
+    with pytest.raises(ValueError, match=r"a sentence, which ends with \[EMB\].*Pass images"):
+        model.generate(**processor(text=["a dog", "<image>"], return_tensors="pt"))
+    inputs = prompts(processor, 2)
+    for value in (float("nan"), float("inf")):
+        inputs["pixel_values"][1, 0, 3, 3] = value
+        with pytest.raises(ValueError, match="features of pixel_values are NaN or infinite"):
+            model.generate(**inputs, max_new_tokens=2)

@@ -251,8 +251,8 @@ PICTURE = make_picture(0)
     [
         ({}, "pass text, images, or both"),
         ({"text": []}, "empty list"),
-        ({"text": [""]}, r"text\[0\] \(''\) is empty"),
-        ({"text": ["a", " "]}, r"text\[1\] \(' '\) is empty"),
+        ({"text": [""]}, r"text\[0\] of this call is empty, ''"),
+        ({"text": ["a", " "]}, r"text\[1\] of this call is empty, ' '"),
         ({"text": ["a", 3]}, r"text\[1\] must be a str"),
         ({"images": []}, "empty list"),
         ({"images": [PICTURE], "task": "describe"}, "'describe'.*'caption'"),
