@@ -35,8 +35,8 @@ def read_image(value: Any) -> Image.Image:
     An image in RGB.
 
     Args:
-        value: a PIL image, a path, URL or base64 text, the bytes of a file, `datasets`' `{"bytes", "path"}`, or an
-            array or tensor as [`image_of_array`] takes it. A URL is read by transformers, which makes transparency
+        value: a PIL image, a path, URL or base64 text, an open file or its bytes, `datasets`' `{"bytes", "path"}`, or
+            an array or tensor as [`image_of_array`] takes it. A URL is read by transformers, which makes transparency
             black; it is white everywhere else.
 
     Raises:
@@ -44,6 +44,8 @@ def read_image(value: Any) -> Image.Image:
     """
     if isinstance(value, dict):
         value = encoded_image(value)
+    if hasattr(value, "read"):
+        value = value.read()
     if isinstance(value, str) and not os.path.isfile(value):
         value = load_image(value)
     if not isinstance(value, str | bytes | os.PathLike | Image.Image):

@@ -3,6 +3,7 @@
 import difflib
 import os
 from collections.abc import Sequence
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -182,12 +183,12 @@ class MMGEMProcessor(ProcessorMixin):
     def checked_length(self, max_length: Any) -> int:
         """`max_length` itself. Raises ValueError where it has no room for a token beside BOS and [EMB]."""
         least = 3 if self.bos else 2
-        if not isinstance(max_length, int) or isinstance(max_length, bool) or max_length < least:
+        if not isinstance(max_length, Integral) or isinstance(max_length, bool) or max_length < least:
             raise ValueError(
                 f"max_length must be an integer of at least {least} ({'BOS, ' if self.bos else ''}a token and "
                 f"{EMB_TOKEN}), got {max_length!r}."
             )
-        return max_length
+        return int(max_length)
 
     def _check_texts(self, texts: list[str] | None, images: Any, task: str | None) -> None:
         if task is not None and task not in TASKS:
@@ -330,9 +331,9 @@ def _flatten_options(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def _at_least_one(name: str, value: Any) -> int:
-    if not isinstance(value, int) or value < 1:
+    if not isinstance(value, Integral) or value < 1:
         raise ValueError(f"{name} must be 1 or more, got {value!r}.")
-    return value
+    return int(value)
 
 
 def _check_moments(image_processor: Any) -> None:
@@ -361,8 +362,9 @@ def _around_image(text: str, index: int) -> tuple[str, str]:
 
 def _as_list(images: Any) -> list[Any]:
     """One image as a list of it; a batch, or whatever else is no image, as the list of what it holds."""
-    is_one = isinstance(images, str | bytes | dict | os.PathLike | Image.Image) or getattr(images, "ndim", 1) in (2, 3)
-    return [images] if is_one or not hasattr(images, "__iter__") else list(images)
+    is_one = isinstance(images, str | bytes | dict | os.PathLike | Image.Image) or hasattr(images, "read")
+    is_one = is_one or getattr(images, "ndim", 1) in (2, 3) or not hasattr(images, "__iter__")
+    return [images] if is_one else list(images)
 
 
 def _read_image(image: Any, index: int) -> Image.Image:

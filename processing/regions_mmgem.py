@@ -138,6 +138,9 @@ def map_regions(
     Raises:
         ValueError: with the index of the picture and region that is wrong; and where all boxes lie between 0 and 1.
     """
+    for i, of_image in enumerate(regions):
+        if not hasattr(of_image, "__len__"):
+            raise ValueError(f"{kind}[{i}] must be the list of {kind} of an image, got {of_image!r}.")
     if len(regions) != len(sizes):
         raise ValueError(f"{kind} holds lists for {len(regions)} pictures, but there are {len(sizes)} pictures.")
     if not any(len(of_image) for of_image in regions):

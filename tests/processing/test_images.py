@@ -43,6 +43,7 @@ FORMS = {
     "tensor of torchvision": (torch.tensor(PIXELS).permute(2, 0, 1) / 255).requires_grad_(),
     "channels last tensor": torch.tensor(PIXELS),
     "bytes": file_of(PICTURE),
+    "open file": io.BytesIO(file_of(PICTURE)),
     "bytes of datasets": {"bytes": file_of(PICTURE), "path": None},
 }
 
@@ -50,8 +51,10 @@ FORMS = {
 @pytest.mark.parametrize("form", FORMS)
 def test_forms_of_one_image_give_the_same_pixels(processor, form):
     expected = pixel_values(processor, PICTURE)
-    assert np.array_equal(pixel_values(processor, FORMS[form]), expected)
-    assert np.array_equal(pixel_values(processor, [FORMS[form]]), expected)
+    for images in (FORMS[form], [FORMS[form]]):
+        if form == "open file":
+            FORMS[form].seek(0)
+        assert np.array_equal(pixel_values(processor, images), expected)
 
 
 def test_a_path_of_datasets_and_a_bfloat16_tensor(processor, tmp_path):

@@ -266,6 +266,8 @@ PICTURE = make_picture(0)
         ({"images": [PICTURE], "boxes": [[[60, 60, 70, 70]]]}, r"boxes\[0\]\[0\].*outside"),
         ({"images": [PICTURE], "boxes": [[[0, 0, 2, 2]]]}, r"boxes\[0\]\[0\].*crop"),
         ({"images": [PICTURE], "boxes": [[[0, 0, 5]]]}, r"boxes\[0\]\[0\].*four"),
+        ({"images": [PICTURE], "boxes": [None]}, r"boxes\[0\] must be the list of boxes of an image, got None"),
+        ({"images": [PICTURE], "boxes": [0, 0, 5, 5]}, r"boxes\[0\] must be the list of boxes of an image, got 0"),
         ({"images": [PICTURE], "boxes": []}, "0 pictures, but there are 1"),
         ({"images": [PICTURE], "boxes": [[]]}, "no region"),
         ({"boxes": [[[0, 0, 5, 5]]], "text": ["a"]}, "pass images"),

@@ -3,6 +3,7 @@
 import json
 import sys
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoTokenizer, pipeline
@@ -128,7 +129,7 @@ def test_a_max_length_that_holds_no_text_is_refused(processor, tmp_path, length)
 def test_no_max_length_is_the_processors_own(processor):
     texts = ["a dog on a beach " * 30]
     assert len(processor(text=texts, max_length=None)["input_ids"][0]) == 50
-    assert len(processor(text=texts, max_length=3)["input_ids"][0]) == 3
+    assert len(processor(text=texts, max_length=np.int64(3))["input_ids"][0]) == 3
     assert len(processor(text=texts, truncation="do_not_truncate")["input_ids"][0]) > 50
 
 
