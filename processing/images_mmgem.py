@@ -76,7 +76,7 @@ def open_image(content: bytes | str | os.PathLike | Image.Image) -> Image.Image:
             image = Image.open(io.BytesIO(content) if isinstance(content, bytes) else content, formats=FORMATS)
         except UnidentifiedImageError:
             name = "the file" if isinstance(content, bytes) else os.fspath(content)
-            raise ValueError(
+            raise UnidentifiedImageError(
                 f"{name} is {_format_of(content)}; convert it to one of {', '.join(FORMATS)}"  # type: ignore[arg-type]
             ) from None
     check_size(*image.size)
