@@ -32,7 +32,8 @@ class CaptionGenerationMixin(GenerationMixin):
             library; `processor.batch_decode(ids, skip_special_tokens=True)` leaves the caption.
 
         Raises:
-            ValueError: for pictures without a placeholder in `input_ids`, or with another number of them.
+            ValueError: for pictures without a placeholder in `input_ids`, or with another number of them; for a
+                sentence instead of a prompt; for pictures whose features are not finite.
         """
         parent: Any = super()
         picture = {name: kwargs.pop(name, None) for name in ("boxes", "masks", "region_mask")}
@@ -41,6 +42,11 @@ class CaptionGenerationMixin(GenerationMixin):
         if pixel_values is None:
             if input_ids is not None and bool(input_ids.eq(self.config.image_token_id).any()):
                 raise ValueError("input_ids hold <image> placeholders, but there are no pixel_values to fill them.")
+            if input_ids is not None and bool(input_ids.eq(self.config.emb_token_id).any()):
+                raise ValueError(
+                    "input_ids hold a sentence, which ends with [EMB], so that nothing goes on from it. Pass images: "
+                    'processor(images=…, task="caption").'
+                )
             return parent.generate(input_ids, **kwargs)
         if input_ids is None or not bool(input_ids.eq(self.config.image_token_id).any()):
             raise ValueError(
@@ -51,6 +57,11 @@ class CaptionGenerationMixin(GenerationMixin):
             input_ids, kwargs["attention_mask"] = _pad_left(input_ids, kwargs["attention_mask"])
         self._warn_of_prompts(input_ids, of_regions=picture["boxes"] is not None or picture["masks"] is not None)
         features, grid = self._patch_features(pixel_values)
+        if not bool(features.isfinite().all()):
+            raise ValueError(
+                "The features of pixel_values are NaN or infinite, so no caption could be read from them. Check "
+                "pixel_values, the weights, and whether their dtype is too small."
+            )
         at_a_time = len(input_ids) if kwargs.get("return_dict_in_generate") else MAX_ROWS
         if len(input_ids) <= at_a_time:
             tokens = self._visual_tokens(features, grid, **picture)

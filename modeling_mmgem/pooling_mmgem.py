@@ -2,6 +2,7 @@
 
 import torch
 from torch import nn
+from transformers.utils import torch_compilable_check
 
 
 MAX_WEIGHTS = 2**24  # of A, or pixels of masks, that exist at a time: 64 MiB in float32
@@ -28,8 +29,8 @@ def box_weights(
         `torch.FloatTensor` of shape `(..., bins, cells)`; rows sum to 1 while the interval lies on the map.
     """
     samples = sampling_ratio or -(-cells // bins)
-    offsets = (torch.arange(bins * samples, device=start.device, dtype=start.dtype) + 0.5) / (bins * samples)
-    points = start[..., None] - 0.5 + (end - start)[..., None] * offsets
+    numbers = torch.arange(bins * samples, device=start.device, dtype=start.dtype) + 0.5
+    points = start[..., None] - 0.5 + (end - start)[..., None] * numbers / (bins * samples)
     on_map = (points >= -1) & (points <= cells)
     distance = points.clamp(0, cells - 1)[..., None] - torch.arange(cells, device=start.device, dtype=start.dtype)
     hat = (1 - distance.abs()).clamp(min=0) * on_map[..., None]
@@ -82,8 +83,10 @@ class PoolAggregator(nn.Module):
         Args:
             patch_features (`torch.FloatTensor` of shape `(B, P, C)`): V, row by row of the map.
             grid: patches along height and width; their product is P.
-            boxes (`torch.FloatTensor` of shape `(B, R, 4)`, *optional*): `[x0, y0, x1, y1]` in pixels.
-            masks (`torch.Tensor` of shape `(B, R, height, width)`, *optional*): a region's weight per pixel.
+            boxes (`torch.FloatTensor` of shape `(B, R, 4)`, *optional*): `[x0, y0, x1, y1]` in pixels; clipped to the
+                patches.
+            masks (`torch.Tensor` of shape `(B, R, height, width)`, *optional*): a region's weight per pixel. Behind
+                the last whole patch there are no features, so that pixels there count at its edge.
             grid_size (`int`): k, a region gives k x k vectors.
 
         Returns:
@@ -91,13 +94,18 @@ class PoolAggregator(nn.Module):
             each row by row of its k x k grid). Many regions are pooled in parts, so that A never exists whole.
 
         Raises:
-            ValueError: for boxes and masks at once.
+            ValueError: for boxes and masks at once; for a negative, infinite or NaN weight.
         """
         if boxes is None and masks is None:
             return patch_features.mean(1, keepdim=True)
         if boxes is not None and masks is not None:
             raise ValueError("A region is a box or a mask: pass `boxes` or `masks`, not both.")
-        regions = masks if boxes is None else boxes
+        if masks is not None and masks.is_floating_point():
+            torch_compilable_check(
+                ((masks >= 0) & (masks < torch.inf)).all(),
+                "masks hold a negative, infinite or NaN weight. Pass booleans, such as logits > 0.",
+            )
+        regions = self._clipped(boxes, grid) if boxes is not None else masks
         assert regions is not None
         regions = regions.to(patch_features.device)
         # Masks are added up along one axis first: k numbers per pixel.
@@ -118,6 +126,19 @@ class PoolAggregator(nn.Module):
             pooled.append(weights.to(patch_features.dtype) @ patch_features)
         return torch.cat(pooled, 1)
 
+    def _clipped(self, boxes: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+        height, width = (cells * self.patch_size for cells in grid)
+        x, y = boxes[..., 0::2].clamp(0, width), boxes[..., 1::2].clamp(0, height)
+        return torch.stack([x, y], -1).flatten(-2)
+
+    def _to_whole_patches(self, masks: torch.Tensor) -> torch.Tensor:
+        for dim in (-2, -1):
+            kept = masks.shape[dim] // self.patch_size * self.patch_size
+            if kept < masks.shape[dim]:
+                edge = masks.narrow(dim, kept - 1, masks.shape[dim] - kept + 1).amax(dim, keepdim=True)
+                masks = torch.cat([masks.narrow(dim, 0, kept - 1), edge], dim)
+        return masks
+
     def weights_of_boxes(self, boxes: torch.Tensor, grid: tuple[int, int], grid_size: int = 1) -> torch.Tensor:
         """RoIAlign as a matrix, A = Wy (x) Wx: `(B, R, 4)` pixels to `(B, R * k * k, P)`, computed in float32."""
         x0, y0, x1, y1 = (boxes.to(torch.promote_types(boxes.dtype, torch.float32)) / self.patch_size).unbind(-1)
@@ -133,7 +154,7 @@ class PoolAggregator(nn.Module):
         With k above 1 the box around the mask is cut into k x k bins, each with the part of the mask that it holds; a
         bin that holds nothing of it stands for the whole mask.
         """
-        masks = masks if masks.is_floating_point() else masks.float()
+        masks = self._to_whole_patches(masks if masks.is_floating_point() else masks.float())
         area = nn.functional.avg_pool2d(masks, self.patch_size).flatten(2)[..., None, :]
         weights = area / area.sum(-1, keepdim=True).clamp(min=torch.finfo(area.dtype).tiny)
         if grid_size > 1:

@@ -3,15 +3,25 @@
 import difflib
 import os
 from collections.abc import Sequence
+from numbers import Integral
 from typing import Any
 
+import numpy as np
 from PIL import Image
 from transformers import AutoImageProcessor, AutoTokenizer, BatchFeature, ProcessorMixin
-from transformers.image_utils import load_image
 from transformers.utils import logging
 
-from .regions_mmgem import map_regions, to_rgb
-from .tokenization_mmgem import CAP_TOKEN, EMB_TOKEN, IMAGE_TOKEN, ends_with_emb, starts_with_bos, to_mmgem_tokenizer
+from .images_mmgem import read_image
+from .regions_mmgem import map_regions
+from .tokenization_mmgem import (
+    CAP_TOKEN,
+    EMB_TOKEN,
+    IMAGE_TOKEN,
+    as_sentence,
+    ends_with_emb,
+    starts_with_bos,
+    to_mmgem_tokenizer,
+)
 
 
 logger = logging.get_logger(__name__)
@@ -20,11 +30,15 @@ TASKS = ("caption", "region-caption")
 TEXT_KWARGS = ("max_length", "truncation", "padding", "padding_side")
 GEOMETRY_KWARGS = ("do_resize", "size", "do_center_crop", "crop_size", "do_pad", "pad_size")
 KWARGS_BY_MODALITY = ("text_kwargs", "images_kwargs", "common_kwargs", "audio_kwargs", "videos_kwargs")
-# What is said in a chat stands around the picture as it is: the model continues captions, it follows no instructions.
+# The image of a chat, which no text of it can spell: a text has no NUL.
+CHAT_IMAGE = "\0" + IMAGE_TOKEN
+# What is said in a chat stands around the image as it is: the model continues captions, it follows no instructions.
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
-    "{% if message.content is string %}{{ message.content }}{% else %}{% for part in message.content %}"
-    "{% if part.type == 'image' %}<image>{% elif part.type == 'text' %}{{ part.text }}{% endif %}"
+    "{% if message.content is string %}{{ message.content | replace('\\x00', '') }}"
+    "{% else %}{% for part in message.content %}"
+    "{% if part.type == 'image' %}{{ '\\x00<image>' }}"
+    "{% elif part.type == 'text' %}{{ part.text | replace('\\x00', '') }}{% endif %}"
     "{% endfor %}{% endif %}{% endfor %}"
 )
 
@@ -38,12 +52,13 @@ class MMGEMProcessor(ProcessorMixin):
         tokenizer: from [`to_mmgem_tokenizer`].
         chat_template (`str`, *optional*): by default the texts of a chat as they are, `<image>` for its picture.
         max_length (`int`, *optional*, defaults to 50): tokens of a text, BOS and [EMB] included (paper: 50
-            in training, 200 for long captions at test time).
+            in training, 200 for long captions at test time); at least 3.
         region_grid_size (`int`, *optional*, defaults to 7): k, as in [`MMGEMConfig`].
         num_soft_prompts (`int`, *optional*, defaults to 64): as in [`MMGEMConfig`].
 
     Raises:
-        ValueError: where the tokenizer does not end texts with [EMB].
+        ValueError: where the tokenizer does not end texts with [EMB], for a length or size that is too small, and for
+            an image processor that would make pixels infinite.
     """
 
     def __init__(
@@ -62,12 +77,13 @@ class MMGEMProcessor(ProcessorMixin):
                 "probably loaded with add_bos_token or add_eos_token, or saved by hand; load it without these, or "
                 "make it anew with mmgem.processing.to_mmgem_tokenizer."
             )
-        self.max_length = max_length
-        self.region_grid_size = region_grid_size
-        self.num_soft_prompts = num_soft_prompts
+        self.bos = tokenizer.bos_token if starts_with_bos(tokenizer) else ""
+        self.max_length = self.checked_length(max_length)
+        self.region_grid_size = _at_least_one("region_grid_size", region_grid_size)
+        self.num_soft_prompts = _at_least_one("num_soft_prompts", num_soft_prompts)
         self.image_token = IMAGE_TOKEN
         self.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
-        self.bos = tokenizer.bos_token if starts_with_bos(tokenizer) else ""
+        _check_moments(image_processor)
 
     def to_dict(self) -> dict[str, Any]:
         derived = ("image_token", "image_token_id", "bos")
@@ -105,22 +121,26 @@ class MMGEMProcessor(ProcessorMixin):
         **kwargs: Any,
     ) -> BatchFeature:
         """
-        Without a task, texts are sentences to embed, with pictures beside them or not (CLIP's meaning). With
-        `task="caption"`, or a text that holds `<image>`, it writes prompts for `generate`.
+        Without a task, texts are sentences to embed, with images beside them or not (CLIP's meaning). With
+        `task="caption"`, or where every text beside images holds `<image>`, it writes prompts for `generate`.
+
+        A text is letters, whatever it spells: `<image>` is a placeholder only in a call with images, without a task,
+        where every text has it, and in a chat template. White space around a text and NUL are no part of it.
 
         Args:
-            images: a picture or a list of them (or of lists of them): PIL images, paths, URLs or arrays
-                `(height, width, 3)`. Transparency becomes white, except behind a URL, which transformers reads and
+            images: an image or a list of them (or of lists of them): PIL images, paths, URLs, bytes, `datasets`'
+                `{"bytes", "path"}`, arrays or tensors (`(height, width, 3)` or `(3, height, width)`; floats from 0 to
+                1), or a batch of these. Transparency becomes white, except behind a URL, which transformers reads and
                 makes black.
-            text (`str` or list of `str`): sentences; for a prompt, text before `<image>` and behind [CAP] conditions
-                the caption. A text without `<image>` in a caption task continues behind [CAP].
-            boxes: per picture a list of `[x0, y0, x1, y1]` in pixels of the original picture (upright, after EXIF).
-            masks: per picture a list of `(height, width)` arrays; instead of boxes.
-            task (`str`, *optional*): "caption" (one prompt per picture) or "region-caption" (one per region: k x k
+            text (`str` or list of `str`): sentences; with a task, what the caption goes on from, behind [CAP]; without
+                one, a prompt may also have text before its `<image>`.
+            boxes: per image a list of `[x0, y0, x1, y1]` in pixels of the original image (upright, after EXIF).
+            masks: per image a list of `(height, width)` arrays, 0 outside the region and 1 inside; instead of boxes.
+            task (`str`, *optional*): "caption" (one prompt per image) or "region-caption" (one per region: k x k
                 placeholders and 64 [CAP]).
             return_tensors (`str`, *optional*): "pt" or "np".
-            **kwargs: `max_length`, `truncation` (True cuts long texts without a warning, False leaves them),
-                `padding`, `padding_side` for texts; options of the image processor,
+            **kwargs: `max_length` (None: the processor's own), `truncation` (True truncates long texts without a
+                warning, False leaves them), `padding`, `padding_side` for texts; options of the image processor,
                 beside boxes or masks those alone that do not move pixels. Also sorted into `text_kwargs`,
                 `images_kwargs` and `common_kwargs`, as transformers has it.
 
@@ -129,8 +149,8 @@ class MMGEMProcessor(ProcessorMixin):
             as there is something to put in.
 
         Raises:
-            ValueError: nothing to process, an empty text, an unknown task or option, a picture that cannot be read,
-                pictures and `<image>` placeholders that do not match, or a region that is none (with its index).
+            ValueError: nothing to process, an empty text, an unknown task or option, an image that cannot be read,
+                images and prompts that do not match, or a region that is none (with its index).
         """
         if isinstance(text, bytes | dict) or (text is not None and not hasattr(text, "__iter__")):
             raise ValueError(f"text must be a str or a list of them, got {type(text).__name__}.")
@@ -146,11 +166,29 @@ class MMGEMProcessor(ProcessorMixin):
             data.update(self.image_processor(pictures, return_tensors="np", **kwargs))
         if boxes is not None or masks is not None:
             data.update(self._regions(pictures, boxes, masks))
-        if task is not None or (texts is not None and any(IMAGE_TOKEN in sample for sample in texts)):
-            data.update(self._prompts(texts, pictures, data.get("region_mask"), task or "caption", text_kwargs))
+        if task is not None:
+            prompts = [("", sample) for sample in texts or [""]]
+            data.update(self._prompts(prompts, pictures, data.get("region_mask"), task, text_kwargs))
+        elif texts is not None and pictures and all(IMAGE_TOKEN in sample for sample in texts):
+            prompts = [_around_image(sample, i) for i, sample in enumerate(texts)]
+            data.update(self._prompts(prompts, pictures, None, "caption", text_kwargs))
         elif texts is not None:
             data.update(self._sentences(texts, text_kwargs))
         return BatchFeature(data, tensor_type=return_tensors)
+
+    def sentence_ids(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids "(BOS) text [EMB]" of each text, however long: what training, evaluation and calls have of it."""
+        return self.tokenizer(list(map(as_sentence, texts)), split_special_tokens=True, verbose=False)["input_ids"]
+
+    def checked_length(self, max_length: Any) -> int:
+        """`max_length` itself. Raises ValueError where it has no room for a token beside BOS and [EMB]."""
+        least = 3 if self.bos else 2
+        if not isinstance(max_length, Integral) or isinstance(max_length, bool) or max_length < least:
+            raise ValueError(
+                f"max_length must be an integer of at least {least} ({'BOS, ' if self.bos else ''}a token and "
+                f"{EMB_TOKEN}), got {max_length!r}."
+            )
+        return int(max_length)
 
     def _check_texts(self, texts: list[str] | None, images: Any, task: str | None) -> None:
         if task is not None and task not in TASKS:
@@ -158,7 +196,7 @@ class MMGEMProcessor(ProcessorMixin):
         if texts is None and images is None:
             raise ValueError("Nothing to process: pass text, images, or both.")
         if task is not None and images is None:
-            raise ValueError(f"task={task!r} captions pictures, but there are no images.")
+            raise ValueError(f"task={task!r} captions images, but there are none: pass images.")
         if texts is None:
             return
         if not texts:
@@ -166,8 +204,14 @@ class MMGEMProcessor(ProcessorMixin):
         for i, sample in enumerate(texts):
             if not isinstance(sample, str):
                 raise ValueError(f"text[{i}] must be a str, got {type(sample).__name__}.")
-            if task is None and not sample.strip():
-                raise ValueError(f"text[{i}] is empty: there is nothing to embed; drop it.")
+            try:
+                is_empty = not as_sentence(sample)
+            except ValueError as error:
+                raise ValueError(f"text[{i}] of this call: {error}") from error
+            if task is None and is_empty:
+                beside = "" if images is None else ', leave text out to embed the image, or caption it: task="caption"'
+                # Libraries sort texts before they call: what it is says more than where it stands.
+                raise ValueError(f"text[{i}] of this call is empty, {sample!r}: drop it{beside}.")
 
     def _check_image_kwargs(self, kwargs: dict[str, Any], has_regions: bool) -> None:
         known = self.image_processor.valid_kwargs.__annotations__
@@ -186,8 +230,7 @@ class MMGEMProcessor(ProcessorMixin):
     def _load_images(images: Any) -> list[Image.Image]:
         if images is None:
             return []
-        batch = list(images) if isinstance(images, list | tuple) else [images]
-        batch = [image for item in batch for image in (item if isinstance(item, list | tuple) else [item])]
+        batch = [image for item in _as_list(images) for image in (item if isinstance(item, list | tuple) else [item])]
         if not batch:
             raise ValueError("images is an empty list.")
         return [_read_image(image, i) for i, image in enumerate(batch)]
@@ -203,51 +246,63 @@ class MMGEMProcessor(ProcessorMixin):
         return {kind: regions, "region_mask": region_mask}
 
     def _sentences(self, texts: list[str], text_kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Rows "(BOS) text [EMB]". A sentence that spells out a special token gets its letters, not the token."""
-        max_length = text_kwargs.pop("max_length", min(self.max_length, self.tokenizer.model_max_length))
+        """Rows "(BOS) text [EMB]"."""
+        max_length = text_kwargs.pop("max_length", None)
+        if max_length is None:
+            max_length = min(self.max_length, self.tokenizer.model_max_length)
+        max_length = self.checked_length(max_length)
         truncation = text_kwargs.pop("truncation", None)
-        rows = self.tokenizer(texts, split_special_tokens=True, verbose=False)["input_ids"]
+        rows = self.sentence_ids(texts)
         too_long = [i for i, row in enumerate(rows) if len(row) > max_length]
         if truncation is None and too_long:
+            first = too_long[0]
             logger.warning(
-                f"{len(too_long)} of {len(rows)} texts are longer than max_length={max_length} tokens (the first is "
-                f"text[{too_long[0]}] with {len(rows[too_long[0]])}) and were cut; [EMB] stays."
+                f"{len(too_long)} of {len(rows)} texts are longer than max_length={max_length} tokens and were "
+                f"truncated before [EMB], the first of them text[{first}] of this call with {len(rows[first])}: "
+                f"{texts[first][:40]!r}…"
             )
-        if truncation is not False:
+        if truncation not in (False, "do_not_truncate"):
             for i in too_long:
                 rows[i] = rows[i][: max_length - 1] + rows[i][-1:]
-        text_kwargs.setdefault("padding", True)
-        if text_kwargs["padding"] == "max_length":
-            text_kwargs["max_length"] = max_length
-        return dict(self.tokenizer.pad({"input_ids": rows}, **text_kwargs))
+        return self._padded(rows, max_length, {"padding": True, **text_kwargs})
+
+    def _padded(self, rows: list[list[int]], max_length: int, options: dict[str, Any]) -> dict[str, Any]:
+        if options["padding"] == "max_length":
+            options["max_length"] = max_length
+        return dict(self.tokenizer.pad({"input_ids": rows}, **options))
 
     def _prompts(
-        self, texts: list[str] | None, pictures: list[Image.Image], region_mask: Any, task: str, text_kwargs: dict
+        self,
+        texts: list[tuple[str, str]],
+        pictures: list[Image.Image],
+        region_mask: Any,
+        task: str,
+        text_kwargs: dict[str, Any],
     ) -> dict[str, Any]:
-        """Rows "(BOS) before <image>*n [CAP]*m behind", padded left: generation goes on at the right end."""
+        """
+        Rows "(BOS) before <image>*n [CAP]*m behind", padded left: generation goes on at the right end. The texts are
+        tokenized by themselves, so that they are letters, and those that training has behind [CAP].
+        """
         if task == "region-caption":
             if region_mask is None:
-                raise ValueError('task="region-caption" needs boxes or masks; task="caption" takes whole pictures.')
+                raise ValueError('task="region-caption" needs boxes or masks; task="caption" takes whole images.')
             number = int(region_mask.sum())
-            opening = IMAGE_TOKEN * self.region_grid_size**2 + CAP_TOKEN * self.num_soft_prompts
+            opening = [IMAGE_TOKEN] * self.region_grid_size**2 + [CAP_TOKEN] * self.num_soft_prompts
         else:
             number = len(pictures)
-            opening = IMAGE_TOKEN + CAP_TOKEN
-        texts = [""] * number if texts is None else texts
+            opening = [IMAGE_TOKEN, CAP_TOKEN]
         if len(texts) == 1:
             texts = texts * max(number, 1)
         if len(texts) != number:
-            raise ValueError(f"There are {len(texts)} prompts for {number} pictures or regions.")
-        prompts = []
-        for i, sample in enumerate(texts):
-            before, _, behind = sample.partition(IMAGE_TOKEN) if IMAGE_TOKEN in sample else ("", "", sample)
-            if IMAGE_TOKEN in behind:
-                raise ValueError(f"text[{i}] holds more than one {IMAGE_TOKEN}; a caption is of one picture.")
-            prompts.append(self.bos + before + opening + behind.removeprefix(CAP_TOKEN))
+            raise ValueError(f"There are {len(texts)} prompts for {number} images or regions.")
+        start = int(bool(self.bos))
+        before, behind = ([row[start:-1] for row in self.sentence_ids(part)] for part in zip(*texts))
+        bos = self.tokenizer.convert_tokens_to_ids([self.bos] * start)
+        placeholders = self.tokenizer.convert_tokens_to_ids(opening)
+        rows = [[*bos, *b, *placeholders, *a] for b, a in zip(before, behind)]
         text_kwargs.pop("truncation", None)
-        text_kwargs.pop("max_length", None)
-        options = {"padding": True, "padding_side": "left", **text_kwargs}
-        return dict(self.tokenizer(prompts, add_special_tokens=False, **options))
+        max_length = text_kwargs.pop("max_length", None) or self.max_length
+        return self._padded(rows, max_length, {"padding": True, "padding_side": "left", **text_kwargs})
 
     def post_process_image_text_to_text(
         self, generated_outputs: Any, skip_special_tokens: bool = True, **kwargs: Any
@@ -275,18 +330,49 @@ def _flatten_options(options: dict[str, Any]) -> dict[str, Any]:
     return flat
 
 
+def _at_least_one(name: str, value: Any) -> int:
+    if not isinstance(value, Integral) or value < 1:
+        raise ValueError(f"{name} must be 1 or more, got {value!r}.")
+    return int(value)
+
+
+def _check_moments(image_processor: Any) -> None:
+    """What pixels are multiplied with and divided by must leave them finite."""
+    moments = {name: getattr(image_processor, name, None) for name in ("image_mean", "image_std", "rescale_factor")}
+    for name, value in moments.items():
+        numbers = np.asarray([] if value is None else value, dtype=np.float64)
+        if not np.isfinite(numbers).all() or (name == "image_std" and (numbers <= 0).any()):
+            raise ValueError(
+                f"The image processor's {name} would make pixels NaN or infinite: {value}. Repair it in "
+                "processor_config.json or preprocessor_config.json."
+            )
+
+
+def _around_image(text: str, index: int) -> tuple[str, str]:
+    """What a prompt has before and behind its `<image>`. In a chat its other texts may spell that too."""
+    token = CHAT_IMAGE if CHAT_IMAGE in text else IMAGE_TOKEN
+    before, _, behind = text.partition(token)
+    if token in behind:
+        raise ValueError(
+            f"text[{index}] holds {text.count(token)} {IMAGE_TOKEN}, but a caption is of one image. With "
+            'task="caption" they are letters of the text.'
+        )
+    return before, behind
+
+
+def _as_list(images: Any) -> list[Any]:
+    """One image as a list of it; a batch, or whatever else is no image, as the list of what it holds."""
+    is_one = isinstance(images, str | bytes | dict | os.PathLike | Image.Image) or hasattr(images, "read")
+    is_one = is_one or getattr(images, "ndim", 1) in (2, 3) or not hasattr(images, "__iter__")
+    return [images] if is_one else list(images)
+
+
 def _read_image(image: Any, index: int) -> Image.Image:
-    """A PIL image, path, URL or array in RGB; whatever goes wrong names the picture."""
+    """In RGB; whatever goes wrong names the image."""
     try:
-        if isinstance(image, os.PathLike) or (isinstance(image, str) and os.path.isfile(image)):
-            image = Image.open(image)
-        elif isinstance(image, str):
-            image = load_image(image)
-        elif not isinstance(image, Image.Image):
-            image = Image.fromarray(image.numpy() if hasattr(image, "numpy") else image)
-        return to_rgb(image)
+        return read_image(image)
     except Exception as error:
-        raise ValueError(f"images[{index}] could not be read: {error}") from error
+        raise ValueError(f"images[{index}] could not be read: {error}.") from error
 
 
 __all__ = ["MMGEMProcessor", "set_image_size"]

@@ -1,31 +1,13 @@
-"""Pictures to RGB, and regions from pixels of the original picture to pixels of `pixel_values`."""
+"""Regions from pixels of the original picture to pixels of `pixel_values`."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """
-    The picture as a viewer shows it: EXIF orientation applied, transparency over white, 16-bit scaled to 8.
-
-    Grey, palette, RGBA, CMYK and 16-bit pictures all become RGB.
-    """
-    image = ImageOps.exif_transpose(image)
-    if image.mode == "RGB":
-        return image
-    if image.mode.startswith("I") or image.mode == "F":
-        values = np.asarray(image, dtype=np.float64)
-        # Pillow opens 16-bit PNGs as I;16 or I; its own conversion clips them at 255.
-        values = values / 257 if values.size and values.max() > 255 else values
-        return Image.fromarray(values.clip(0, 255).astype(np.uint8)).convert("RGB")
-    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
-        rgba = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
-    return image.convert("RGB")
+from .images_mmgem import as_array
 
 
 @dataclass(frozen=True)
@@ -72,7 +54,7 @@ def map_box(box: Sequence[float], width: int, height: int, geometry: Geometry, n
             order, or nothing inside the picture or its crop.
     """
     try:
-        corners = np.asarray(box, dtype=np.float64)
+        corners = as_array(box).astype(np.float64)
     except (TypeError, ValueError):
         corners = np.empty(0)
     if corners.shape != (4,) or not np.isfinite(corners).all():
@@ -97,16 +79,38 @@ def map_box(box: Sequence[float], width: int, height: int, geometry: Geometry, n
     return mapped.astype(np.float32)
 
 
+def refuse_normalized(boxes: Sequence[Any]) -> None:
+    """Raises ValueError where all of some boxes lie between 0 and 1: in pixels, no image has such parts."""
+    try:
+        x0, y0, x1, y1 = np.array([as_array(box) for box in boxes], dtype=np.float64).T
+    except (TypeError, ValueError):  # boxes of another form, which `map_box` names
+        return
+    if ((x0 >= 0) & (x0 < x1) & (x1 <= 1) & (y0 >= 0) & (y0 < y1) & (y1 <= 1)).all():
+        first = [x0[0].item(), y0[0].item(), x1[0].item(), y1[0].item()]
+        raise ValueError(
+            f"All boxes lie between 0 and 1, so they are probably normalized, but boxes are given in pixels: {first}. "
+            "Multiply them by [width, height, width, height] of their image."
+        )
+
+
 def map_mask(mask: Any, width: int, height: int, geometry: Geometry, name: str) -> np.ndarray:
     """
-    A (height, width) array, non-zero inside the region, to a boolean array in the frame of `pixel_values`.
+    A (height, width) array, 0 outside the region and 1 (or more) inside, to a boolean array in the frame of
+    `pixel_values`.
 
     Raises:
-        ValueError: naming the mask (`name`), where its shape is not the picture's or nothing of it is left.
+        ValueError: naming the mask (`name`), where its shape is not the picture's, nothing of it is left, or its
+            values are scores, of which the region would be a threshold.
     """
-    array = np.asarray(mask)
+    array = as_array(mask)
     if array.shape != (height, width):
         raise ValueError(f"{name} has shape {array.shape}, its picture (height, width) = {(height, width)}.")
+    scores = array[~(array == 0) & ~((array >= 1) & (array < np.inf))]
+    if scores.size:
+        raise ValueError(
+            f"{name} holds {scores[0]:g}, but a mask is 0 outside its region and 1 inside. Of probabilities pass "
+            "mask > 0.5, of logits mask > 0."
+        )
     resized = Image.fromarray((array != 0).astype(np.uint8)).resize(geometry.resized, Image.Resampling.NEAREST)
     left, top = geometry.offset
     window = resized.crop((left, top, left + geometry.window[0], top + geometry.window[1]))
@@ -132,13 +136,18 @@ def map_regions(
         padding (which holds the whole window, or an empty mask).
 
     Raises:
-        ValueError: with the index of the picture and region that is wrong.
+        ValueError: with the index of the picture and region that is wrong; and where all boxes lie between 0 and 1.
     """
+    for i, of_image in enumerate(regions):
+        if not hasattr(of_image, "__len__"):
+            raise ValueError(f"{kind}[{i}] must be the list of {kind} of an image, got {of_image!r}.")
     if len(regions) != len(sizes):
         raise ValueError(f"{kind} holds lists for {len(regions)} pictures, but there are {len(sizes)} pictures.")
     if not any(len(of_image) for of_image in regions):
         raise ValueError(f"{kind} holds no region at all.")
     map_region = map_box if kind == "boxes" else map_mask
+    if kind == "boxes":
+        refuse_normalized([box for of_image in regions for box in of_image])
     mapped: list[list[np.ndarray]] = []
     windows = []
     for i, ((width, height), of_image) in enumerate(zip(sizes, regions)):
@@ -160,4 +169,4 @@ def map_regions(
     return padded, region_mask
 
 
-__all__ = ["Geometry", "geometry_of", "map_regions", "to_rgb"]
+__all__ = ["Geometry", "geometry_of", "map_regions", "refuse_normalized"]

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from tokenizers import Regex, normalizers
 from tokenizers.processors import TemplateProcessing
 from transformers import AddedToken, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
@@ -9,6 +10,25 @@ from transformers import AddedToken, PreTrainedTokenizerBase, PreTrainedTokenize
 IMAGE_TOKEN = "<image>"
 CAP_TOKEN = "[CAP]"
 EMB_TOKEN = "[EMB]"
+# `as_sentence` for the tokenizer alone, as pipelines call it. Python counts U+001C to U+001F as white space.
+NO_LETTERS = r"\A[\s\x00\x1c-\x1f]+|[\s\x00\x1c-\x1f]+\z|\x00"
+
+
+def as_sentence(text: str) -> str:
+    """
+    The letters of a text, the same for training, evaluation and the processor: no white space around them, no NUL.
+
+    Raises:
+        ValueError: for half a surrogate pair, which is no character.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"half a surrogate pair, {text[error.start]!r}, is no character: {text[:40]!r}. Decode the text with its "
+            "own encoding, or drop it."
+        ) from error
+    return text.replace("\0", "").strip()
 
 
 def starts_with_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
@@ -32,7 +52,8 @@ def ends_with_emb(tokenizer: PreTrainedTokenizerBase) -> bool:
 def to_mmgem_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerFast:
     """
     The same vocabulary plus `<image>`, [CAP], [EMB] (and `<pad>` where there is no pad token), in a tokenizer whose
-    post-processor writes "(BOS) text [EMB]".
+    post-processor writes "(BOS) text [EMB]". What a text spells out is letters to it, `<image>` and [EMB] included,
+    and its normalizer does what [`as_sentence`] does.
 
     The result is of the generic class: those of single models rebuild their post-processor when they are loaded, and
     would lose [EMB].
@@ -59,15 +80,19 @@ def to_mmgem_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenize
         model_max_length=tokenizer.model_max_length,
         clean_up_tokenization_spaces=False,
         padding_side="right",
+        split_special_tokens=True,
         **special,
     )
     result.add_tokens(
         [AddedToken(token, special=True, normalized=False) for token in (IMAGE_TOKEN, CAP_TOKEN, EMB_TOKEN)],
         special_tokens=True,
     )
+    backend = result.backend_tokenizer
+    letters = normalizers.Replace(Regex(NO_LETTERS), "")
+    backend.normalizer = normalizers.Sequence([letters, *([backend.normalizer] if backend.normalizer else [])])
     ids = {token: result.get_vocab()[token] for token in (bos, EMB_TOKEN) if token is not None}
     start = f"{bos} " if bos is not None else ""
-    result.backend_tokenizer.post_processor = TemplateProcessing(
+    backend.post_processor = TemplateProcessing(
         single=f"{start}$A {EMB_TOKEN}", pair=f"{start}$A $B {EMB_TOKEN}", special_tokens=list(ids.items())
     )
     return result
@@ -77,6 +102,7 @@ __all__ = [
     "CAP_TOKEN",
     "EMB_TOKEN",
     "IMAGE_TOKEN",
+    "as_sentence",
     "ends_with_emb",
     "special_token_ids",
     "starts_with_bos",

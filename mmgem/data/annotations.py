@@ -8,6 +8,7 @@ from typing import Any
 import datasets
 from transformers.utils import logging
 
+from ..processing.tokenization_mmgem import as_sentence
 from .json_files import no_such_split, read_json
 from .long_captions import read_long_captions
 
@@ -177,7 +178,10 @@ def _refuse_twice(file: str, kind: str, values: list[Any]) -> None:
 def _text(value: Any, file: str, image: Any) -> str:
     if not isinstance(value, str):
         raise ValueError(f"{file} has {value!r} as a text about picture {image}, which is none.")
-    return value
+    try:
+        return as_sentence(value)
+    except ValueError as error:
+        raise ValueError(f"{file} has no text about picture {image}: {error}") from error
 
 
 def _box(corner_and_size: Any, file: str, image: Any) -> list[float]:

@@ -41,13 +41,14 @@ class PairCollator:
     of unreadable examples). Of a stream it has the `position` behind its last example.
 
     Raises:
-        ValueError: for a `pack_length` that the longest sequence does not fit into.
+        ValueError: for a `pack_length` that the longest sequence does not fit into, and for a `max_length` of the
+            processor that holds no text.
     """
 
     def __init__(
         self, processor: MMGEMProcessor, objective: str = "joint", pack_length: int = 0, mini_batch_size: int = 0
     ):
-        longest = processor.max_length + 2
+        longest = processor.checked_length(processor.max_length) + 2
         if 0 < pack_length < longest:
             raise ValueError(
                 f"pack_length {pack_length} does not hold the longest sequence: max_length {processor.max_length} "
@@ -60,7 +61,7 @@ class PairCollator:
 
     def __call__(self, examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
         captions = [example["caption"] for example in examples]
-        ids = self.processor.tokenizer(captions, split_special_tokens=True)["input_ids"]
+        ids = self.processor.sentence_ids(captions)
         counts: dict[str, Any] = {
             "truncated": sum(len(row) > self.processor.max_length for row in ids),
             "bad": {index: reason for example in examples for index, reason in example["bad"].items()},

@@ -1,19 +1,24 @@
 """JSON that others wrote."""
 
 import json
+import re
 from collections.abc import Sequence
 from typing import Any
+
+
+MAX_DEPTH = 100  # readers recurse, and some end the process where the stack ends
+TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|[\[{]|[\]}]')
 
 
 def read_json(path: str) -> Any:
     """
     Raises:
-        ValueError: for a file that is no JSON, with its name.
+        ValueError: for a file that is no JSON, or nested too deeply, with its name.
     """
-    with open(path, encoding="utf-8") as file:
+    with open(path, encoding="utf-8-sig") as file:
         try:
-            return json.load(file)
-        except (ValueError, RecursionError) as error:  # of JSON, of UTF-8, or nested too deeply
+            return parse_json(file.read())
+        except ValueError as error:
             raise ValueError(f"{path} is no JSON: {error}.") from error
 
 
@@ -22,16 +27,42 @@ def read_json_lines(path: str) -> list[Any]:
     One value a line, empty lines passed over.
 
     Raises:
-        ValueError: for a line that is no JSON, with its number.
+        ValueError: for a line that is no JSON, or nested too deeply, with its number.
     """
     rows = []
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             try:
-                rows += [json.loads(line)] if line.strip() else []
-            except (ValueError, RecursionError) as error:
+                rows += [parse_json(line.decode("utf-8-sig"))] if line.strip() else []
+            except ValueError as error:
                 raise ValueError(f"Line {number} of {path} is no JSON: {error}.") from error
     return rows
+
+
+def parse_json(text: str) -> Any:
+    """Raises ValueError for what is no JSON, or nested too deeply for those who read it after us."""
+    if text.count("[") + text.count("{") > MAX_DEPTH:
+        depth = 0
+        for match in TOKEN.finditer(text):
+            depth += {"[": 1, "{": 1, "]": -1, "}": -1}.get(match[0], 0)
+            if depth > MAX_DEPTH:
+                raise ValueError(f"it is nested more than {MAX_DEPTH} deep at character {match.start()}")
+    return json.loads(text)
+
+
+def check_json_row(text: str, name: str) -> None:
+    """Raises ValueError, naming it, for a text that is not one object of JSON with whole characters."""
+    try:
+        row = parse_json(text.strip())
+        if "\\u" in text:
+            json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        half = error.object[error.start]
+        raise ValueError(f"{name} holds half a surrogate pair, which is no character: {half!r}. Drop it.") from error
+    except ValueError as error:
+        raise ValueError(f"{name} is no JSON: {error}.") from error
+    if not isinstance(row, dict):
+        raise ValueError(f"{name} is no object with columns: {text[:40].strip()}.")
 
 
 def no_such_split(path: str, asked: Sequence[str] | None, there: set[str]) -> ValueError:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import datasets
+from transformers.utils import logging
 
 from ..training.arguments import DataArguments
 from .annotations import read_annotations
@@ -12,10 +13,13 @@ from .pairs import PairDataset
 from .regions import RegionDataset
 from .scenes import ScenesDataset
 from .shards import ShardStream, expand_shards
+from .table_files import load_named, read_file
 
+
+logger = logging.get_logger(__name__)
 
 Table = tuple[Any, str]  # rows, and the file they were read from
-FORMATS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv"}
+HELD_OUT_SPLITS = ("validation", "val", "valid", "dev", "eval", "test")
 
 
 def is_hub_id(name: str | None) -> bool:
@@ -27,7 +31,7 @@ def load_pairs(
     arguments: DataArguments, image_size: int, seed: int
 ) -> tuple[PairDataset | ShardStream, PairDataset | None]:
     """
-    The training pairs, and those to evaluate on (None where the data has no validation or test split).
+    The training pairs, and those to evaluate on (None where the data has none, which is logged).
 
     Raises:
         ValueError: for a column that is not there, with those that are; for captions that are no texts; for a file of
@@ -66,15 +70,22 @@ def load_regions(arguments: DataArguments, image_size: int, seed: int) -> tuple[
 
 def _load_tables(arguments: DataArguments, image_size: int, seed: int) -> tuple[Table, Table | None]:
     """Tables to train and to evaluate on, each with the file that it was read from."""
+    if arguments.dataset_name is not None and arguments.validation_annotations:
+        raise ValueError("validation_annotations go with train_annotations, train_file or train_shards.")
     if arguments.dataset_name == "scenes":
         train = ScenesDataset("train", arguments.max_train_samples or 20_000, image_size, seed)
         # The held-out scenes are the same whatever the training seed.
         return (train, ""), (ScenesDataset("test", arguments.max_eval_samples or 500, image_size), "")
     if arguments.dataset_name is not None:
-        splits = datasets.load_dataset(arguments.dataset_name, arguments.dataset_config_name)
+        splits = load_named(arguments.dataset_name, arguments.dataset_config_name)
         if "train" not in splits:
             raise ValueError(f"{arguments.dataset_name} has no train split, only {', '.join(splits)}.")
-        held_out = splits.get("validation", splits.get("test"))
+        held_out = next((splits[name] for name in HELD_OUT_SPLITS if name in splits), None)
+        if held_out is None:
+            logger.warning(
+                f"Nothing will be evaluated: {arguments.dataset_name} has the splits {', '.join(splits)}, and none "
+                f"called {', '.join(HELD_OUT_SPLITS)}. python -m mmgem.evaluation takes any, with --split."
+            )
         return (splits["train"], ""), None if held_out is None else (held_out, "")
     if arguments.train_annotations:
         train, _ = annotated_table(arguments.train_annotations, arguments, ("train", "restval"))
@@ -84,12 +95,17 @@ def _load_tables(arguments: DataArguments, image_size: int, seed: int) -> tuple[
 
 
 def _read_held_out(arguments: DataArguments) -> Table | None:
+    if arguments.validation_annotations and arguments.validation_file:
+        raise ValueError("Give validation_file or validation_annotations, not both.")
     if arguments.validation_annotations:
         # Karpathy's and DOCCI's names for it.
         table, _ = annotated_table(arguments.validation_annotations, arguments, ("val", "qual_dev"))
         return table, ""
     if arguments.validation_file:
         return read_file(arguments.validation_file, "validation"), arguments.validation_file
+    logger.warning(
+        "Nothing will be evaluated: name what to evaluate on with --validation_file or --validation_annotations."
+    )
     return None
 
 
@@ -170,19 +186,3 @@ def checked_table(
         # Decoded by us, so that one corrupt picture does not end the run.
         table = table.cast_column(arguments.image_column, datasets.Image(decode=False))
     return table
-
-
-def read_file(path: str, split: str) -> datasets.Dataset:
-    """
-    A table from parquet, jsonl, json or csv.
-
-    Raises:
-        ValueError: for another format.
-        FileNotFoundError: for a file that is not there.
-    """
-    extension = os.path.splitext(path)[1]
-    if extension not in FORMATS:
-        raise ValueError(f"{path}: unknown format {extension!r}; use one of {', '.join(FORMATS)}.")
-    if not os.path.isfile(path):
-        raise FileNotFoundError(f"There is no file {path}.")
-    return datasets.load_dataset(FORMATS[extension], data_files={split: path}, split=split)

@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from ..processing.tokenization_mmgem import as_sentence
 from .json_files import no_such_split, read_json, read_json_lines
 
 
@@ -42,9 +43,9 @@ def _read_folder(path: str) -> dict[str, list[str]] | None:
     if texts:
         captions = {}
         for name in texts:
-            with open(os.path.join(path, name), encoding="utf-8") as stream:
+            with open(os.path.join(path, name), encoding="utf-8-sig") as stream:
                 try:
-                    captions[os.path.splitext(name)[0]] = [stream.read().strip()]
+                    captions[os.path.splitext(name)[0]] = [as_sentence(stream.read())]
                 except UnicodeDecodeError as error:
                     raise ValueError(f"{stream.name} is no text: {error}.") from error
         return captions
@@ -82,5 +83,5 @@ def _by_picture(rows: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
         name = os.path.basename(image)
         if paths.setdefault(name, image) != image:
             raise ValueError(f"{paths[name]} and {image} have one name, by which their captions are told apart.")
-        captions.setdefault(name, []).append(caption.strip())
+        captions.setdefault(name, []).append(as_sentence(caption))
     return captions

@@ -3,9 +3,9 @@
 import contextlib
 import copy
 import hashlib
-import io
 import math
 import os
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -13,14 +13,12 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ..processing.regions_mmgem import to_rgb
+from ..processing.images_mmgem import encoded_image, image_of_array, open_image, to_rgb
+from ..processing.tokenization_mmgem import as_sentence
 
 
-MAX_PIXELS = 2**26  # 67 megapixels, 200 MB decoded
-MAX_ASPECT_RATIO = 50
 MAX_STRETCH = 4 / 3  # of random crops
-# Not all that Pillow reads: some of it starts other programs.
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "JPEG2000", "PPM")
+WRITTEN_LIST = re.compile(r"""\[\s*(["']).*\1\s*,?\s*\]""", re.DOTALL)
 
 
 class BadDataError(ValueError):
@@ -82,9 +80,15 @@ class PairDataset(torch.utils.data.Dataset):
         self._epoch.fill_(epoch)
 
     def captions(self) -> list[list[str]]:
-        """Every example's captions, without decoding a picture."""
+        """Every example's captions, without decoding a picture; none of an example whose captions cannot be read."""
         values = list(self.table[self.caption_column])
-        return [as_captions(values[row])[: self.max_captions] for row in self.rows]
+        captions = []
+        for row in self.rows:
+            try:
+                captions.append(as_captions(values[row])[: self.max_captions])
+            except ValueError:
+                captions.append([])
+        return captions
 
     def some_pictures(self, number: int = 256) -> Iterator[Image.Image]:
         """Pictures spread evenly over the dataset, one at a time."""
@@ -109,7 +113,7 @@ class PairDataset(torch.utils.data.Dataset):
         Raises:
             BadDataError: where it cannot be read, with the reason.
         """
-        with _as_bad_data():
+        with self._as_bad_data(self.rows[index]):
             return self._read(self.rows[index])
 
     def picture(self, index: int) -> Image.Image:
@@ -119,9 +123,18 @@ class PairDataset(torch.utils.data.Dataset):
         Raises:
             BadDataError: as [`read`].
         """
-        with _as_bad_data():
+        with self._as_bad_data(self.rows[index]):
             content = encoded(self.table[self.rows[index]][self.image_column], self.root)
-            return to_rgb(open_image(content, self.least_side))
+            return to_rgb(decoded(content, self.least_side))
+
+    @contextlib.contextmanager
+    def _as_bad_data(self, row: int) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # Pillow's readers raise whatever they stumble over
+            reason = f"{type(error).__name__}: {error}"
+            name = _file_name(self.table[row].get(self.image_column))
+            raise BadDataError(reason if name in reason else f"{reason} ({name})") from error
 
     def _read(self, row: int) -> dict[str, Any]:
         columns = self.table[row]
@@ -137,14 +150,6 @@ class PairDataset(torch.utils.data.Dataset):
         return {"image": image, "image_id": image_id, "caption": caption, "captions": captions}
 
 
-@contextlib.contextmanager
-def _as_bad_data() -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:  # Pillow's readers raise whatever they stumble over
-        raise BadDataError(f"{type(error).__name__}: {error}") from error
-
-
 def digest(content: bytes) -> int:
     """A signed 64-bit hash, the same in every process."""
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "big", signed=True)
@@ -152,25 +157,42 @@ def digest(content: bytes) -> int:
 
 def as_captions(value: Any) -> list[str]:
     """
-    One caption or a list of them, without the empty ones.
+    One caption or a list of them, as sentences, without the empty ones.
 
     Raises:
-        ValueError: for anything that is no text.
+        ValueError: for anything that is no text, and for a list written out as one.
     """
     values = value if isinstance(value, list | tuple) else [value]
     if wrong := [item for item in values if not isinstance(item, str | None)]:
         raise ValueError(f"captions must be text, got {wrong[0]!r}")
-    return [caption.strip() for caption in values if caption and caption.strip()]
+    captions = [caption for item in values if item and (caption := as_sentence(item))]
+    if isinstance(value, str) and WRITTEN_LIST.fullmatch(value.strip()):
+        raise ValueError(
+            f"the caption is a list written as text, {value[:40]!r}; keep lists of captions in parquet or jsonl"
+        )
+    return captions
 
 
 def encoded(value: Any, root: str = "") -> bytes | Image.Image:
-    """The file's bytes, from bytes, a path, or `datasets`' `{"bytes", "path"}`; a PIL picture as it is."""
+    """The file's bytes, from bytes, a path, or `datasets`' `{"bytes", "path"}`; a PIL image or array as an image."""
     if isinstance(value, dict):
-        value = value["bytes"] if value.get("bytes") is not None else value["path"]
-    if isinstance(value, bytes | Image.Image):
+        value = encoded_image(value)
+    if isinstance(value, bytes):
         return value
+    if isinstance(value, Image.Image):
+        return open_image(value)
+    if value is None:
+        raise ValueError("it has no image")
+    if not isinstance(value, str | os.PathLike):
+        return image_of_array(value)
     with open(os.path.join(root, value), "rb") as file:
         return file.read()
+
+
+def _file_name(value: Any) -> str:
+    """The path that a table has for an image, where it has one."""
+    value = value.get("path") if isinstance(value, dict) else value
+    return os.fspath(value) if isinstance(value, str | os.PathLike) else ""
 
 
 def augmented_image(
@@ -181,28 +203,16 @@ def augmented_image(
     quarter or an eighth of its size where that leaves the smallest crop `least_side` pixels per side.
     """
     smallest = math.sqrt(augmentation_scale / MAX_STRETCH) if augmentation_scale < 1 else 1.0
-    image = to_rgb(open_image(content, math.ceil(least_side / smallest)))
+    image = to_rgb(decoded(content, math.ceil(least_side / smallest)))
     return random_crop(image, augmentation_scale, rng) if augmentation_scale < 1 else image
 
 
-def open_image(content: bytes | Image.Image, least_side: int = 0) -> Image.Image:
-    """A picture, fully decoded; a JPEG, with `least_side`, no larger than it must be for that many pixels per side."""
-    image = opened(content)
+def decoded(content: bytes | Image.Image, least_side: int = 0) -> Image.Image:
+    """[`open_image`], decoded; a JPEG, with `least_side`, no larger than it must be for that many pixels per side."""
+    image = open_image(content)
     if least_side and image is not content:  # a picture of the caller's keeps its size
         image.draft(None, (least_side, least_side))  # type: ignore[arg-type]
     image.load()
-    return image
-
-
-def opened(content: bytes | Image.Image) -> Image.Image:
-    """A picture of a format and a size that we read, not decoded yet."""
-    if isinstance(content, Image.Image):
-        return content
-    image = Image.open(io.BytesIO(content), formats=FORMATS)
-    if image.width * image.height > MAX_PIXELS:
-        raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels, more than {MAX_PIXELS}")
-    if max(image.size) > MAX_ASPECT_RATIO * min(image.size):  # a crop of it, resized, would fill the memory
-        raise ValueError(f"{image.width} x {image.height} pixels, longer than {MAX_ASPECT_RATIO} times its width")
     return image
 
 

@@ -45,7 +45,7 @@ class RegionCollator(PairCollator):
                 "to a square without cropping."
             )
         counts = torch.tensor([len(of_image) for of_image in boxes])
-        ids = self.processor.tokenizer(phrases, split_special_tokens=True)["input_ids"]
+        ids = self.processor.sentence_ids(phrases)
         if self.objective == "caption":
             prompt = [IMAGE_TOKEN] * self.processor.region_grid_size**2
             sequences, texts = self._captions(ids, prompt + [CAP_TOKEN] * self.processor.num_soft_prompts), []

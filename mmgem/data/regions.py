@@ -7,8 +7,10 @@ from typing import Any
 import numpy as np
 from PIL import ExifTags
 
-from ..processing.regions_mmgem import Geometry, geometry_of, map_box, to_rgb
-from .pairs import PairDataset, as_captions, digest, encoded, open_image, opened
+from ..processing.images_mmgem import open_image, to_rgb
+from ..processing.regions_mmgem import Geometry, geometry_of, map_box, refuse_normalized
+from ..processing.tokenization_mmgem import as_sentence
+from .pairs import PairDataset, as_captions, decoded, digest, encoded
 
 
 class RegionDataset(PairDataset):
@@ -72,10 +74,11 @@ class RegionDataset(PairDataset):
         """The example of a row of the table with all its regions, and captions where there are any."""
         columns = self.table[row]
         regions = as_regions(columns.get(self.regions_column))
+        refuse_normalized([box for box, _ in regions])
         captions = as_captions(columns.get(self.caption_column))
         content = encoded(columns[self.image_column], self.root)
-        width, height = opened(content).size
-        picture = open_image(content, self.least_side)
+        width, height = open_image(content).size
+        picture = decoded(content, self.least_side)
         if picture.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8):  # lies on its side
             width, height = height, width
         stated = (int(columns.get("width") or width), int(columns.get("height") or height))
@@ -137,8 +140,8 @@ def as_regions(value: Any) -> list[tuple[list[float], str]]:
         corners = np.asarray(box if box is not None else [], dtype=np.float64)
         if corners.shape != (4,) or not np.isfinite(corners).all():
             raise ValueError(f"regions[{i}] has the box {box!r}; it must be four numbers [x0, y0, x1, y1]")
-        if phrase and phrase.strip():
-            regions.append((corners.tolist(), phrase.strip()))
+        if phrase and (sentence := as_sentence(phrase)):
+            regions.append((corners.tolist(), sentence))
     return regions
 
 

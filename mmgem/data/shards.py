@@ -16,13 +16,14 @@ import numpy as np
 import torch
 from PIL import Image
 
-from .pairs import BadDataError, augmented_image, digest
+from .pairs import BadDataError, as_captions, augmented_image, digest
 
 
 MAX_MEMBER_BYTES = 64 * 2**20
 MAX_TEXT_BYTES = 2**20
 MAX_BAD_IN_A_ROW = 10_000
 PICTURES = ("jpg", "jpeg", "png", "webp")
+CAPTION_COLUMN = "caption"
 
 
 class BadSampleError(ValueError):
@@ -52,7 +53,7 @@ class ShardStream(torch.utils.data.IterableDataset):
     Args:
         sources: per source its shards: paths, or URLs that fsspec opens (`hf://datasets/org/name/00000.tar`).
         weights: how often each source is drawn from; all alike by default.
-        caption_column: key of the caption in a sample's json, where it has no txt.
+        caption_column: key of the caption, or list of captions, in a sample's json. By default the txt goes first.
         augmentation_scale, seed: as [`PairDataset`].
         window: samples that are shuffled among each other, and held in memory (encoded).
         rank, world_size: which of how many processes this is.
@@ -65,7 +66,7 @@ class ShardStream(torch.utils.data.IterableDataset):
         self,
         sources: Sequence[Sequence[str]],
         weights: Sequence[float] | None = None,
-        caption_column: str = "caption",
+        caption_column: str = CAPTION_COLUMN,
         augmentation_scale: float = 1.0,
         seed: int = 0,
         window: int = 1000,
@@ -152,7 +153,7 @@ class ShardStream(torch.utils.data.IterableDataset):
     def _example(self, sample: RawSample, rng: np.random.Generator) -> dict[str, Any]:
         if sample.fault is not None:
             raise BadSampleError(sample.fault)
-        caption = caption_of(sample, self.caption_column)
+        captions = captions_of(sample, self.caption_column)
         content = next((sample.members[name] for name in PICTURES if name in sample.members), None)
         if content is None:
             raise BadSampleError(f"no picture: only {', '.join(sample.members)}")
@@ -162,14 +163,15 @@ class ShardStream(torch.utils.data.IterableDataset):
             raise BadSampleError(f"too many pixels: {error}") from error
         except Exception as error:  # Pillow's readers raise whatever they stumble over
             raise BadSampleError(f"unreadable picture: {type(error).__name__}: {error}") from error
-        return {"image": image, "image_id": digest(content), "caption": caption, "captions": [caption]}
+        caption = captions[rng.integers(len(captions))]
+        return {"image": image, "image_id": digest(content), "caption": caption, "captions": captions}
 
     def captions(self, limit: int = 10_000) -> list[list[str]]:
         """The captions of the first samples, without decoding a picture."""
         captions = []
         for sample in itertools.islice(self._first_samples(), limit):
             try:
-                captions.append([caption_of(sample, self.caption_column)])
+                captions.append(captions_of(sample, self.caption_column))
             except BadSampleError:
                 continue
         return captions
@@ -191,56 +193,76 @@ class ShardStream(torch.utils.data.IterableDataset):
             yield from read_samples(shard)
 
 
-def caption_of(sample: RawSample, column: str) -> str:
+def captions_of(sample: RawSample, column: str) -> list[str]:
     """
-    The text of the txt, or of the json's `column`.
+    The text of the txt, or what the json has under `column`; under another name than "caption", of the json alone.
 
     Raises:
         BadSampleError: where there is none.
     """
-    content = sample.members.get("txt", sample.members.get("json"))
+    extension = "txt" if column == CAPTION_COLUMN and "txt" in sample.members else "json"
+    content = sample.members.get(extension)
     if content is None:
-        raise BadSampleError(f"no caption: only {', '.join(sample.members)}")
+        wanted = "" if column == CAPTION_COLUMN else f", and no json with {column!r}"
+        raise BadSampleError(f"no caption: only {', '.join(sample.members)}{wanted}")
     if len(content) > MAX_TEXT_BYTES:
         raise BadSampleError(f"too large: a text of {len(content)} bytes")
     try:
-        caption: Any = content.decode()
-        if "txt" not in sample.members:
-            values = json.loads(caption)
-            caption = values.get(column) if isinstance(values, dict) else None
-        if isinstance(caption, str):
-            caption.encode()  # half a surrogate pair, which JSON may hold, is no text
+        value: Any = content.decode("utf-8-sig")
+        if extension == "json":
+            value = json.loads(value)
     except UnicodeError as error:
         raise BadSampleError(f"invalid UTF-8: {error}") from error
     except (ValueError, RecursionError) as error:
         raise BadSampleError(f"invalid JSON: {error}") from error
-    if not isinstance(caption, str) or not caption.strip():
+    if extension == "json":
+        if not isinstance(value, dict):
+            raise BadSampleError(f"invalid JSON: a {type(value).__name__}, not an object with {column!r}")
+        if column not in value:
+            raise BadSampleError(f"no caption: its json has no {column!r}, only {', '.join(value)}")
+        value = value[column]
+    try:
+        captions = as_captions(value)
+    except ValueError as error:
+        raise BadSampleError(f"invalid caption: {error}") from error
+    if not captions:
         raise BadSampleError("empty caption")
-    return caption.strip()
+    return captions
 
 
 def read_samples(path: str, start: int = 0) -> Iterator[RawSample]:
     """
     The samples of a tar in their order, from number `start` on: neighbouring files of one name, whatever comes after
-    its first dot. A fault is a sample too, so that numbers stay the same; one that ends the tar is its last sample.
+    its first dot. A fault is a sample too, so that numbers stay the same; those of the whole tar are its last ones.
     """
-    faults: list[Exception] = []
+    faults: dict[str, str] = {}
+    seen: set[str] = set()
     number = -1
     try:
         with fsspec.open(path, "rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
             for number, (key, members) in enumerate(itertools.groupby(_members(tar, file, faults), key=_key)):
                 if number >= start:
-                    yield _read(tar, os.path.join(path, key), members)
+                    again = " (again)" if key in seen else ""
+                    sample = _read(tar, os.path.join(path, key) + again, members)
+                    if again:
+                        sample.fault = f"key twice: {key} lies apart from its other files; sort the members by name"
+                    yield sample
+                seen.add(key)
     except Exception as error:  # file systems, remote ones above all, raise whatever they stumble over
-        faults.append(error)
-    if faults and number + 1 >= start:
-        yield RawSample(path, fault=f"broken shard: {type(faults[0]).__name__}: {faults[0]}")
+        faults.setdefault("broken shard", f"{type(error).__name__}: {error}")
+    for kind, fault in faults.items():
+        number += 1
+        if number >= start:
+            yield RawSample(path if kind == "broken shard" else f"{path}: {kind}", fault=f"{kind}: {fault}")
 
 
-def _members(tar: tarfile.TarFile, file: Any, faults: list[Exception]) -> Iterator[tarfile.TarInfo]:
-    """The members in order, up to the end or to a fault."""
+def _members(tar: tarfile.TarFile, file: Any, faults: dict[str, str]) -> Iterator[tarfile.TarInfo]:
+    """The members in order, up to the end or to a fault, without what macOS puts between them."""
     try:
         for member in tar:
+            if PurePosixPath(member.name).name.startswith("._"):
+                faults["macOS metadata"] = f"{member.name} and its like hold nothing, and are passed over"
+                continue
             if member.size < 0:  # tarfile would go back, and round in circles
                 raise tarfile.ReadError(f"{member.name} has {member.size} bytes")
             yield member
@@ -249,7 +271,7 @@ def _members(tar: tarfile.TarFile, file: Any, faults: list[Exception]) -> Iterat
         if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
             raise tarfile.ReadError(f"neither a header nor the end at byte {tar.offset}")
     except Exception as error:  # a corrupt header makes tarfile raise whatever it stumbles over
-        faults.append(error)
+        faults["broken shard"] = f"{type(error).__name__}: {error}"
 
 
 def _read(tar: tarfile.TarFile, key: str, members: Iterator[tarfile.TarInfo]) -> RawSample:
@@ -265,8 +287,11 @@ def _read(tar: tarfile.TarFile, key: str, members: Iterator[tarfile.TarInfo]) ->
         else:
             content = tar.extractfile(member)
             assert content is not None
+            extension = path.name.partition(".")[2].lower()
+            if extension in sample.members:
+                sample.fault = f"file twice: {member.name}"
             try:
-                sample.members[path.name.partition(".")[2].lower()] = content.read()
+                sample.members[extension] = content.read()
             except tarfile.ReadError as error:
                 sample.fault = f"incomplete file: {member.name}: {error}"
     return sample

@@ -111,6 +111,6 @@ class EvaluationArguments:
         for name in ("caption_samples", "max_samples"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}.")
-        for length in [*self.max_lengths, *filter(None, [self.max_length])]:
+        for length in [*self.max_lengths, *([] if self.max_length is None else [self.max_length])]:
             if length < 4:
                 raise ValueError(f"A text of {length} tokens holds no word beside BOS and [EMB].")

@@ -8,7 +8,7 @@ from typing import Any
 from transformers.utils import logging
 
 from ..data.json_files import no_such_split, read_json
-from .captioning import bleu, cider_d, rouge_l
+from .captioning import bleu, cider_d, has_cider, rouge_l
 
 
 logger = logging.get_logger(__name__)
@@ -90,8 +90,8 @@ def score_captions(
 ) -> dict[str, float]:
     """
     CIDEr-D, BLEU-1 to 4 and ROUGE-L of all captions, and with `domains` of each domain alone, its document frequencies
-    being those of its own references. An empty caption scores 0, and is counted. With `subset` references without a
-    caption are left out.
+    being those of its own references. CIDEr of a single picture is undefined, and left out. An empty caption scores 0,
+    and is counted. With `subset` references without a caption are left out.
 
     Raises:
         ValueError: for captions without references, and references without a caption.
@@ -110,19 +110,24 @@ def score_captions(
     empty = sum(not caption.strip() for caption in results.values())
     if empty:
         logger.warning(f"{empty} of {len(results)} captions are empty, and score 0.")
-    metrics = {**_scores(list(references), results, references), "caption_empty": empty / len(results)}
+    metrics = {
+        **_scores("these captions", list(references), results, references),
+        "caption_empty": empty / len(results),
+    }
     for domain in DOMAINS:
         images = [image for image in references if domains and domains.get(image) == domain]
         if images:
-            scores = _scores(images, results, references)
+            scores = _scores(domain, images, results, references)
             metrics.update({f"{name}_{domain.replace('-', '_')}": value for name, value in scores.items()})
     return metrics
 
 
-def _scores(images: list[str], results: Mapping[str, str], references: Mapping[str, Any]) -> dict[str, float]:
+def _scores(
+    name: str, images: list[str], results: Mapping[str, str], references: Mapping[str, Any]
+) -> dict[str, float]:
     captions, of_images = [results[image] for image in images], [references[image] for image in images]
     return {
-        "caption_cider": cider_d(captions, of_images)[0],
+        **({"caption_cider": cider_d(captions, of_images)[0]} if has_cider(of_images, name) else {}),
         **{f"caption_bleu{n}": value for n, value in enumerate(bleu(captions, of_images), 1)},
         "caption_rouge_l": rouge_l(captions, of_images)[0],
     }

@@ -11,7 +11,10 @@ from itertools import pairwise
 
 import numpy as np
 import regex
+from transformers.utils import logging
 
+
+logger = logging.get_logger(__name__)
 
 TOKENIZER = "mmgem-words-3"
 
@@ -34,6 +37,13 @@ def tokenize(text: str) -> list[str]:
     return _TOKEN.findall(unicodedata.normalize("NFC", text).lower().replace("’", "'"))
 
 
+def has_cider(references: Sequence[object], of: str = "these captions") -> bool:
+    """Whether CIDEr is defined: it weighs n-grams by how few images have them, and of a single one says nothing."""
+    if len(references) == 1:
+        logger.warning(f"CIDEr of {of} is left out: it is undefined for a single image. Evaluate two or more.")
+    return len(references) != 1
+
+
 def cider_d(candidates: Sequence[str], references: Sequence[Sequence[str]]) -> tuple[float, np.ndarray]:
     """
     CIDEr-D (Vedantam et al., 2015): n = 1 to 4, sigma = 6, counts clipped, document frequencies from these references.
@@ -46,7 +56,8 @@ def cider_d(candidates: Sequence[str], references: Sequence[Sequence[str]]) -> t
         mean over the pictures and the score of each, on coco-caption's scale (0 to 10; papers print it x 100).
 
     Raises:
-        ValueError: for lists of different length, empty ones, or a picture without a reference.
+        ValueError: for lists of different length, empty ones, or a picture without a reference; for a single picture,
+            of which it is undefined.
     """
     _check(candidates, references)
     weigh, reference_vectors = _weighting(references)
@@ -196,6 +207,8 @@ def _ngrams(words: list[str], max_n: int = 4) -> Ngrams:
 
 def _weighting(references: Sequence[Sequence[str]]) -> tuple[Callable[[str], Vector], list[list[Vector]]]:
     """A function from a text to its vector by these references' document frequencies, and the references' vectors."""
+    if len(references) == 1:
+        raise ValueError("CIDEr is undefined for a single image: it compares with others. Evaluate two or more.")
     reference_ngrams = [[_ngrams(tokenize(reference)) for reference in of_image] for of_image in references]
     frequency: Ngrams = Counter()
     for of_image in reference_ngrams:

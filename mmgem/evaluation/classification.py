@@ -11,6 +11,7 @@ from transformers.utils import logging
 from ..data.pairs import PairDataset
 from ..modeling_mmgem import MMGEMModel
 from ..processing import MMGEMProcessor
+from ..processing.tokenization_mmgem import as_sentence
 from .embedding import embed_all_texts, embed_each, evaluating
 from .retrieval import TIE
 
@@ -80,12 +81,12 @@ def class_embeddings(
     """
     names = list(class_names)
     for i, name in enumerate(names):
-        if not isinstance(name, str) or not name.strip():
+        if not isinstance(name, str) or not as_sentence(name):
             raise ValueError(f"Class {i} has no name; give class_names, one for each label.")
     for template in templates:
         if "{}" not in template:
             raise ValueError(f"The template {template!r} has no {{}} for the name of the class.")
-    sentences = [template.replace("{}", name) for name in names for template in templates]
+    sentences = [template.replace("{}", as_sentence(name)) for name in names for template in templates]
     embeds = embed_all_texts(model, processor, sentences, batch_size)
     return normalize(embeds.view(len(names), len(templates), -1).mean(1), dim=-1)
 

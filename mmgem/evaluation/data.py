@@ -7,10 +7,11 @@ from typing import Any
 
 import datasets
 
-from ..data.loading import annotated_table, checked_table, read_file
+from ..data.loading import annotated_table, checked_table
 from ..data.pairs import PairDataset
 from ..data.regions import RegionDataset
 from ..data.scenes import CLASSES, ScenesDataset
+from ..data.table_files import load_named, read_file
 from ..options import load_yaml
 from .arguments import LONG_CAPTION_COLUMN, EvaluationArguments
 from .classification import DEFAULT_TEMPLATES
@@ -159,8 +160,7 @@ def _load_table(arguments: EvaluationArguments, image_size: int) -> tuple[Any, s
     if arguments.dataset_name == "scenes":
         return ScenesDataset(arguments.split, arguments.max_samples or 500, image_size), "", 0
     if arguments.dataset_name is not None:
-        rows = datasets.load_dataset(arguments.dataset_name, arguments.dataset_config_name, split=arguments.split)
-        return rows, "", 0
+        return load_named(arguments.dataset_name, arguments.dataset_config_name, arguments.split), "", 0
     if arguments.data_file is not None:
         return read_file(arguments.data_file, arguments.split), os.path.dirname(arguments.data_file), 0
     assert arguments.annotations is not None

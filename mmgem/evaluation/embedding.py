@@ -45,8 +45,8 @@ def embed_texts(
     embeds = torch.empty(len(texts), model.config.projection_dim)
     if not texts:
         return embeds
-    options: dict[str, Any] = {"max_length": max_length or processor.max_length, "truncation": True}
-    rows = processor(text=list(texts), padding=False, **options)["input_ids"]
+    max_length = processor.max_length if max_length is None else max_length
+    rows = processor(text=list(texts), padding=False, max_length=max_length, truncation=True)["input_ids"]
     tokens = CPU_TOKENS if model.device.type == "cpu" else None
     for batch in batches_by_length([len(row) for row in rows], batch_size, tokens):
         inputs = processor.tokenizer.pad({"input_ids": [rows[i] for i in batch]}, return_tensors="pt")
@@ -186,8 +186,7 @@ def embed_pairs(
     indices, images = embed_dataset(model, processor, dataset, batch_size, whole_image_box)
     readable = dataset.select(indices).captions()
     texts = [caption for captions in readable for caption in captions]
-    tokens = processor.tokenizer(texts, split_special_tokens=True)["input_ids"]
-    cut = sum(len(row) > processor.max_length for row in tokens)
+    cut = sum(len(row) > processor.max_length for row in processor.sentence_ids(texts))
     if cut and process()[0] == 0:
         logger.warning(
             f"{cut} of {len(texts)} captions are longer than max_length={processor.max_length}, and are cut."

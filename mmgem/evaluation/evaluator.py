@@ -12,7 +12,7 @@ from ..data.pairs import PairDataset
 from ..data.scenes import ScenesDataset, parse_objects
 from ..modeling_mmgem import MMGEMModel
 from ..processing import MMGEMProcessor
-from .captioning import best_constant_caption, bleu, cider_d, rouge_l
+from .captioning import best_constant_caption, bleu, cider_d, has_cider, rouge_l
 from .embedding import embed_pairs, evaluating
 from .retrieval import retrieval_metrics
 from .sharing import gather_parts, own_part
@@ -115,15 +115,19 @@ def caption_metrics(captions: list[str], dataset: PairDataset) -> dict[str, floa
     """
     CIDEr-D, BLEU-1 to 4, ROUGE-L, how many captions are distinct, how many empty, and object F1 on scenes.
     `caption_cider_shuffled`, these captions given to other pictures, and `caption_cider_constant`, the best caption
-    for all, say what CIDEr is worth here.
+    for all, say what CIDEr is worth here; of a single picture all three are left out.
     """
     references = dataset.captions()[: len(captions)]
     order, other = np.random.default_rng(0).permutation(len(captions)), np.empty(len(captions), dtype=int)
     other[order] = np.roll(order, 1)  # one ring, so that no picture keeps its own
-    metrics = {
-        "caption_cider": cider_d(captions, references)[0],
-        "caption_cider_shuffled": cider_d([captions[i] for i in other], references)[0],
-        "caption_cider_constant": best_constant_caption(references)[1],
+    metrics: dict[str, float] = {}
+    if has_cider(references):
+        metrics = {
+            "caption_cider": cider_d(captions, references)[0],
+            "caption_cider_shuffled": cider_d([captions[i] for i in other], references)[0],
+            "caption_cider_constant": best_constant_caption(references)[1],
+        }
+    metrics |= {
         **{f"caption_bleu{n}": value for n, value in enumerate(bleu(captions, references), 1)},
         "caption_rouge_l": rouge_l(captions, references)[0],
         "caption_distinct": len(set(captions)) / len(captions),

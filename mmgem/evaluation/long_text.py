@@ -49,7 +49,7 @@ def evaluate_long_text(
         texts = [caption for captions in of_pictures for caption in captions]
         owners = torch.tensor([i for i, captions in enumerate(of_pictures) for _ in captions])
         words = torch.tensor([len(tokenize(text)) for text in texts])
-        tokens = [len(row) for row in processor.tokenizer(texts, split_special_tokens=True)["input_ids"]]
+        tokens = [len(row) for row in processor.sentence_ids(texts)]
         metrics: dict[str, float] = {}
         for length in max_lengths:
             embeds = embed_all_texts(model, processor, texts, batch_size, max_length=length)

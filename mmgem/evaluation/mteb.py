@@ -20,6 +20,7 @@ from torch.nn.functional import normalize
 from .._version import __version__
 from ..modeling_mmgem import MMGEMModel
 from ..processing import MMGEMProcessor
+from ..processing.tokenization_mmgem import as_sentence
 from .embedding import embed_pictures, embed_texts
 
 
@@ -47,7 +48,8 @@ class MMGEMEncoder(AbsEncoder):
         loaded: Any = MMGEMModel.from_pretrained(model, revision=revision or "main", **kwargs)
         self.model = loaded.to(device).eval()
         self.processor = MMGEMProcessor.from_pretrained(model, revision=revision or "main")
-        self.processor.max_length = max_length or self.processor.max_length
+        if max_length is not None:
+            self.processor.max_length = self.processor.checked_length(max_length)
         self.mteb_model_meta = ModelMeta(
             loader=None,
             name=f"mmgem/{model.rstrip('/').split('/')[-1]}",
@@ -85,7 +87,7 @@ class MMGEMEncoder(AbsEncoder):
             parts = []
             if "text" in batch:
                 # Some corpora hold empty documents, which the processor refuses.
-                texts = [text if text.strip() else "." for text in batch["text"]]
+                texts = [text if as_sentence(text) else "." for text in batch["text"]]
                 parts.append(embed_texts(self.model, self.processor, texts, len(texts)))
             if "image" in batch:
                 parts.append(embed_pictures(self.model, self.processor, batch["image"]))

@@ -13,7 +13,7 @@ from ..data.regions import RegionDataset
 from ..data.scenes import COLOURS, SHAPES, SIZES, ScenesDataset
 from ..modeling_mmgem import MMGEMModel
 from ..processing import MMGEMProcessor
-from .captioning import cider_d
+from .captioning import cider_d, has_cider
 from .dense_captioning import dense_captioning_map
 from .embedding import check_finite, embed_texts, evaluating
 from .retrieval import TIE, retrieval_metrics
@@ -100,8 +100,10 @@ def region_caption_metrics(regions: list[dict[str, Any]], are_scenes: bool) -> d
     pairs = [(region["caption"], region["phrase"]) for region in regions]
     metrics = {
         "region_caption_exact": _share(caption == phrase for caption, phrase in pairs),
-        "region_caption_cider": cider_d([caption for caption, _ in pairs], [[phrase] for _, phrase in pairs])[0],
     }
+    captions, phrases = [caption for caption, _ in pairs], [[phrase] for _, phrase in pairs]
+    if has_cider(phrases, "a single region"):
+        metrics["region_caption_cider"] = cider_d(captions, phrases)[0]
     if are_scenes:
         vocabulary = {"size": {*SIZES}, "colour": {*COLOURS}, "shape": {*SHAPES}}
         for name, words in vocabulary.items():
@@ -172,9 +174,11 @@ def patches_inside(model: MMGEMModel, inputs: Any) -> torch.Tensor:
     x0, y0, x1, y1 = inputs["boxes"][..., None].unbind(-2)
 
     def within(centres: torch.Tensor, start: torch.Tensor, end: torch.Tensor) -> torch.Tensor:
-        nearest = torch.nn.functional.one_hot((((start + end) / 2)[..., 0] / size).long(), len(centres) + 1)
+        # Behind the last whole patch there is none: the one before it is the nearest.
+        index = (((start + end) / 2)[..., 0] / size).long().clamp(max=len(centres) - 1)
+        nearest = torch.nn.functional.one_hot(index, len(centres)).bool()
         contained = (centres >= start) & (centres <= end)
-        return torch.where(contained.any(-1, keepdim=True), contained, nearest[..., : len(centres)].bool())
+        return torch.where(contained.any(-1, keepdim=True), contained, nearest)
 
     return (within(y, y0, y1)[..., None] & within(x, x0, x1)[..., None, :]).flatten(-2)
 

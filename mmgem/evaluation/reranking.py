@@ -8,7 +8,7 @@ import torch
 from ..data.pairs import PairDataset
 from ..modeling_mmgem import MMGEMModel
 from ..processing import MMGEMProcessor
-from .captioning import cider_d
+from .captioning import cider_d, has_cider
 from .embedding import embed_pictures, embed_texts, evaluating
 from .sharing import gather_parts, own_part
 
@@ -66,6 +66,8 @@ def evaluate_reranking(
     with evaluating(model):
         drawn = draw_captions(model, processor, dataset, count, draws, seed, **generation)
     references = dataset.captions()[: len(drawn)]
+    if not has_cider(references, "drawn captions"):
+        return {}, drawn
     # The nearest first: place k holds the caption of each picture that is its k-th nearest.
     by_place = torch.tensor([cider_d([of[k][0] for of in drawn], references)[1].tolist() for k in range(draws)])
     metrics = {

@@ -149,6 +149,9 @@ class DataArguments:
                 "max_train_samples and image_column are for tables: a stream ends with --max_steps, and its pictures "
                 "are what is named jpg, png or webp."
             )
+        for name in ("max_train_samples", "max_eval_samples"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}.")
         if self.shuffle_window < 1:
             raise ValueError(f"shuffle_window must be 1 or more, got {self.shuffle_window}.")
         if not 0 < self.augmentation_scale <= 1:

@@ -104,7 +104,12 @@ FAULTS = {
     "invalid UTF-8": {"jpg": None, "txt": b"\xff\xfe caption"},
     "invalid JSON": {"jpg": None, "json": b"{"},
     "unreadable picture ": {"jpg": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "txt": b"a"},
-    "invalid UTF-8 ": {"jpg": None, "json": b'{"caption": "\\ud83d"}'},
+    "invalid caption": {"jpg": None, "json": b'{"caption": "\\ud83d"}'},
+    "invalid caption ": {"jpg": None, "json": b'{"caption": {"en": "a"}}'},
+    "invalid caption  ": {"jpg": None, "txt": b"['a', 'b']"},
+    "invalid JSON  ": {"jpg": None, "json": b'["a caption"]'},
+    "no caption ": {"jpg": None, "json": b'{"url": "http://a"}'},
+    "empty caption ": {"jpg": None, "json": b'{"caption": [null, " "]}'},
     "invalid JSON ": {"jpg": None, "json": b'{"caption": ' + b"9" * 5000 + b"}"},
     "no caption": {"jpg": None},
     "no picture": {"txt": b"a"},
@@ -147,6 +152,61 @@ def test_faults_are_passed_over_and_counted_by_kind(tmp_path, workers):
     }
     assert good.keys() == {"good", "whole"}
     assert all(reason.count(":") for reason in bad.values() if not reason.startswith("empty"))
+
+
+def write_members(path, members):
+    with tarfile.open(path, "w") as tar:
+        for name, content in members:
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+
+
+def test_what_comes_twice_is_counted_and_what_macos_adds_is_passed_over(tmp_path):
+    buffer = io.BytesIO()
+    make_picture(0).save(buffer, "JPEG")
+    jpg = buffer.getvalue()
+    path = str(tmp_path / "0.tar")
+    names = ("._0.jpg", "0.jpg", "._0.txt", "0.txt", "1.jpg", "2.txt", "1.txt", "3.txt", "3.txt", "3.jpg")
+    write_members(path, [(name, jpg if name.endswith("jpg") else b"a dog") for name in names])
+    faults = [sample.fault and sample.fault.partition(":")[0] for sample in read_samples(path)]
+    assert faults == [None, None, None, "key twice", "file twice", "macOS metadata"]
+    assert list(next(read_samples(path)).members) == ["jpg", "txt"]
+    assert [sample.fault for sample in read_samples(path, 5)] == [
+        "macOS metadata: ._0.txt and its like hold nothing, and are passed over"
+    ]
+    (first, second) = take(ShardStream([[path]], window=1), 2)
+    assert first["caption"] == second["caption"] == "a dog"
+    kinds = Counter(reason.partition(":")[0] for reason in second["bad"].values())
+    assert kinds == {"no caption": 1, "no picture": 1, "key twice": 1, "file twice": 1, "macOS metadata": 1}
+
+
+@pytest.mark.parametrize(
+    ("column", "members", "expected"),
+    [
+        ("caption", {"txt": "\ufeff a dog \n", "json": '{"caption": "other"}'}, ["a dog"]),
+        ("long", {"txt": "a dog", "json": '{"long": "a brown dog"}'}, ["a brown dog"]),
+        ("caption", {"json": '\ufeff{"caption": ["a", " ", "b"]}'}, ["a", "b"]),
+        ("long", {"txt": "a dog", "json": '{"caption": "a"}'}, "no caption: its json has no 'long', only caption"),
+        ("long", {"txt": "a dog"}, "no caption: only jpg, txt, and no json with 'long'"),
+    ],
+)
+def test_the_caption_is_the_one_that_is_asked_for(tmp_path, column, members, expected):
+    buffer = io.BytesIO()
+    make_picture(0).save(buffer, "JPEG")
+    contents = [(f"{i}.{name}", text.encode()) for i in range(2) for name, text in members.items()]
+    contents += [(f"{i}.jpg", buffer.getvalue()) for i in range(2)]
+    contents.sort()
+    write_members(tmp_path / "0.tar", contents)
+    stream = ShardStream([[str(tmp_path / "0.tar")]], caption_column=column)
+    if isinstance(expected, list):
+        example = take(stream, 1)[0]
+        assert example["captions"] == expected and example["caption"] in expected
+        assert stream.captions() == [expected] * 2
+    else:
+        assert stream.captions() == []
+        with pytest.raises(shards.BadSampleError, match=expected):
+            shards.captions_of(next(read_samples(str(tmp_path / "0.tar"))), column)
 
 
 def test_a_stream_of_nothing_but_faults_ends_with_an_error(tmp_path, monkeypatch):

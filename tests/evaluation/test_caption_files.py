@@ -1,6 +1,7 @@
 """Files of captions and references, as COCO and NoCaps have them."""
 
 import json
+import logging
 
 import pytest
 
@@ -10,7 +11,7 @@ from mmgem.evaluation.caption_files import (
     score_captions,
     write_caption_results,
 )
-from mmgem.evaluation.captioning import bleu, cider_d, rouge_l
+from mmgem.evaluation.captioning import best_constant_caption, bleu, cider_d, rouge_l
 
 
 REFERENCES = {"1": ["a dog runs", "the dog"], "02": ["two cats sleep"], "x": ["a boat at night", "a red boat"]}
@@ -93,3 +94,18 @@ def test_bad_files_name_the_offender(tmp_path, caplog):
     assert score_captions(results, REFERENCES, subset=True) == score_captions(results, two)
     scores = score_captions({**RESULTS, "02": " "}, REFERENCES)
     assert "1 of 3 captions are empty" in caplog.text and scores["caption_empty"] == pytest.approx(1 / 3)
+
+
+def test_cider_of_a_single_image_is_left_out_and_said(caplog):
+    """Of all, and of a domain that has one: its n-grams are in every image that there is."""
+    for name in ("mmgem", "mmgem.evaluation.captioning"):
+        logging.getLogger(name).propagate = True
+    scores = score_captions(RESULTS, REFERENCES, {"1": "in-domain", "02": "out-domain", "x": "out-domain"})
+    assert "caption_cider_in_domain" not in scores and scores["caption_bleu1_in_domain"] >= 0
+    assert "caption_cider_out_domain" in scores
+    assert "CIDEr of in-domain is left out: it is undefined for a single image" in caplog.text
+    one = score_captions({"1": RESULTS["1"]}, {"1": REFERENCES["1"]})
+    assert "caption_cider" not in one and "caption_rouge_l" in one
+    for function in (cider_d, lambda _, references: best_constant_caption(references)):
+        with pytest.raises(ValueError, match="CIDEr is undefined for a single image"):
+            function([RESULTS["1"]], [REFERENCES["1"]])

@@ -141,6 +141,15 @@ def test_patches_inside_by_hand(model):
     assert inside[0].all()
     assert inside[1].nonzero().tolist() == [[1, 0], [1, 1], [2, 0], [2, 1]]
     assert inside[2].nonzero().tolist() == [[1, 1]]
+    behind = torch.tensor([[[33.0, 9.0, 38.0, 15.0]]])  # pixels that make up no whole patch
+    inside = patches_inside(model, {"pixel_values": torch.zeros(1, 3, 38, 38), "boxes": behind}).view(4, 4)
+    assert inside.nonzero().tolist() == [[1, 3]]
+
+
+def test_a_single_region_has_no_cider(model, processor):
+    dataset = RegionDataset(Table([{"image": make_picture(0), "regions": [{"box": BOXES[0], "phrase": "a dog"}]}]))
+    metrics, _ = evaluate_regions(model, processor, dataset, "region-caption")
+    assert set(metrics) == {"region_caption_exact", "dense_captioning_map"}
 
 
 def test_heat_map_is_the_similarity_of_every_patch_as_a_region(processor):

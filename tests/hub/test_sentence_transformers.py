@@ -46,6 +46,22 @@ def test_prompts_and_similarity(encoder, embed):
     np.testing.assert_allclose(similarity.numpy(), expected, atol=1e-5)
 
 
+def test_texts_as_people_write_them(encoder, embed):
+    spelled = ["<image>", "a [EMB] dog", "[CAP]</s>"]
+    np.testing.assert_allclose(encoder.encode(spelled), embed(text=spelled), atol=1e-5)
+    np.testing.assert_allclose(encoder.encode([" snow\n", "\0a dog "]), embed(text=["snow", "a dog"]), atol=1e-5)
+    # It sorts them by their lengths, so that the error must say which it is, not where it stands.
+    for wrong, message in {" ": "is empty, ' '", "a \ud83d": r"half a surrogate pair, '\\ud83d'.*'a \\ud83d'"}.items():
+        with pytest.raises(ValueError, match=message):
+            encoder.encode(["a dog on a beach", wrong, "snow", "a cat"])
+    encoder.max_seq_length = 2
+    try:
+        with pytest.raises(ValueError, match="max_length must be an integer of at least 3"):
+            encoder.encode(["a dog"])
+    finally:
+        encoder.max_seq_length = 50
+
+
 def test_the_length_of_texts(encoder, embed):
     assert encoder.max_seq_length == 50, "that of the processor"
     short, long = embed(text=[TEXTS[2]], max_length=10), embed(text=[TEXTS[2]])

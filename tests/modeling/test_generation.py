@@ -238,3 +238,13 @@ def test_no_deprecated_name_is_used(model, processor, tmp_path, caplog, monkeypa
         model.get_embedding(**processor(text=["a dog"], return_tensors="pt"))
     messages = [str(w.message) for w in caught if issubclass(w.category, FutureWarning | DeprecationWarning)]
     assert [m for m in [*messages, *caplog.messages] if "deprecated" in m] == []
+
+
+def test_sentences_and_nan_are_no_prompts(model, processor):
+    with pytest.raises(ValueError, match=r"a sentence, which ends with \[EMB\].*Pass images"):
+        model.generate(**processor(text=["a dog", "<image>"], return_tensors="pt"))
+    inputs = prompts(processor, 2)
+    for value in (float("nan"), float("inf")):
+        inputs["pixel_values"][1, 0, 3, 3] = value
+        with pytest.raises(ValueError, match="features of pixel_values are NaN or infinite"):
+            model.generate(**inputs, max_new_tokens=2)

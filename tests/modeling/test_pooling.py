@@ -68,7 +68,7 @@ def test_boxes_equal_the_definition(corners, k, samples):
     y0, y1 = sorted(corners[1::2])
     box = [x0, y0, x1 + 1, y1 + 1]
     pool = PoolAggregator(PATCH, sampling_ratio=samples)
-    pooled = pool(features, (5, 7), boxes=torch.tensor([[box]], dtype=torch.float64), grid_size=k)
+    pooled = pool.weights_of_boxes(torch.tensor([[box]], dtype=torch.float64), (5, 7), k) @ features
     expected = roi_align_by_definition(features.reshape(5, 7, 3), box, k, samples)
     torch.testing.assert_close(pooled[0], expected, atol=1e-10, rtol=0)
 
@@ -82,7 +82,7 @@ def test_boxes_equal_torchvision():
     expected = ops.roi_align(
         features.reshape(1, 5, 7, 3).permute(0, 3, 1, 2), [boxes], 2, 1 / PATCH, sampling_ratio=2, aligned=True
     )
-    pooled = PoolAggregator(PATCH, 2)(features, (5, 7), boxes=boxes[None], grid_size=2)
+    pooled = PoolAggregator(PATCH, 2).weights_of_boxes(boxes[None], (5, 7), 2) @ features
     torch.testing.assert_close(pooled.reshape(2, 2, 2, 3), expected.permute(0, 2, 3, 1))
 
 
@@ -225,3 +225,42 @@ def test_a_region_is_a_box_or_a_mask():
     boxes, masks = torch.tensor([[[0.0, 0, 20, 20]]]), torch.ones(1, 1, 40, 56)
     with pytest.raises(ValueError, match="not both"):
         PoolAggregator(PATCH)(features_map(), (5, 7), boxes=boxes, masks=masks)
+
+
+@pytest.mark.parametrize("patch, side", [(14, 384), (16, 224), (14, 30), (7, 49)])
+def test_the_whole_image_is_the_mean_whatever_its_size(patch, side):
+    """siglip-so400m-384 has 27 patches of 14 pixels, and 6 pixels that it does not see."""
+    cells = side // patch
+    features = features_map(cells, cells, dtype=torch.float32)
+    pool = PoolAggregator(patch)
+    whole = torch.tensor([[[0.0, 0.0, side, side]]])
+    weights = pool(torch.eye(cells**2)[None], (cells, cells), boxes=whole)
+    assert (weights == weights[0, 0, 0]).all(), "of all patches alike, to the last bit"
+    torch.testing.assert_close(pool(features, (cells, cells), boxes=whole)[:, 0], features.mean(1))
+    for k in (1, 3):
+        mask = torch.ones(1, 1, side, side, dtype=torch.bool)
+        bins = pool(features, (cells, cells), masks=mask, grid_size=k)
+        torch.testing.assert_close(bins.mean(1), features.mean(1), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("k", [1, 2])
+def test_a_region_behind_the_last_whole_patch_is_the_patch_at_its_edge(k):
+    features = features_map(2, 3)
+    pool = PoolAggregator(PATCH)
+    mask = torch.zeros(1, 1, 20, 30, dtype=torch.bool)
+    mask[..., 2:5, 25:30] = True
+    box = torch.tensor([[[25.0, 2.0, 30.0, 5.0]]], dtype=torch.float64)
+    expected = features[:, 2:3].expand(1, k * k, 3)
+    torch.testing.assert_close(pool(features, (2, 3), masks=mask, grid_size=k), expected)
+    inside = features.clone()
+    inside[:, 3:] = inside[:, :3]  # the box is less than half a cell from the first row's centres alone
+    torch.testing.assert_close(pool(inside, (2, 3), boxes=box, grid_size=k), expected)
+
+
+@pytest.mark.parametrize("weight", [-1.0, math.nan, math.inf])
+def test_masks_with_impossible_weights_are_refused(weight):
+    masks = torch.zeros(1, 1, 40, 56)
+    masks[..., :8, :8] = 1
+    masks[..., 3, 3] = weight
+    with pytest.raises(ValueError, match="negative, infinite or NaN weight"):
+        PoolAggregator(PATCH)(features_map(), (5, 7), masks=masks)

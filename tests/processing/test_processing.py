@@ -13,7 +13,8 @@ from transformers.models.clip import CLIPImageProcessorPil
 
 from mmgem import MMGEMProcessor, PoolAggregator
 from mmgem.processing import to_mmgem_tokenizer
-from mmgem.processing.regions_mmgem import geometry_of, to_rgb
+from mmgem.processing.images_mmgem import to_rgb
+from mmgem.processing.regions_mmgem import geometry_of
 from tests.conftest import make_picture
 
 
@@ -250,22 +251,23 @@ PICTURE = make_picture(0)
     [
         ({}, "pass text, images, or both"),
         ({"text": []}, "empty list"),
-        ({"text": [""]}, r"text\[0\] is empty"),
-        ({"text": ["a", " "]}, r"text\[1\] is empty"),
+        ({"text": [""]}, r"text\[0\] of this call is empty, ''"),
+        ({"text": ["a", " "]}, r"text\[1\] of this call is empty, ' '"),
         ({"text": ["a", 3]}, r"text\[1\] must be a str"),
         ({"images": []}, "empty list"),
         ({"images": [PICTURE], "task": "describe"}, "'describe'.*'caption'"),
-        ({"text": ["a"], "task": "caption"}, "no images"),
-        ({"text": ["<image> a"]}, "1 prompts for 0 pictures"),
-        ({"images": [PICTURE], "text": ["a", "b"], "task": "caption"}, "2 prompts for 1"),
-        ({"images": [PICTURE], "text": "<image><image>"}, "more than one"),
+        ({"text": ["a"], "task": "caption"}, "there are none: pass images"),
+        ({"images": [PICTURE], "text": ["a", "b"], "task": "caption"}, "2 prompts for 1 images"),
+        ({"images": [PICTURE], "text": "<image><image>"}, "2 <image>, but a caption is of one image"),
         ({"images": [PICTURE], "task": "region-caption"}, "needs boxes or masks"),
         ({"images": [PICTURE], "boxes": [[[0, 0, float("nan"), 5]]]}, r"boxes\[0\]\[0\].*finite"),
         ({"images": [PICTURE], "boxes": [[[0, 0, 5, 5], [9, 0, 5, 5]]]}, r"boxes\[0\]\[1\].*no area"),
         ({"images": [PICTURE], "boxes": [[[3, 3, 3, 9]]]}, r"boxes\[0\]\[0\].*no area"),
         ({"images": [PICTURE], "boxes": [[[60, 60, 70, 70]]]}, r"boxes\[0\]\[0\].*outside"),
-        ({"images": [PICTURE], "boxes": [[[0, 0, 1, 1]]]}, r"boxes\[0\]\[0\].*crop"),
+        ({"images": [PICTURE], "boxes": [[[0, 0, 2, 2]]]}, r"boxes\[0\]\[0\].*crop"),
         ({"images": [PICTURE], "boxes": [[[0, 0, 5]]]}, r"boxes\[0\]\[0\].*four"),
+        ({"images": [PICTURE], "boxes": [None]}, r"boxes\[0\] must be the list of boxes of an image, got None"),
+        ({"images": [PICTURE], "boxes": [0, 0, 5, 5]}, r"boxes\[0\] must be the list of boxes of an image, got 0"),
         ({"images": [PICTURE], "boxes": []}, "0 pictures, but there are 1"),
         ({"images": [PICTURE], "boxes": [[]]}, "no region"),
         ({"boxes": [[[0, 0, 5, 5]]], "text": ["a"]}, "pass images"),

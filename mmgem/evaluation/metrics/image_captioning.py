@@ -3,7 +3,7 @@
 import datasets
 import evaluate
 
-from mmgem.evaluation.captioning import TOKENIZER, bleu, cider_d, rouge_l
+from mmgem.evaluation.captioning import TOKENIZER, bleu, cider_d, has_cider, rouge_l
 
 
 class ImageCaptioning(evaluate.Metric):
@@ -23,7 +23,7 @@ class ImageCaptioning(evaluate.Metric):
 
     def _compute(self, predictions, references):  # type: ignore[no-untyped-def]
         return {
-            "cider": cider_d(predictions, references)[0],
+            **({"cider": cider_d(predictions, references)[0]} if has_cider(references) else {}),
             **{f"bleu{n}": value for n, value in enumerate(bleu(predictions, references), 1)},
             "rouge_l": rouge_l(predictions, references)[0],
         }

@@ -1,0 +1,135 @@
+"""Tables from files, checked line by line before `datasets` reads them, which does not say where a fault lies."""
+
+import contextlib
+import csv
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import datasets
+
+from .json_files import check_json_row, read_json
+
+
+FORMATS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv"}
+# An empty field alone is nothing. pandas would take "None", "NA" and "null" for nothing too, and they are captions.
+CSV_OPTIONS = {"keep_default_na": False, "na_values": [""]}
+MAX_FIELD_BYTES = 2**27
+UTF_16 = (b"\xff\xfe", b"\xfe\xff")
+
+
+def read_file(path: str, split: str) -> datasets.Dataset:
+    """
+    A table from parquet, jsonl, json or csv.
+
+    Raises:
+        ValueError: for another format, and for a file that cannot be read or has no rows; with the line, if it has
+            lines.
+        FileNotFoundError: for a file that is not there.
+    """
+    extension = os.path.splitext(path)[1].lower()
+    if extension not in FORMATS:
+        raise ValueError(f"{path}: unknown format {extension!r}; use one of {', '.join(FORMATS)}.")
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"There is no file {path}.")
+    if not os.path.getsize(path):
+        raise ValueError(f"{path} is empty: it has 0 bytes. Write it anew.")
+    if check := CHECKS.get(extension):
+        check(path)
+    options = CSV_OPTIONS if extension == ".csv" else {}
+    try:
+        table = datasets.load_dataset(FORMATS[extension], data_files={split: path}, split=split, **options)
+    except Exception as error:  # of pandas, pyarrow or datasets, which raises "no data" where there are no rows
+        if "corresponds to no data" in str(error):
+            raise ValueError(f"{path} has no rows.") from error
+        raise ValueError(f"{path} could not be read as {FORMATS[extension]}: {root_cause(error)}.") from error
+    return table
+
+
+def load_named(name: str, config: str | None, split: str | None = None) -> Any:
+    """
+    A dataset of the Hub or of a folder: the table of a split, or all splits by their names.
+
+    Raises:
+        ValueError: where its files cannot be read.
+        FileNotFoundError: where there is no such dataset.
+    """
+    try:
+        return datasets.load_dataset(name, config, split=split)
+    except datasets.exceptions.DatasetGenerationError as error:
+        raise ValueError(f"The dataset {name} could not be read: {root_cause(error)}.") from error
+
+
+def root_cause(error: BaseException) -> str:
+    """What an error began with: `datasets` says that an error occurred, and raises it from the one that did."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return f"{type(error).__name__}: {error}".rstrip(".")
+
+
+def _lines(path: str) -> Iterator[tuple[int, str]]:
+    """Every line of a file in UTF-8, with its number. Raises ValueError where it is in another encoding."""
+    with open(path, "rb") as file:
+        if file.read(2) in UTF_16:
+            raise ValueError(f"{path} is in UTF-16, not in UTF-8. {_conversion('UTF-16', path)}")
+        file.seek(0)
+        for number, line in enumerate(file, 1):
+            try:
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                raise ValueError(
+                    f"Line {number} of {path} is not in UTF-8: {error}. {_conversion('CP1252', path)}"
+                ) from error
+            if "\0" in text:
+                raise ValueError(f"Line {number} of {path} holds NUL. {_conversion('UTF-16LE', path)}")
+            yield number, text
+
+
+def _conversion(encoding: str, path: str) -> str:
+    return f"If it is in {encoding}, convert it: iconv -f {encoding} -t UTF-8 {path} > {path}.utf8"
+
+
+def _check_json_rows(path: str) -> None:
+    for number, line in _lines(path):
+        if line.strip():
+            check_json_row(line, f"Line {number} of {path}")
+
+
+def _check_json(path: str) -> None:
+    """One document, or lines in spite of the name."""
+    text = next((line for _, line in _lines(path) if line.strip()), "")
+    if text.lstrip().startswith("["):
+        rows = read_json(path)
+        if wrong := [i for i, row in enumerate(rows) if not isinstance(row, dict)]:
+            raise ValueError(f"Row {wrong[0]} of {path} is no object with columns: {str(rows[wrong[0]])[:40]}.")
+    else:
+        with contextlib.suppress(ValueError):
+            read_json(path)
+            return
+        _check_json_rows(path)
+
+
+def _check_csv(path: str) -> None:
+    limit = csv.field_size_limit(MAX_FIELD_BYTES)
+    rows = csv.reader((line for _, line in _lines(path)), strict=True)
+    try:
+        header = next((row for row in rows if row), [])
+        if len(header) == 1 and (separator := next((s for s in ";\t|" if s in header[0]), None)):
+            raise ValueError(f"The fields of {path} are separated by {separator!r}. Separate them by commas.")
+        for row in rows:
+            if row and len(row) != len(header):
+                raise ValueError(
+                    f"Line {rows.line_num} of {path} has {len(row)} fields, but its header has {len(header)} "
+                    f"({', '.join(header)}). Put quotes around a text that holds commas."
+                )
+    except csv.Error as error:
+        raise ValueError(f"Line {rows.line_num} of {path} is no CSV: {error}. Are its quotes in pairs?") from error
+    finally:
+        csv.field_size_limit(limit)
+
+
+CHECKS: dict[str, Callable[[str], None]] = {
+    ".jsonl": _check_json_rows,
+    ".json": _check_json,
+    ".csv": _check_csv,
+}

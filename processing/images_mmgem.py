@@ -1,0 +1,188 @@
+"""Images as people hold them to PIL images in RGB, of a format and a size that are checked before they are decoded."""
+
+import io
+import os
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from transformers.image_utils import load_image
+
+
+MAX_PIXELS = 2**26  # 67 megapixels, 200 MB decoded
+MAX_ASPECT_RATIO = 50
+# Not all that Pillow reads: some of it starts other programs.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "JPEG2000", "PPM")
+# How files begin, in lower case, that are called .jpg and are something else.
+OTHER_FORMATS = {
+    b"\0\0\1\0": "an ICO file",
+    b"%pdf": "a PDF file",
+    b"%!ps": "a PostScript file",
+    b"8bps": "a PSD file",
+    b"version https://git-lfs": "a pointer of Git LFS (git lfs pull fetches the file)",
+    b"<svg": "an SVG file",
+    b"<?xml": "an SVG or XML file",
+    b"<!doctype html": "an HTML page",
+    b"<html": "an HTML page",
+}
+BRANDS = {b"avif": "an AVIF file", b"avis": "an AVIF file", b"heic": "an HEIC file", b"mif1": "an HEIC file"}
+CHANNELS = (1, 3, 4)
+
+
+def read_image(value: Any) -> Image.Image:
+    """
+    An image in RGB.
+
+    Args:
+        value: a PIL image, a path, URL or base64 text, an open file or its bytes, `datasets`' `{"bytes", "path"}`, or
+            an array or tensor as [`image_of_array`] takes it. A URL is read by transformers, which makes transparency
+            black; it is white everywhere else.
+
+    Raises:
+        ValueError, OSError: for everything else, saying what it is and how to convert it.
+    """
+    if isinstance(value, dict):
+        value = encoded_image(value)
+    if hasattr(value, "read"):
+        value = value.read()
+    if isinstance(value, str) and not os.path.isfile(value):
+        value = load_image(value)
+    if not isinstance(value, str | bytes | os.PathLike | Image.Image):
+        value = image_of_array(value)
+    return to_rgb(open_image(value))
+
+
+def encoded_image(value: dict[str, Any]) -> bytes | str:
+    """The bytes of `datasets`' `{"bytes", "path"}`, or else its path. Raises ValueError where it has neither."""
+    content = value.get("bytes") if value.get("bytes") is not None else value.get("path")
+    if content is None:
+        raise ValueError(f"the dict has neither bytes nor a path, but {', '.join(map(str, value)) or 'nothing'}")
+    return content
+
+
+def open_image(content: bytes | str | os.PathLike | Image.Image) -> Image.Image:
+    """
+    An image, not decoded yet, of one of `FORMATS`, with `MAX_PIXELS` at most and no side more than `MAX_ASPECT_RATIO`
+    times the other: a longer strip, resized to the model's input, would fill the memory.
+
+    Raises:
+        ValueError, OSError, Image.DecompressionBombError: for any other file, naming its format or size.
+    """
+    if isinstance(content, Image.Image):
+        image = content
+    else:
+        try:
+            image = Image.open(io.BytesIO(content) if isinstance(content, bytes) else content, formats=FORMATS)
+        except UnidentifiedImageError:
+            name = "the file" if isinstance(content, bytes) else os.fspath(content)
+            raise UnidentifiedImageError(
+                f"{name} is {_format_of(content)}; convert it to one of {', '.join(FORMATS)}"  # type: ignore[arg-type]
+            ) from None
+    check_size(*image.size)
+    return image
+
+
+def check_size(width: int, height: int) -> None:
+    """Raises ValueError or Image.DecompressionBombError for an image that is not to be decoded or resized."""
+    size = f"{width} x {height} pixels"
+    if min(width, height) < 1:
+        raise ValueError(f"{size}, so there is nothing to see")
+    if width * height > MAX_PIXELS:
+        raise Image.DecompressionBombError(f"{size}, more than {MAX_PIXELS}; reduce it first (Image.thumbnail)")
+    if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
+        raise ValueError(f"{size}, longer than {MAX_ASPECT_RATIO} times its width; cut it into parts")
+
+
+def _format_of(content: bytes | str | os.PathLike) -> str:
+    if isinstance(content, bytes):
+        start = content[:64]
+    else:
+        with open(content, "rb") as file:
+            start = file.read(64)
+    if not start:
+        return "an empty file"
+    if start[4:8] == b"ftyp":
+        return BRANDS.get(start[8:12], "a video, or an image in its container")
+    start = start.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
+    known = (name for signature, name in OTHER_FORMATS.items() if start.startswith(signature))
+    return next(known, "no image, or a damaged one")
+
+
+def image_of_array(value: Any) -> Image.Image:
+    """
+    The image of an array or tensor, `(height, width)`, `(height, width, channels)` or `(channels, height, width)`,
+    with 1, 3 or 4 channels; where both ends could be the channels, a tensor has them first and an array last.
+
+    Raises:
+        ValueError: for anything else, and for values that [`eight_bits`] refuses.
+    """
+    is_tensor = hasattr(value, "detach")
+    array = as_array(value) if hasattr(value, "__array__") else np.empty(0, dtype=object)
+    if array.dtype.kind not in "biuf":
+        raise ValueError(
+            f"{type(value).__name__} is no image; pass a PIL image, a path, a URL, bytes, an array or a tensor"
+        )
+    if array.ndim == 3 and array.shape[0] in CHANNELS and (is_tensor or array.shape[2] not in CHANNELS):
+        array = np.moveaxis(array, 0, 2)
+    if array.ndim == 3 and array.shape[2] == 1:
+        array = array[..., 0]
+    if array.ndim != 2 and not (array.ndim == 3 and array.shape[2] in CHANNELS):
+        raise ValueError(
+            f"an array of shape {array.shape} is no image: it needs the shape (height, width), (height, width, 3) or "
+            "(3, height, width)"
+        )
+    check_size(array.shape[1], array.shape[0])
+    return Image.fromarray(eight_bits(array))
+
+
+def as_array(value: Any) -> np.ndarray:
+    """An array of numbers, or of a tensor on any device, of any dtype and with a gradient."""
+    if hasattr(value, "detach"):
+        value = value.detach().cpu()
+        value = value.float() if value.dtype == torch.bfloat16 else value  # which NumPy does not know
+    return np.asarray(value)
+
+
+def eight_bits(values: np.ndarray) -> np.ndarray:
+    """
+    As uint8: booleans and floats up to 1 times 255, integers of 16 bits divided by 257, everything else as it is.
+
+    Raises:
+        ValueError: for NaN, negative and too large values.
+    """
+    if values.dtype == np.uint8:
+        return values
+    low, high = float(values.min()), float(values.max())
+    is_float = values.dtype.kind == "f"
+    if not (low >= 0 and high <= (255 if is_float else 65535)):
+        raise ValueError(
+            f"its values reach from {low:g} to {high:g}, but an image has floats from 0 to 1 (or to 255), or integers "
+            "of 8 or 16 bits; undo the normalization, or scale and clip them first"
+        )
+    scale = 255.0 if values.dtype == bool or (is_float and high <= 1) else 1 / 257 if high > 255 else 1.0
+    return (values.astype(np.float64) * scale).round().astype(np.uint8)
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """
+    The image as a viewer shows it: EXIF orientation applied, transparency over white, 16-bit and float scaled to 8.
+
+    Grey, palette, RGBA, CMYK, 16-bit and float images all become RGB.
+
+    Raises:
+        ValueError: for 32-bit and float images whose values [`eight_bits`] refuses.
+    """
+    image = ImageOps.exif_transpose(image)
+    if image.mode == "RGB":
+        return image
+    if image.mode.startswith("I") or image.mode == "F":
+        # Pillow opens 16-bit PNGs as I;16 or I; its own conversion clips them at 255.
+        return Image.fromarray(eight_bits(np.asarray(image))).convert("RGB")
+    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+        rgba = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
+    return image.convert("RGB")
+
+
+__all__ = ["as_array", "check_size", "encoded_image", "image_of_array", "open_image", "read_image", "to_rgb"]
