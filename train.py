@@ -16,7 +16,6 @@ import transformers
 from huggingface_hub.errors import HTTPError
 from safetensors import SafetensorError
 
-from mmgem import MMGEMModel
 from mmgem.data.loading import is_hub_id, load_pairs, load_regions
 from mmgem.data.pairs import BadDataError, PairDataset
 from mmgem.evaluation.adapters import evaluate_adapter
@@ -25,6 +24,7 @@ from mmgem.evaluation.region_report import add_to_report_of_base, region_section
 from mmgem.evaluation.report import environment, pair_sections, write_report
 from mmgem.hub.export import export, find_adapters
 from mmgem.hub.upload import upload
+from mmgem.loading import load_checkpoint
 from mmgem.training.arguments import DataArguments, ModelArguments, parse_arguments
 from mmgem.training.building import build_model_and_processor, initial_image_size, planned_config
 from mmgem.training.checkpoints import CheckpointError
@@ -117,8 +117,8 @@ def evaluate(trainer: MMGEMTrainer, model_args: ModelArguments, data_args: DataA
     }
     # What others will load, not what is at hand.
     base = args.output_dir if args.stage == "1" else model_args.init_from
-    model = MMGEMModel.from_pretrained(base).to(args.device)
     try:
+        model = load_checkpoint(base).to(args.device)
         if args.stage == "1":
             metrics, outputs = evaluate_model(
                 model, trainer.processor, eval_dataset, args.per_device_eval_batch_size, args.caption_samples

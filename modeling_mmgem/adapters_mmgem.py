@@ -81,8 +81,8 @@ class RegionAdapterMixin:
         `set_adapter([…, …])`.
 
         Raises:
-            ValueError: for an adapter that does not fit or was trained on another base, with both names. Whatever
-            goes wrong, nothing of it stays loaded, and those that were active are.
+            ValueError: for an adapter that does not fit, is damaged or was trained on another base, with both names.
+            If loading fails, the adapter is removed and the previously active adapters stay active.
         """
         name = kwargs.get("adapter_name") or (args[0] if args else None) or "default"
         is_new = name not in getattr(self, "peft_config", {})
@@ -90,6 +90,7 @@ class RegionAdapterMixin:
         conversions = getattr(self, "_weight_conversions", None)
         try:
             info = super().load_adapter(peft_model_id, *args, **kwargs)  # type: ignore[misc]
+            self._check_adapter_weights(name, getattr(info, "missing_keys", ()))
             self.set_adapter(name)  # PEFT leaves it to what was loaded and deleted before
             for module in (self.soft_prompts, self.region_projection):
                 self.check_base_of(module)
@@ -110,6 +111,14 @@ class RegionAdapterMixin:
             # Those of the adapter's file would rename the base's tensors when it is saved.
             self._weight_conversions = conversions
         return info
+
+    def _check_adapter_weights(self: Any, adapter_name: str, missing: Any) -> None:
+        """Raises ValueError for an adapter whose file lacks a tensor, or holds NaN or infinity in one."""
+        if missing:
+            raise ValueError(f"its file is damaged: {min(missing)} is missing.")
+        for key, tensor in self.state_dict().items():
+            if adapter_name in key.split(".") and not (tensor.is_meta or tensor.isfinite().all()):
+                raise ValueError(f"its file is damaged: {key} holds NaN or infinity.")
 
     def set_adapter(self: Any, adapter_name: str | list[str]) -> None:
         """

@@ -15,6 +15,7 @@ from ..configuration.configuration_mmgem import TOKEN_IDS
 from ..data.pairs import PairDataset
 from ..data.shards import ShardStream
 from ..data.tokenizer import train_tokenizer
+from ..loading import load_checkpoint
 from ..modeling_mmgem import MMGEMModel
 from ..modeling_mmgem.conversion_mmgem import configure_generation, interpolate_positions, vision_config_of
 from ..processing import MMGEMProcessor, set_image_size, to_mmgem_tokenizer
@@ -42,11 +43,11 @@ def build_model_and_processor(
     the training captions.
 
     Raises:
-        ValueError: where `init_from` is a checkpoint of another model type.
+        ValueError: where `init_from` is a checkpoint of another model type, or damaged.
     """
     if arguments.init_from is not None:
         _own_config(arguments.init_from)
-        model = MMGEMModel.from_pretrained(arguments.init_from)
+        model = load_checkpoint(arguments.init_from)
         processor = MMGEMProcessor.from_pretrained(arguments.init_from)
         for name in ("auto_map", "custom_pipelines"):
             vars(model.config).pop(name, None)  # of an export: the code that they name does not come along
