@@ -31,7 +31,13 @@ def load_checkpoint(name: str, **options: Any) -> MMGEMModel:
         loaded: Any = MMGEMModel.from_pretrained(
             name, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True, **options
         )
-    except (SafetensorError, HFValidationError, RuntimeError, KeyError, TypeError) as error:  # what damaged files raise
+    except (
+        SafetensorError,
+        HFValidationError,
+        RuntimeError,
+        KeyError,
+        TypeError,
+    ) as error:  # what damaged files raise
         raise ValueError(f"{name} could not be loaded ({type(error).__name__}): {error}") from error
     model, info = loaded
     faults = {

@@ -328,6 +328,8 @@ def parse_arguments(
         _check_stage_2(model_args, data_args, args, dry_run_args)
     elif model_args.region_grid_size is not None:
         raise ValueError("region_grid_size is for --stage region-caption; stage 1 has one visual token per picture.")
+    if args.lora_rank and model_args.text_config:
+        raise ValueError("lora_rank trains matrices beside a pretrained language model; text_config makes a new one.")
     return model_args, data_args, args, dry_run_args
 
 

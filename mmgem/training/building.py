@@ -23,32 +23,29 @@ from ..processing.tokenization_mmgem import special_token_ids
 from .arguments import ModelArguments
 
 
-DEFAULT_IMAGE_SIZE = 224
-
-
-def initial_image_size(arguments: ModelArguments) -> int:
-    """Pixels per side that the built-in pictures are drawn at."""
-    if arguments.image_size is not None:
-        return arguments.image_size
-    if arguments.init_from is not None:
-        return _own_config(arguments.init_from).vision_config.image_size
-    return arguments.vision_config.get("image_size", DEFAULT_IMAGE_SIZE)  # type: ignore[union-attr]
-
-
 def build_model_and_processor(
-    arguments: ModelArguments, train_dataset: PairDataset | ShardStream, max_length: int
+    arguments: ModelArguments,
+    train_dataset: PairDataset | ShardStream,
+    max_length: int,
+    checkpoint: str | None = None,
 ) -> tuple[MMGEMModel, MMGEMProcessor]:
     """
-    From a checkpoint of ours (`init_from`), from two towers' checkpoints, or from scratch with a tokenizer trained on
+    From an MM-GEM checkpoint (`init_from`), from two towers' checkpoints, or from scratch with a tokenizer trained on
     the training captions.
+
+    Args:
+        checkpoint: folder that the run resumes from. Tokenizer and image processor come from there, and the model too
+            unless it holds an adapter alone.
 
     Raises:
         ValueError: where `init_from` is a checkpoint of another model type, or damaged.
     """
-    if arguments.init_from is not None:
-        _own_config(arguments.init_from)
-        model = load_checkpoint(arguments.init_from)
-        processor = MMGEMProcessor.from_pretrained(arguments.init_from)
+    saved = None if checkpoint is None else MMGEMProcessor.from_pretrained(checkpoint)
+    source = _source(arguments, checkpoint)
+    if source is not None:
+        _own_config(source)
+        model = load_checkpoint(source)
+        processor = saved or MMGEMProcessor.from_pretrained(source)
         for name in ("auto_map", "custom_pipelines"):
             vars(model.config).pop(name, None)  # of an export: the code that they name does not come along
         processor.max_length = max_length
@@ -64,28 +61,48 @@ def build_model_and_processor(
         model = MMGEMModel.from_vision_text_pretrained(
             *towers, image_size=arguments.image_size, projection_dim=arguments.projection_dim
         )
-        processor = MMGEMProcessor.from_vision_text_pretrained(
+        processor = saved or MMGEMProcessor.from_vision_text_pretrained(
             *towers, image_size=arguments.image_size, max_length=max_length
         )
+        processor.max_length = max_length
         return model, processor
     return _from_scratch(arguments, train_dataset, max_length)
 
 
-def planned_config(arguments: ModelArguments) -> MMGEMConfig:
-    """The architecture that a run would start from, of configurations alone."""
-    if arguments.init_from is not None:
-        config = _own_config(arguments.init_from)
+def planned_config(arguments: ModelArguments, checkpoint: str | None = None) -> MMGEMConfig:
+    """
+    The architecture that a run would start from, of configurations alone; see [`build_model_and_processor`].
+
+    Raises:
+        ValueError: where nothing says which model to train.
+    """
+    source = _source(arguments, checkpoint)
+    if source is not None:
+        config = _own_config(source)
     elif arguments.vision_model_name_or_path and arguments.text_model_name_or_path:
         vision = vision_config_of(arguments.vision_model_name_or_path).to_dict()
         text = AutoConfig.from_pretrained(arguments.text_model_name_or_path).to_dict()
         vision["dtype"] = text["dtype"] = "float32"  # as both are loaded, whatever they are stored in
         text["vocab_size"] += len(TOKEN_IDS)
         config = MMGEMConfig(vision_config=vision, text_config=text, projection_dim=arguments.projection_dim)
-    else:
+    elif arguments.vision_config and arguments.text_config:
         return _config_from_scratch(arguments, {"vocab_size": arguments.vocab_size}, {})
+    else:
+        raise ValueError(
+            "Nothing says which model to train. Give --init_from CHECKPOINT (an MM-GEM model, to go on from), "
+            "--vision_model_name_or_path and --text_model_name_or_path (two pretrained towers), or --vision_config "
+            "and --text_config (JSON: a model from scratch, as configs/scenes.yaml has it)."
+        )
     if arguments.image_size is not None:
         config.vision_config.image_size = arguments.image_size
     return config
+
+
+def _source(arguments: ModelArguments, checkpoint: str | None) -> str | None:
+    """The MM-GEM checkpoint that the model comes from: a resumed run's own, unless that holds an adapter alone."""
+    if checkpoint is not None and os.path.isfile(os.path.join(checkpoint, "config.json")):
+        return checkpoint
+    return arguments.init_from
 
 
 def _own_config(name: str) -> MMGEMConfig:
