@@ -35,9 +35,9 @@ def output_lock(folder: str) -> Iterator[None]:
             held = lock.acquire(timeout=0 if _is_alive(owner) else ORPHANS)
         except Timeout as error:
             raise ValueError(
-                f"{folder} is in use by process {owner.get('process', 'unknown')} on {owner.get('host', 'some host')}, "
-                f"started {owner.get('started', 'at an unknown time')}; two runs in one folder would overwrite each "
-                "other. Wait for it or stop it, or give another --output_dir."
+                f"{folder} is in use by process {owner.get('process', 'unknown')} on {owner.get('host', 'a host')}, "
+                f"started {owner.get('started', 'just now')}; two runs in one folder would overwrite each other. Wait "
+                "for it or stop it, or give another --output_dir."
             ) from error
     with held:
         with open(note, "w", encoding="utf-8") as file:

@@ -46,7 +46,7 @@ class RegionTrainer(MMGEMTrainer):
         **kwargs: Any,
     ):
         train_dataset.image_processor = processor.image_processor
-        if args.gradient_checkpointing:
+        if args.activation_checkpointing:
             refuse_dropout(model)
         super().__init__(model, args, processor, train_dataset, eval_dataset, **kwargs)
 
@@ -96,7 +96,9 @@ class RegionTrainer(MMGEMTrainer):
     def compute_loss(self, model: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
         """The loss of a model in eval mode: dropout is for those who learn."""
         model.eval()
-        if self.args.gradient_checkpointing:  # the library's layers do that in training mode only (nothing drops out)
+        if (
+            self.args.activation_checkpointing
+        ):  # the library's layers do that in training mode only (nothing drops out)
             for module in model.modules():
                 if isinstance(module, GradientCheckpointingLayer):
                     module.training = True

@@ -31,7 +31,7 @@ from .gathering import GatherWithGradient
 from .gradient_cache import Embeddings, cached_backward, refuse_dropout
 from .lora import add_lora
 from .resuming import RunSettings, check_settings, run_settings
-from .stages import freeze_parameters, make_optimizer
+from .stages import check_optimizer, freeze_parameters, make_optimizer
 from .stream_progress import StreamProgress
 
 
@@ -88,6 +88,7 @@ class MMGEMTrainer(Trainer):
             )
         if args.mini_batch_size:
             refuse_dropout(model)
+        check_optimizer(args)
         if args.torch_compile:
             # How many rows, captions' tokens and [EMB] there are differs from step to step: one graph for all.
             torch._dynamo.config.capture_dynamic_output_shape_ops = True
@@ -384,6 +385,7 @@ class MMGEMTrainer(Trainer):
             collate_fn=self.data_collator,
             num_workers=self.args.dataloader_num_workers,
             prefetch_factor=self.args.dataloader_prefetch_factor,
+            multiprocessing_context=self.args.dataloader_multiprocessing_context,
             pin_memory=self.args.dataloader_pin_memory,
         )
 
@@ -432,9 +434,9 @@ class MMGEMTrainer(Trainer):
         self._mean_sums()
         try:
             metrics = super()._evaluate(trial, *args, **kwargs)
-            best = self.args.metric_for_best_model
-            if best is not None and f"eval_{best.removeprefix('eval_')}" not in metrics:
-                raise ValueError(f"metric_for_best_model {best!r} is none of {', '.join(metrics)}")
+            best, names = self.args.metric_for_best_model, [name[5:] for name in metrics if name.startswith("eval_")]
+            if best is not None and best.removeprefix("eval_") not in names:
+                raise ValueError(f"metric_for_best_model {best!r} is none of {', '.join(names)}")
             gather_parts([])  # the last place at which another process can report its failure
             return metrics
         except Exception as error:
@@ -444,8 +446,8 @@ class MMGEMTrainer(Trainer):
                 self._save_checkpoint(self.model, trial)
                 saved = f"{PREFIX_CHECKPOINT_DIR}-{step} is saved, to go on from with --resume_from_checkpoint true"
             raise TrainingStopped(
-                f"The evaluation at step {step} failed ({type(error).__name__}: {error}). Repair what it names, or pass "
-                f"--eval_strategy no; {saved}."
+                f"The evaluation at step {step} failed ({type(error).__name__}: {error}). Repair what it names, or "
+                f"pass --eval_strategy no; {saved}."
             ) from error
 
     def evaluate(

@@ -11,10 +11,13 @@ from safetensors.torch import load_file
 from mmgem import MMGEMModel, MMGEMProcessor
 from mmgem.data.pairs import PairDataset
 from mmgem.training.checkpoints import CheckpointError, TrainingStopped, find_checkpoint
+from mmgem.training.region_trainer import RegionTrainer
 from mmgem.training.trainer import MMGEMTrainer
 from tests.conftest import Table, make_model, make_picture
 
 from .test_cli import TOWERS, pairs, train  # noqa: F401
+from .test_region_training import arguments as region_arguments
+from .test_region_training import four_pictures
 from .test_training import CAPTIONS, eight_pictures, training_arguments
 
 
@@ -152,7 +155,7 @@ def test_a_failing_evaluation_ends_the_run_once_it_is_saved(processor, tmp_path,
     if fault == "metric":
         options |= {"metric_for_best_model": "caption_los"}
     trainer = make_trainer(processor, tmp_path, PairDataset(rows), **options)
-    message = {"captions": "None of the 8 examples", "metric": "caption_los' is none of eval_"}[fault]
+    message = {"captions": "None of the 8 examples", "metric": "caption_los' is none of text_to_image"}[fault]
     with pytest.raises(TrainingStopped, match=rf"evaluation at step 1 failed .*{message}.*checkpoint-1 is saved"):
         trainer.train()
     resumed = make_trainer(processor, tmp_path, max_steps=2)
@@ -177,3 +180,22 @@ def test_a_clock_that_is_set_back_neither_deletes_the_newest_checkpoint_nor_coun
     for metrics in (result.metrics, trainer.state.log_history[-1]):
         assert all(metrics[f"train_{name}"] > 0 for name in ("runtime", "samples_per_second", "steps_per_second"))
     load_file(tmp_path / "checkpoint-6" / "model.safetensors")
+
+
+@pytest.mark.parametrize("adapter", ["lora", "region-caption"])
+def test_the_best_adapter_is_loaded_at_the_end(processor, tmp_path, adapter):
+    options = {"eval_strategy": "steps", "eval_steps": 1, "save_steps": 1, "load_best_model_at_end": True}
+    options |= {"greater_is_better": True, "max_steps": 3, "report_to": "none"}
+    if adapter == "lora":
+        trainer = make_trainer(
+            processor, tmp_path, eight_pictures(), lora_rank=2, metric_for_best_model="caption_loss", **options
+        )
+    else:
+        options |= {"save_strategy": "steps", "metric_for_best_model": "region_caption_exact"}
+        args = region_arguments(tmp_path, adapter, **options)
+        trainer = RegionTrainer(make_model(processor), args, processor, four_pictures(), four_pictures())
+    trainer.train()
+    assert trainer.state.best_model_checkpoint == str(tmp_path / "checkpoint-1"), "no later one is better"
+    trainer.save_model(str(tmp_path / "end"))
+    best, end = (load_file(tmp_path / f / "adapter_model.safetensors") for f in ("checkpoint-1", "end"))
+    assert_equal(end, best)
