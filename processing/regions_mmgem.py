@@ -8,6 +8,10 @@ import numpy as np
 from PIL import Image, ImageOps
 
 
+class CroppedRegionError(ValueError):
+    """The image processor's centre crop leaves nothing of a region that lies in its image."""
+
+
 def to_rgb(image: Image.Image) -> Image.Image:
     """
     The picture as a viewer shows it: EXIF orientation applied, transparency over white, 16-bit scaled to 8.
@@ -90,7 +94,7 @@ def map_box(box: Sequence[float], width: int, height: int, geometry: Geometry, n
     mapped = clipped * np.tile(geometry.scale, 2) - np.tile(geometry.offset, 2)
     mapped = mapped.clip(0, np.tile(geometry.window, 2))
     if mapped[2] <= mapped[0] or mapped[3] <= mapped[1]:
-        raise ValueError(
+        raise CroppedRegionError(
             f"{name} = {corners.tolist()} is cut away by the centre crop of its {width} x {height} picture; drop it, "
             "or use an image processor that resizes to a square without cropping."
         )
@@ -111,8 +115,10 @@ def map_mask(mask: Any, width: int, height: int, geometry: Geometry, name: str) 
     left, top = geometry.offset
     window = resized.crop((left, top, left + geometry.window[0], top + geometry.window[1]))
     result = np.asarray(window, dtype=bool)
+    if not array.any():
+        raise ValueError(f"{name} is empty; drop it.")
     if not result.any():
-        raise ValueError(f"{name} is empty, at least inside the centre crop; drop it.")
+        raise CroppedRegionError(f"{name} is cut away by the centre crop of its image; drop it.")
     return result
 
 
@@ -160,4 +166,4 @@ def map_regions(
     return padded, region_mask
 
 
-__all__ = ["Geometry", "geometry_of", "map_regions", "to_rgb"]
+__all__ = ["CroppedRegionError", "Geometry", "geometry_of", "map_regions", "to_rgb"]
