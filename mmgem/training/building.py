@@ -1,11 +1,13 @@
 """The model and processor that a run starts from."""
 
+import difflib
 import math
 import os
 from typing import Any
 
 import numpy as np
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 from transformers.models.clip import CLIPImageProcessorPil
@@ -147,12 +149,21 @@ def _config_from_scratch(arguments: ModelArguments, text: dict[str, Any], token_
     vision: dict[str, Any] = {"model_type": "clip_vision_model", **arguments.vision_config}  # type: ignore[dict-item]
     if arguments.image_size is not None:
         vision["image_size"] = arguments.image_size
-    config = MMGEMConfig(
-        vision_config=vision,
-        text_config={"model_type": "llama", **arguments.text_config, **text},  # type: ignore[dict-item]
-        projection_dim=arguments.projection_dim,
-        **token_ids,
-    )
+    try:
+        config = MMGEMConfig(
+            vision_config=vision,
+            text_config={"model_type": "llama", **arguments.text_config, **text},  # type: ignore[dict-item]
+            projection_dim=arguments.projection_dim,
+            **token_ids,
+        )
+    except (StrictDataclassError, KeyError, TypeError) as error:
+        raise ValueError(f"vision_config or text_config describes no model: {error}") from error
+    for name in ("vision_config", "text_config"):
+        # transformers keeps what it does not know, so that some models' rarer settings are no fields of their class.
+        known = getattr(config, name).__dataclass_fields__.keys() | type(getattr(config, name))().to_dict().keys()
+        for key in getattr(arguments, name).keys() - known:
+            if nearest := difflib.get_close_matches(key, known, n=1, cutoff=0.8):
+                raise ValueError(f"{name} has no setting {key!r}; did you mean {nearest[0]!r}?")
     # Keeps the variance. At 0.02 five small matrices in a row stand between a picture and the word for it.
     config.initializer_range = config.text_config.hidden_size**-0.5
     return config
