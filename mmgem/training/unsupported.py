@@ -49,7 +49,7 @@ def refuse_unsupported(args: Any) -> None:
     """
     defaults = {field.name: field.default for field in fields(args)}
     for name, reason in UNSUPPORTED.items():
-        off = [defaults[name], None, []]
+        off: list[Any] = [defaults[name], None, []]
         if defaults[name] == "no":
             off.append(False)  # as the command line's parser reads it
         if getattr(args, name) not in off:
