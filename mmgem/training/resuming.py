@@ -64,9 +64,9 @@ def check_settings(checkpoint: str, settings: dict[str, Any]) -> None:
             "with --init_from."
         )
     saved = saved["args"]["settings"]
-    for name in sorted(saved.keys() & settings.keys()):
-        if saved[name] != settings[name]:
+    for name, value in settings.items():
+        if name in saved and saved[name] != value:
             raise CheckpointError(
-                f"{checkpoint} was trained with {name} {saved[name]!r}, not {settings[name]!r}. Resume it with the "
+                f"{checkpoint} was trained with {name} {saved[name]!r}, not {value!r}. Resume it with the "
                 "same value, or start a new run without --resume_from_checkpoint."
             )

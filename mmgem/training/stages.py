@@ -79,16 +79,20 @@ def check_optimizer(args: MMGEMTrainingArguments) -> None:
         kwargs = dict(args.lr_scheduler_kwargs or {})  # type: ignore[arg-type]
         get_scheduler(args.lr_scheduler_type, optimizer, **schedule, scheduler_specific_kwargs=kwargs)
     except (ImportError, TypeError, ValueError) as error:
+        name: Any = args.kept_optimizer or args.optim
+        schedule_name: Any = args.lr_scheduler_type
         raise ValueError(
-            f"--optim {args.kept_optimizer or args.optim.value} or --lr_scheduler_type "  # type: ignore[attr-defined]
-            f"{args.lr_scheduler_type.value} cannot be set up: {error}"  # type: ignore[attr-defined]
+            f"--optim {getattr(name, 'value', name)} with --lr_scheduler_type {schedule_name.value} cannot be set up: "
+            f"{error}"
         ) from error
 
 
 def _optimizer_class(args: MMGEMTrainingArguments) -> tuple[Any, dict[str, Any]]:
     """The class and its options, of which every one of `--optim_args` must be one."""
     if args.optim.startswith(("galore", "apollo", "lomo", "adalomo", "schedule_free")):
-        raise ValueError("it makes parameter groups of its own, or weights that would not be saved; choose another.")
+        raise ValueError(
+            "it makes parameter groups of its own, or averages weights that would not be saved. Choose another"
+        )
     if args.kept_optimizer:
         import pytorch_optimizer
 
