@@ -363,6 +363,7 @@ class MMGEMTrainer(Trainer):
 
     def _load_finished(self, state: TrainerState, checkpoint: str) -> TrainOutput:
         """The weights that a finished run ended with. Trainer would train one more step."""
+        logger.warning(f"{checkpoint} has all steps of this run: nothing is left to train.")
         self.state = state
         self._load_from_checkpoint(checkpoint)
         if self.args.load_best_model_at_end and state.best_model_checkpoint is not None:

@@ -62,7 +62,7 @@ def test_tokenizer_and_pixel_statistics_come_from_the_checkpoint(train, pairs, t
     assert state["global_step"] == 4
     for change, message in {
         ("--projection_dim", 64): r"checkpoint-4 was trained with projection_dim 512, not 64\.",
-        ("--lora_rank", 4, "--init_from", "o", "--vision_config", "{}", "--text_config", "{}"): "with init_from None",
+        ("--lora_rank", 4, "--init_from", "o", "--vision_config", "{}", "--text_config", "{}"): "with lora_rank 0, not 4",
     }.items():
         with pytest.raises(SystemExit, match=message):
             run(6, "--resume_from_checkpoint", "true", *change)
