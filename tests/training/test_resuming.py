@@ -62,7 +62,16 @@ def test_tokenizer_and_pixel_statistics_come_from_the_checkpoint(train, pairs, t
     assert state["global_step"] == 4
     for change, message in {
         ("--projection_dim", 64): r"checkpoint-4 was trained with projection_dim 512, not 64\.",
-        ("--lora_rank", 4, "--init_from", "o", "--vision_config", "{}", "--text_config", "{}"): "with lora_rank 0, not 4",
+        (
+            "--lora_rank",
+            4,
+            "--init_from",
+            "o",
+            "--vision_config",
+            "{}",
+            "--text_config",
+            "{}",
+        ): "with lora_rank 0, not 4",
     }.items():
         with pytest.raises(SystemExit, match=message):
             run(6, "--resume_from_checkpoint", "true", *change)
@@ -98,8 +107,10 @@ def test_a_checkpoint_without_an_optimizer_is_refused(processor, tmp_path):
         make_trainer(processor, tmp_path).train(resume_from_checkpoint=True)
 
 
-@pytest.mark.parametrize("options", [{"lora_rank": 4}, {"max_steps": -1, "num_train_epochs": 3}, {}])
+@pytest.mark.parametrize("options", [{"lora_rank": 4}, {"max_steps": -1, "num_train_epochs": 1.5}, {}])
 def test_a_finished_run_is_not_trained_further(processor, tmp_path, options):
+    """It ended in the middle of an epoch, of which Trainer would take one step more."""
+    options = {"per_device_train_batch_size": 4, **options}
     finished = make_trainer(processor, tmp_path, save_steps=1, **options)
     finished.train()
     again = make_trainer(processor, tmp_path, model=make_model(processor, seed=1), save_steps=1, **options)
