@@ -9,6 +9,7 @@ Trains a stage of MM-GEM, evaluates it, and saves a checkpoint or an adapter.
 import os
 import shlex
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,6 @@ import transformers
 from huggingface_hub.errors import HTTPError
 from safetensors import SafetensorError
 
-from mmgem import MMGEMModel
 from mmgem.data.loading import is_hub_id, load_pairs, load_regions
 from mmgem.data.pairs import BadDataError, PairDataset
 from mmgem.evaluation.adapters import evaluate_adapter
@@ -25,10 +25,12 @@ from mmgem.evaluation.region_report import add_to_report_of_base, region_section
 from mmgem.evaluation.report import environment, pair_sections, write_report
 from mmgem.hub.export import export, find_adapters
 from mmgem.hub.upload import upload
+from mmgem.loading import load_checkpoint
+from mmgem.output_lock import output_lock
 from mmgem.training.arguments import DataArguments, ModelArguments, parse_arguments
-from mmgem.training.building import build_model_and_processor, initial_image_size, planned_config
-from mmgem.training.checkpoints import CheckpointError
-from mmgem.training.dry_run import dry_run_report
+from mmgem.training.building import build_model_and_processor, planned_config
+from mmgem.training.checkpoints import CheckpointError, TrainingStopped, find_checkpoint
+from mmgem.training.dry_run import check_memory, dry_run_report
 from mmgem.training.feature_cache import DiskFullError
 from mmgem.training.record import write_record
 from mmgem.training.region_trainer import RegionTrainer
@@ -42,22 +44,34 @@ PROMPTS = {
 }
 
 
-def prepare() -> tuple[ModelArguments, DataArguments, MMGEMTrainer]:
-    """From the command line to a Trainer; with --dry_run, to an estimate and the end."""
+def prepare(held: ExitStack) -> tuple[ModelArguments, DataArguments, MMGEMTrainer]:
+    """From the command line to a Trainer, with the output folder held; with --dry_run, to an estimate and the end."""
     model_args, data_args, args, dry_run_args = parse_arguments()
+    checkpoint = None
+    if args.resume_from_checkpoint:
+        is_switch = args.resume_from_checkpoint is True  # type: ignore[comparison-overlap]
+        checkpoint = find_checkpoint(str(args.output_dir if is_switch else args.resume_from_checkpoint))
+    config = planned_config(model_args, checkpoint)
     if dry_run_args.dry_run:
-        print(dry_run_report(planned_config(model_args), args, data_args, dry_run_args))
+        print(dry_run_report(config, args, data_args, dry_run_args))
         sys.exit()
+    check_memory(config, args)
+    if args.process_index == 0:
+        held.enter_context(output_lock(str(args.output_dir)))
     transformers.set_seed(args.seed)
     load = load_pairs if args.stage == "1" else load_regions
-    train_dataset, eval_dataset = load(data_args, initial_image_size(model_args), args.seed)
+    data_seed = args.seed if args.data_seed is None else args.data_seed
+    train_dataset, eval_dataset = load(data_args, config.vision_config.image_size, data_seed)
     if eval_dataset is not None:
         eval_dataset[0]  # where nothing of it can be read, better now than after training
-    model, processor = build_model_and_processor(model_args, train_dataset, data_args.max_length)
+    model, processor = build_model_and_processor(model_args, train_dataset, data_args.max_length, checkpoint)
     parameters = model.num_parameters()
     options: dict[str, Any] = {"max_bad_fraction": data_args.max_bad_fraction}
+    options["model_settings"] = vars(model_args).copy()
     if args.stage == "1":
         options["pack_length"] = data_args.pack_length if data_args.packing else 0
+    else:
+        del options["model_settings"]["init_from"]  # the adapter knows its base, wherever that lies
     trainer_class = MMGEMTrainer if args.stage == "1" else RegionTrainer
     trainer = trainer_class(model, args, processor, train_dataset, eval_dataset, **options)  # type: ignore[arg-type]
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
@@ -68,15 +82,21 @@ def prepare() -> tuple[ModelArguments, DataArguments, MMGEMTrainer]:
 
 
 def main() -> None:
+    """A run, which has its output folder for itself."""
+    with ExitStack() as held:
+        run(held)
+
+
+def run(held: ExitStack) -> None:
     """Train, save, evaluate, publish. What the user can put right ends with a line; a traceback is a fault of ours."""
     try:
-        model_args, data_args, trainer = prepare()
+        model_args, data_args, trainer = prepare(held)
     except (ValueError, OSError, HTTPError) as error:
         sys.exit(f"error: {error}")
     args = trainer.args
     try:
         result = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
-    except (BadDataError, CheckpointError, DiskFullError) as error:
+    except (BadDataError, CheckpointError, DiskFullError, TrainingStopped) as error:
         sys.exit(f"error: {error}")
     trainer.merge_lora()
     is_first = trainer.is_world_process_zero()  # outside of the group everyone is
@@ -90,7 +110,10 @@ def main() -> None:
         sys.exit(f"error: the trained model could not be written to {args.output_dir}: {error}")
     trainer.accelerator.wait_for_everyone()  # what one has saved, all load
     if trainer.eval_dataset is not None:
-        evaluate(trainer, model_args, data_args)
+        try:
+            evaluate(trainer, model_args, data_args)
+        except (ValueError, OSError, RuntimeError) as error:
+            sys.exit(f"error: {args.output_dir} is saved, but could not be evaluated: {error}")
     trainer.leave_process_group()
     if is_first and args.push_to_hub:
         publish(trainer, model_args)
@@ -117,25 +140,22 @@ def evaluate(trainer: MMGEMTrainer, model_args: ModelArguments, data_args: DataA
     }
     # What others will load, not what is at hand.
     base = args.output_dir if args.stage == "1" else model_args.init_from
-    model = MMGEMModel.from_pretrained(base).to(args.device)
-    try:
-        if args.stage == "1":
-            metrics, outputs = evaluate_model(
-                model, trainer.processor, eval_dataset, args.per_device_eval_batch_size, args.caption_samples
-            )
-            size = len(outputs["indices"])
-            setting.update(size=size, unreadable=len(eval_dataset) - size)
-            sections = pair_sections(metrics, outputs, eval_dataset) if is_first else []
-        else:
-            model.load_adapter(args.output_dir, adapter_name=args.stage)
-            shown = (model, trainer.processor, eval_dataset)
-            metrics, outputs = evaluate_adapter(*shown, args.stage, args.per_device_eval_batch_size)
-            size = len({region["index"] for region in outputs["stage_2"]})
-            setting.update(size=size, unreadable=len(eval_dataset) - size, regions=len(outputs["stage_2"]))
-            setting.update(k=model.region_grid_size, base=base)
-            sections = [region_section(args.stage, metrics, outputs, *shown)] if is_first else []
-    except ValueError as error:
-        sys.exit(f"error: {args.output_dir} is saved, but could not be evaluated: {error}")
+    model = load_checkpoint(base).to(args.device)
+    if args.stage == "1":
+        metrics, outputs = evaluate_model(
+            model, trainer.processor, eval_dataset, args.per_device_eval_batch_size, args.caption_samples
+        )
+        size = len(outputs["indices"])
+        setting.update(size=size, unreadable=len(eval_dataset) - size)
+        sections = pair_sections(metrics, outputs, eval_dataset) if is_first else []
+    else:
+        model.load_adapter(args.output_dir, adapter_name=args.stage)
+        shown = (model, trainer.processor, eval_dataset)
+        metrics, outputs = evaluate_adapter(*shown, args.stage, args.per_device_eval_batch_size)
+        size = len({region["index"] for region in outputs["stage_2"]})
+        setting.update(size=size, unreadable=len(eval_dataset) - size, regions=len(outputs["stage_2"]))
+        setting.update(k=model.region_grid_size, base=base)
+        sections = [region_section(args.stage, metrics, outputs, *shown)] if is_first else []
     if not is_first:
         return
     report = write_report(args.output_dir, "Evaluation", sections, setting)

@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import os
 import re
 import sys
 from argparse import Namespace
@@ -30,9 +31,11 @@ def parse_options(
 
     Raises:
         ValueError: for an unknown option, with the nearest known one; for a list where the option takes one value, or
-            a list of other things than it takes.
+            a list of other things than it takes; for what the locale cannot write.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
+    for word in (os.getcwd(), *arguments):
+        check_encodable(word)
     parser = HfArgumentParser(list(types), allow_abbrev=False)  # type: ignore[arg-type]
     known = {f.name for data_class in types for f in fields(data_class) if f.init}
     hints = {name: hint for data_class in types for name, hint in get_type_hints(data_class).items()}
@@ -52,6 +55,23 @@ def parse_options(
     if remaining:
         raise ValueError(f"Could not make sense of {' '.join(remaining)!r}: options are written --name value.")
     return tuple(parsed)
+
+
+def check_encodable(path: str) -> None:
+    """
+    Raises:
+        ValueError: for a path that Python could not decode in this locale, or cannot encode: the libraries that write
+            weights and tokenizers take UTF-8 alone.
+    """
+    try:
+        path.encode("utf-8")
+        os.fsencode(path)
+    except UnicodeEncodeError as error:
+        encoding = sys.getfilesystemencoding()
+        raise ValueError(
+            f"{path!a} cannot be a path in this locale, whose encoding is {encoding}. Set PYTHONUTF8=1 in the "
+            "environment, or name it in ASCII."
+        ) from error
 
 
 def load_yaml(source: Any, name: str) -> Any:

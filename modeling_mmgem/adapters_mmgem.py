@@ -9,10 +9,15 @@ the base back bit for bit. What an adapter must not be parted from travels among
 the k that its prompts were trained with, and `trained_on`, some weights of the base by which it knows it.
 """
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import nn
+from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME
 
 
 REGION_ADAPTERS = {
@@ -90,8 +95,8 @@ class RegionAdapterMixin:
         `set_adapter([…, …])`.
 
         Raises:
-            ValueError: for an adapter that does not fit or was trained on another base, with both names. Whatever
-            goes wrong, nothing of it stays loaded, and those that were active are.
+            ValueError: for an adapter that does not fit, is damaged or was trained on another base, with both names.
+            If loading fails, the adapter is removed and the previously active adapters stay active.
         """
         name = kwargs.get("adapter_name") or (args[0] if args else None) or "default"
         is_new = name not in getattr(self, "peft_config", {})
@@ -99,6 +104,7 @@ class RegionAdapterMixin:
         conversions = getattr(self, "_weight_conversions", None)
         try:
             info = super().load_adapter(peft_model_id, *args, **kwargs)  # type: ignore[misc]
+            self._check_adapter_weights(name, getattr(info, "missing_keys", ()))
             self.set_adapter(name)  # PEFT leaves it to what was loaded and deleted before
             for module in (self.soft_prompts, self.region_projection):
                 self.check_base_of(module)
@@ -119,6 +125,15 @@ class RegionAdapterMixin:
             # Those of the adapter's file would rename the base's tensors when it is saved.
             self._weight_conversions = conversions
         return info
+
+    def _check_adapter_weights(self: Any, adapter_name: str, missing: Any) -> None:
+        """Raises ValueError for an adapter whose file lacks a tensor, or holds NaN or infinity in one."""
+        own = [key for key in missing if adapter_name in key.split(".")]  # "own" counts down_proj as well
+        if own:
+            raise ValueError(f"its file is damaged: {min(own)} is missing.")
+        for key, tensor in self.state_dict().items():
+            if adapter_name in key.split(".") and not (tensor.is_meta or tensor.isfinite().all()):
+                raise ValueError(f"its file is damaged: {key} holds NaN or infinity.")
 
     def set_adapter(self: Any, adapter_name: str | list[str]) -> None:
         """
@@ -144,6 +159,45 @@ class RegionAdapterMixin:
                 )
         self.enable_adapters()
         set_adapter(self, names)
+
+    def save_pretrained(self: Any, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
+        """
+        As [`PreTrainedModel.save_pretrained`] of the base, whatever adapters are loaded, active or not; each of these
+        goes into a folder of its name in `save_directory`, in PEFT's format.
+        """
+        adapters = list(self.peft_config) if self._hf_peft_config_loaded else []
+        with self._unwrapped():
+            super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
+        for name in adapters if kwargs.get("is_main_process", True) else []:
+            from peft import get_peft_model_state_dict
+
+            folder = os.path.join(save_directory, name)
+            self.peft_config[name].save_pretrained(folder)
+            tensors = get_peft_model_state_dict(self, adapter_name=name, save_embedding_layers=False)
+            tensors = {f"base_model.model.{key}": tensor.contiguous() for key, tensor in tensors.items()}
+            save_file(tensors, os.path.join(folder, ADAPTER_SAFE_WEIGHTS_NAME), {"format": "pt"})
+
+    @contextmanager
+    def _unwrapped(self: Any) -> Iterator[None]:
+        """For a while, the model's own modules in place of PEFT's wrappers around them."""
+        modules, loaded = dict(self.named_modules()), self._hf_peft_config_loaded
+        replaced: dict[str, nn.Module] = {}
+        for name, module in modules.items():
+            if not any(name.startswith(f"{outer}.") for outer in replaced):
+                inner = module
+                while hasattr(inner, "original_module") or hasattr(inner, "base_layer"):
+                    inner = inner.original_module if hasattr(inner, "original_module") else inner.base_layer
+                if inner is not module:
+                    replaced[name] = inner
+        self._hf_peft_config_loaded = False
+        try:
+            for name, inner in replaced.items():
+                self.set_submodule(name, inner)
+            yield
+        finally:
+            for name in replaced:
+                self.set_submodule(name, modules[name])
+            self._hf_peft_config_loaded = loaded
 
     def active_adapters(self: Any) -> list[str]:
         """Names of the adapters that `set_adapter` chose, in the order they were loaded, switched off or not."""

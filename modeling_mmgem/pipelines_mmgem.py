@@ -2,11 +2,20 @@
 
 import copy
 import re
+from collections.abc import Iterator
 from typing import Any
 
+import torch
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import Dataset
 from transformers import GenerationConfig, Pipeline
+from transformers.utils import logging
 from transformers.utils.peft_utils import find_adapter_config_file
 
+from ..processing.regions_mmgem import CroppedRegionError, map_regions
+
+
+logger = logging.get_logger(__name__)
 
 ADAPTER = "region-caption"
 
@@ -46,28 +55,39 @@ class RegionCaptioningPipeline(Pipeline):
     def __call__(self, image: Any, boxes: Any = None, masks: Any = None, **kwargs: Any) -> Any:  # type: ignore[override]
         """
         Args:
-            image: a picture (PIL, path or URL), or a list of them.
-            boxes: a list of `[x0, y0, x1, y1]` in pixels of the original picture; for several pictures a list of such
-                lists, any of which may be empty.
+            image: an image (PIL, path, URL or array), or a list or generator of them; or, without `boxes` and `masks`,
+                a list, generator or dataset of mappings `{"image", "boxes"}` or `{"image", "masks"}`.
+            boxes: a list of `[x0, y0, x1, y1]` in pixels of the original image; for several images a list or
+                generator of such lists, any of which may be empty.
             masks: `(height, width)` arrays instead of boxes.
+            batch_size (`int`, *optional*): images at a time.
             max_new_tokens (`int`, *optional*), generate_kwargs (`dict`, *optional*): for `generate`.
 
         Returns:
-            a list of `{"box", "caption"}` (or `{"mask", "caption"}`), in the order of the regions; a list of lists for
-            several pictures.
+            a list of `{"box", "caption"}` (or `{"mask", "caption"}`), in the order of the regions; for several images
+            a list of lists, or an iterator where they came from a generator or dataset. The caption is `None` where
+            the image processor's centre crop leaves nothing of a region.
 
         Raises:
-            ValueError: where regions are missing, or not as many lists as pictures; for a region that is none.
+            ValueError: where regions are missing, or not as many lists as images; for a region that is none.
         """
+        if boxes is not None and masks is not None:
+            raise ValueError("A region is a box or a mask: pass boxes or masks, not both.")
         kind = "boxes" if masks is None else "masks"
         regions = boxes if masks is None else masks
-        if regions is None or (boxes is not None and masks is not None):
-            raise ValueError("region-captioning needs the regions to describe: pass boxes, or masks.")
-        if not isinstance(image, list | tuple):
-            return super().__call__({"image": image, kind: regions}, **kwargs)
-        if len(image) != len(regions):
-            raise ValueError(f"There are {len(image)} pictures, but {kind} holds {len(regions)} lists.")
-        return super().__call__([{"image": i, kind: r} for i, r in zip(image, regions)], **kwargs)
+        if regions is None:
+            is_stream = hasattr(image, "__iter__") and not isinstance(image, str | dict | list | Dataset)
+            # Pipelines take torch's datasets, lists and generators; an array is one image.
+            inputs = (item for item in image) if is_stream and not hasattr(image, "dtype") else image
+        elif isinstance(image, list | tuple):
+            if len(image) != len(regions):
+                raise ValueError(f"There are {len(image)} images, but {kind} holds {len(regions)} lists.")
+            inputs = [{"image": i, kind: r} for i, r in zip(image, regions)]
+        elif isinstance(image, Iterator):
+            inputs = ({"image": i, kind: r} for i, r in zip(image, regions, strict=True))
+        else:
+            inputs = {"image": image, kind: regions}
+        return [] if isinstance(inputs, list) and not inputs else super().__call__(inputs, **kwargs)
 
     def _sanitize_parameters(
         self, max_new_tokens: int | None = None, generate_kwargs: dict[str, Any] | None = None, **kwargs: Any
@@ -79,33 +99,69 @@ class RegionCaptioningPipeline(Pipeline):
             options["max_new_tokens"] = max_new_tokens
         return {}, options, {}
 
-    def preprocess(self, inputs: dict[str, Any], **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
-        kind = "boxes" if "boxes" in inputs else "masks"
-        regions = list(inputs[kind])
-        if not regions:
-            return {"kind": kind, "regions": regions}
+    def preprocess(self, inputs: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
+        kinds = [kind for kind in ("boxes", "masks") if isinstance(inputs, dict) and inputs.get(kind) is not None]
+        if len(kinds) != 1 or "image" not in inputs:
+            raise ValueError("region-captioning needs the regions to describe: pass boxes, or masks, with each image.")
+        kind, regions = kinds[0], list(inputs[kinds[0]])
         # A pipeline takes the processor from the base, whose k may be another than the adapter's.
         processor: Any = copy.copy(self.processor)
         processor.region_grid_size = self.model.region_grid_size
-        batch = processor(images=[inputs["image"]], task="region-caption", return_tensors="pt", **{kind: [regions]})
-        return {"kind": kind, "regions": regions, **batch}
+        (image,) = processor._load_images(inputs["image"])
+        shown, faults = [], []
+        for i, region in enumerate(regions):
+            try:
+                map_regions([[region]], [image.size], processor.image_processor, kind)
+                shown.append(i)
+            except CroppedRegionError as error:
+                faults.append(str(error))
+            except ValueError as error:
+                raise ValueError(str(error).replace(f"{kind}[0][0]", f"{kind}[{i}]", 1)) from error
+        if faults:
+            logger.warning(f"{len(faults)} of {len(regions)} regions get no caption: {faults[0]}")
+        batch = None
+        if shown:
+            own = {kind: [[regions[i] for i in shown]]}
+            batch = processor(images=[image], task="region-caption", return_tensors="pt", **own)
+        return {"kind": kind, "regions": regions, "shown": shown, "batch": batch}
 
     def _forward(self, model_inputs: dict[str, Any], **generate_kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
-        kept = {name: model_inputs.pop(name) for name in ("kind", "regions")}
-        if not model_inputs:
-            return {**kept, "ids": []}
+        """Of one image, or of a list of them in each entry; images of one size go through the model together."""
+        batch = model_inputs.pop("batch")
+        batches = batch if isinstance(batch, list) else [batch]
+        ids: list[Any] = [()] * len(batches)
+        alike: dict[Any, list[int]] = {}
+        for i, one in enumerate(batches):
+            if one is not None:
+                alike.setdefault((tuple(one), one["pixel_values"].shape), []).append(i)
         options = self._prepare_generate_kwargs(generate_kwargs, return_dict_in_generate=False)
         model: Any = self.model
-        return {**kept, "ids": model.generate(**model_inputs, **options)}
+        for group in alike.values():
+            rows = model.generate(**_joined([batches[i] for i in group]), **options)
+            sizes = [len(batches[i]["input_ids"]) for i in group]
+            for i, own in zip(group, rows.split(sizes), strict=True):
+                ids[i] = own.tolist()
+        return {**model_inputs, "ids": ids if isinstance(batch, list) else ids[0]}
 
     def postprocess(self, model_outputs: dict[str, Any], **kwargs: Any) -> list[dict[str, Any]]:  # type: ignore[override]
         processor: Any = self.processor
-        captions = [processor.decode(row, skip_special_tokens=True) for row in model_outputs["ids"]]
+        captions: dict[int, str] = {}
+        for i, row in zip(model_outputs["shown"], model_outputs["ids"], strict=True):
+            captions[i] = processor.decode(row, skip_special_tokens=True).strip()
         name = {"boxes": "box", "masks": "mask"}[model_outputs["kind"]]
-        return [
-            {name: region, "caption": caption.strip()}
-            for region, caption in zip(model_outputs["regions"], captions, strict=True)
-        ]
+        return [{name: region, "caption": captions.get(i)} for i, region in enumerate(model_outputs["regions"])]
+
+
+def _joined(batches: list[Any]) -> dict[str, torch.Tensor]:
+    """The inputs of several images as those of one batch: prompts one below the other, regions padded at the end."""
+    joined = {}
+    for name in batches[0]:
+        parts = [batch[name] for batch in batches]
+        if name in ("boxes", "masks", "region_mask"):  # (1, R, …)
+            joined[name] = pad_sequence([part[0] for part in parts], batch_first=True)
+        else:
+            joined[name] = torch.cat(parts)
+    return joined
 
 
 __all__ = ["RegionCaptioningPipeline"]

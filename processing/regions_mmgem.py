@@ -10,6 +10,10 @@ from PIL import Image
 from .images_mmgem import as_array
 
 
+class CroppedRegionError(ValueError):
+    """The image processor's centre crop leaves nothing of a region that lies in its image."""
+
+
 @dataclass(frozen=True)
 class Geometry:
     """How the image processor moves a picture's pixels: `(x, y) * scale - offset`, then a window of `window`."""
@@ -72,7 +76,7 @@ def map_box(box: Sequence[float], width: int, height: int, geometry: Geometry, n
     mapped = clipped * np.tile(geometry.scale, 2) - np.tile(geometry.offset, 2)
     mapped = mapped.clip(0, np.tile(geometry.window, 2))
     if mapped[2] <= mapped[0] or mapped[3] <= mapped[1]:
-        raise ValueError(
+        raise CroppedRegionError(
             f"{name} = {corners.tolist()} is cut away by the centre crop of its {width} x {height} picture; drop it, "
             "or use an image processor that resizes to a square without cropping."
         )
@@ -115,8 +119,10 @@ def map_mask(mask: Any, width: int, height: int, geometry: Geometry, name: str) 
     left, top = geometry.offset
     window = resized.crop((left, top, left + geometry.window[0], top + geometry.window[1]))
     result = np.asarray(window, dtype=bool)
+    if not array.any():
+        raise ValueError(f"{name} is empty; drop it.")
     if not result.any():
-        raise ValueError(f"{name} is empty, at least inside the centre crop; drop it.")
+        raise CroppedRegionError(f"{name} is cut away by the centre crop of its image; drop it.")
     return result
 
 
@@ -169,4 +175,4 @@ def map_regions(
     return padded, region_mask
 
 
-__all__ = ["Geometry", "geometry_of", "map_regions", "refuse_normalized"]
+__all__ = ["CroppedRegionError", "Geometry", "geometry_of", "map_regions", "refuse_normalized"]

@@ -8,6 +8,7 @@ Evaluates a checkpoint in the figures of its field.
 
 import os
 import sys
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from datasets.exceptions import DatasetsError
 
 from ..data.loading import is_hub_id
 from ..options import parse_options
+from ..output_lock import output_lock
 from ..processing import MMGEMProcessor
 from .arguments import EvaluationArguments
 from .captioning import TOKENIZER
@@ -26,10 +28,17 @@ from .tasks import load_model, run_tasks, score_caption_files
 
 
 def main() -> None:
+    """An evaluation, which has its output folder for itself."""
+    with ExitStack() as held:
+        run(held)
+
+
+def run(held: ExitStack) -> None:
     """Evaluate and write the report. What the user can put right ends with a line."""
     try:
         (arguments,) = parse_options([EvaluationArguments], "python -m mmgem.evaluation")
-        os.makedirs(arguments.output_dir, exist_ok=True)  # rather a fault now than after all the work
+        if int(os.environ.get("RANK", "0")) == 0:
+            held.enter_context(output_lock(arguments.output_dir))  # rather a fault now than after all the work
         if arguments.caption_results is not None:
             sections = [score_caption_files(arguments)]
             names = ("caption_results", "caption_references", "split", "caption_subset")

@@ -11,6 +11,7 @@ from transformers.utils.peft_utils import find_adapter_config_file
 
 from ..data.pairs import PairDataset
 from ..data.regions import RegionDataset
+from ..loading import load_checkpoint
 from ..modeling_mmgem import MMGEMModel
 from ..modeling_mmgem.adapters_mmgem import REGION_ADAPTERS
 from ..processing import MMGEMProcessor
@@ -59,7 +60,7 @@ def load_model(arguments: EvaluationArguments) -> tuple[MMGEMModel, MMGEMProcess
 
     Raises:
         OSError: for a checkpoint or adapter that cannot be loaded.
-        ValueError: for an adapter of no stage, or two of one.
+        ValueError: for a checkpoint with missing or NaN weights; for an adapter of no stage, or two of one.
     """
     assert arguments.model is not None
     if find_adapter_config_file(arguments.model) is not None:
@@ -67,7 +68,7 @@ def load_model(arguments: EvaluationArguments) -> tuple[MMGEMModel, MMGEMProcess
             f"{arguments.model} is an adapter; give it to --adapters, and --model the model that it was trained on."
         )
     try:
-        model = MMGEMModel.from_pretrained(arguments.model, dtype=getattr(torch, arguments.dtype)).eval()
+        model = load_checkpoint(arguments.model, dtype=getattr(torch, arguments.dtype)).eval()
         processor = MMGEMProcessor.from_pretrained(arguments.model)
     except OSError as error:
         raise OSError(f"{arguments.model} is no checkpoint that can be loaded: {error}") from error

@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from transformers.utils import logging
 from yaml import YAMLError
 
+from ..loading import load_checkpoint
 from ..modeling_mmgem import MMGEMModel
 from ..modeling_mmgem.adapters_mmgem import REGION_ADAPTERS
 from ..processing import MMGEMProcessor
@@ -172,15 +173,9 @@ def _load(source: Path) -> tuple[MMGEMModel, MMGEMProcessor]:
     if not any(list(source.glob(pattern)) for pattern in WEIGHTS):
         raise ValueError(f"--model {source} has no model.safetensors (or shards of it).")
     try:
-        loaded: Any = MMGEMModel.from_pretrained(source, dtype="auto", use_safetensors=True, output_loading_info=True)
-        model, info = loaded
-        processor = MMGEMProcessor.from_pretrained(source)
+        return load_checkpoint(str(source), dtype="auto"), MMGEMProcessor.from_pretrained(source)
     except UNREADABLE as error:
         raise ValueError(f"--model {source} could not be loaded: {error}") from error
-    wrong = [str(name) for kind in ("missing_keys", "mismatched_keys", "unexpected_keys") for name in info[kind]]
-    if wrong:
-        raise ValueError(f"--model {source}: its weights do not fit its config.json, the first of them {wrong[0]}.")
-    return model, processor
 
 
 def _forget_folders(config: Path) -> None:

@@ -7,10 +7,14 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from transformers import TrainingArguments
-from transformers.trainer_utils import HubStrategy
 
 from ..evaluation.arguments import EvaluationArguments
 from ..options import checked_token, load_yaml, parse_options
+from .unsupported import refuse_unsupported, refuse_unsupported_loaders
+
+
+LEAST = dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"), 1)
+LEAST |= dict.fromkeys(("dataloader_num_workers", "lora_rank", "mini_batch_size", "caption_samples"), 0)
 
 
 @dataclass
@@ -241,6 +245,11 @@ class MMGEMTrainingArguments(TrainingArguments):
         default_factory=list,
         metadata={"help": "Parameters not to train: names or beginnings of names, such as vision_model."},
     )
+    # transformers' options whose defaults are others here; unsupported.py says why no other value will do.
+    hub_strategy: str = field(default="end", metadata={"help": "The finished run is pushed, with its evaluation."})
+    dataloader_drop_last: bool = field(default=True, metadata={"help": "Every batch has the same size."})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "The collator chooses the columns."})
+
     caption_samples: int = field(
         default=500, metadata={"help": "Pictures to caption in the final evaluation; 0 for none."}
     )
@@ -251,22 +260,25 @@ class MMGEMTrainingArguments(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
+        refuse_unsupported(self)
         # Not Trainer's own; these are handed to it.
         self.kept_optimizer = {"lamb": "Lamb", "soap": "SOAP"}.get(self.optim)
         if self.kept_optimizer:
             if importlib.util.find_spec("pytorch_optimizer") is None:
                 raise ValueError(f"--optim {self.optim} needs pytorch-optimizer: pip install 'mmgem[optimizers]'.")
             self.optim = "adamw_torch"
-            self.optimizer_options = _parse_options(self.optim_args)
         if not self.caption_loss_weight > 0:
             raise ValueError(
                 f"caption_loss_weight must be above 0, got {self.caption_loss_weight}; for no captions at all there "
                 "is --objective contrastive."
             )
-        if self.lora_rank < 0:
-            raise ValueError(f"lora_rank must be 0 (off) or more, got {self.lora_rank}.")
-        if self.mini_batch_size < 0:
-            raise ValueError(f"mini_batch_size must be 0 (off) or more, got {self.mini_batch_size}.")
+        for name, least in LEAST.items():
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be {least} or more, got {getattr(self, name)}.")
+        if self.max_steps == 0:
+            raise ValueError("max_steps must be 1 or more, or -1 to train for num_train_epochs.")
+        self._set_metric_for_best_model()
+        self.max_grad_norm = self.max_grad_norm or 0.0  # null in YAML
         if self.mini_batch_size and self.objective == "caption":
             raise ValueError(
                 "mini_batch_size is for the contrastive loss; a caption loss alone needs accumulation only."
@@ -290,12 +302,23 @@ class MMGEMTrainingArguments(TrainingArguments):
         if self.ddp_find_unused_parameters is None:
             # What an objective does not reach is frozen, so there is nothing to search for after every forward.
             self.ddp_find_unused_parameters = False
+        self.optimizer_options = _parse_options(self.optim_args)
         super().__post_init__()
-        self.remove_unused_columns = False
-        self.dataloader_drop_last = True  # a ragged last batch would change the number of negatives
+        refuse_unsupported_loaders(self)
         if self.push_to_hub:
             self.hub_token = None if self.hub_token is None else checked_token(self.hub_token)
-            self.hub_strategy = HubStrategy.END  # train.py exports the result; checkpoints are nobody else's
+
+    def _set_metric_for_best_model(self) -> None:
+        """transformers' default is a loss that no evaluation here gives, and takes the highest rank for the best."""
+        needs_metric = self.load_best_model_at_end or self.save_strategy == "best"
+        if self.metric_for_best_model is None:
+            if needs_metric or self.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy"):
+                raise ValueError(
+                    "metric_for_best_model must name the metric of an evaluation, such as caption_loss or "
+                    "text_to_image_R@1."
+                )
+        elif self.greater_is_better is None:
+            self.greater_is_better = not self.metric_for_best_model.endswith(("loss", "rank"))
 
     def _set_up_stage_2(self) -> None:
         """The objective follows from the stage, and there is one learning rate."""
@@ -337,6 +360,12 @@ def parse_arguments(
         _check_stage_2(model_args, data_args, args, dry_run_args)
     elif model_args.region_grid_size is not None:
         raise ValueError("region_grid_size is for --stage region-caption; stage 1 has one visual token per picture.")
+    if data_args.train_shards and (args.ignore_data_skip or args.train_sampling_strategy != "random"):
+        raise ValueError(
+            "ignore_data_skip and train_sampling_strategy are for tables: a stream goes on where it was, in its order."
+        )
+    if args.lora_rank and model_args.text_config:
+        raise ValueError("lora_rank trains matrices beside a pretrained language model; text_config makes a new one.")
     return model_args, data_args, args, dry_run_args
 
 

@@ -1,11 +1,13 @@
 """The model and processor that a run starts from."""
 
+import difflib
 import math
 import os
 from typing import Any
 
 import numpy as np
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 from transformers.models.clip import CLIPImageProcessorPil
@@ -15,6 +17,7 @@ from ..configuration.configuration_mmgem import TOKEN_IDS
 from ..data.pairs import PairDataset
 from ..data.shards import ShardStream
 from ..data.tokenizer import train_tokenizer
+from ..loading import load_checkpoint
 from ..modeling_mmgem import MMGEMModel
 from ..modeling_mmgem.conversion_mmgem import configure_generation, interpolate_positions, vision_config_of
 from ..processing import MMGEMProcessor, set_image_size, to_mmgem_tokenizer
@@ -22,29 +25,25 @@ from ..processing.tokenization_mmgem import special_token_ids
 from .arguments import ModelArguments
 
 
-DEFAULT_IMAGE_SIZE = 224
-
-
-def initial_image_size(arguments: ModelArguments) -> int:
-    """Pixels per side that the built-in pictures are drawn at."""
-    if arguments.image_size is not None:
-        return arguments.image_size
-    if arguments.init_from is not None:
-        return _own_config(arguments.init_from).vision_config.image_size
-    return arguments.vision_config.get("image_size", DEFAULT_IMAGE_SIZE)  # type: ignore[union-attr]
-
-
 def build_model_and_processor(
-    arguments: ModelArguments, train_dataset: PairDataset | ShardStream, max_length: int
+    arguments: ModelArguments,
+    train_dataset: PairDataset | ShardStream,
+    max_length: int,
+    checkpoint: str | None = None,
 ) -> tuple[MMGEMModel, MMGEMProcessor]:
     """
-    From a checkpoint of ours (`init_from`), from two towers' checkpoints, or from scratch with a tokenizer trained on
+    From an MM-GEM checkpoint (`init_from`), from two towers' checkpoints, or from scratch with a tokenizer trained on
     the training captions.
 
+    Args:
+        checkpoint: folder that the run resumes from. Tokenizer and image processor come from there, and the model too
+            unless it holds an adapter alone.
+
     Raises:
-        ValueError: where `init_from` is a checkpoint of another model type, or for an attention that is not there.
+        ValueError: where `init_from` is a checkpoint of another model type, or damaged; for an attention that is not
+            there.
     """
-    model, processor = _build(arguments, train_dataset, max_length)
+    model, processor = _build(arguments, train_dataset, max_length, checkpoint)
     if arguments.attn_implementation is not None:
         try:
             model.set_attn_implementation(arguments.attn_implementation)
@@ -54,13 +53,15 @@ def build_model_and_processor(
 
 
 def _build(
-    arguments: ModelArguments, train_dataset: PairDataset | ShardStream, max_length: int
+    arguments: ModelArguments, train_dataset: PairDataset | ShardStream, max_length: int, checkpoint: str | None
 ) -> tuple[MMGEMModel, MMGEMProcessor]:
-    if arguments.init_from is not None:
-        _own_config(arguments.init_from)
+    saved = None if checkpoint is None else MMGEMProcessor.from_pretrained(checkpoint)
+    source = _source(arguments, checkpoint)
+    if source is not None:
+        _own_config(source)
         # A checkpoint in 16 bits too: steps that are small against a weight would be rounded away.
-        model = MMGEMModel.from_pretrained(arguments.init_from, dtype=torch.float32)
-        processor = MMGEMProcessor.from_pretrained(arguments.init_from)
+        model = load_checkpoint(source, dtype=torch.float32)
+        processor = saved or MMGEMProcessor.from_pretrained(source)
         for name in ("auto_map", "custom_pipelines"):
             vars(model.config).pop(name, None)  # of an export: the code that they name does not come along
         processor.max_length = max_length
@@ -76,28 +77,48 @@ def _build(
         model = MMGEMModel.from_vision_text_pretrained(
             *towers, image_size=arguments.image_size, projection_dim=arguments.projection_dim
         )
-        processor = MMGEMProcessor.from_vision_text_pretrained(
+        processor = saved or MMGEMProcessor.from_vision_text_pretrained(
             *towers, image_size=arguments.image_size, max_length=max_length
         )
+        processor.max_length = max_length
         return model, processor
     return _from_scratch(arguments, train_dataset, max_length)
 
 
-def planned_config(arguments: ModelArguments) -> MMGEMConfig:
-    """The architecture that a run would start from, of configurations alone."""
-    if arguments.init_from is not None:
-        config = _own_config(arguments.init_from)
+def planned_config(arguments: ModelArguments, checkpoint: str | None = None) -> MMGEMConfig:
+    """
+    The architecture that a run would start from, of configurations alone; see [`build_model_and_processor`].
+
+    Raises:
+        ValueError: where nothing says which model to train.
+    """
+    source = _source(arguments, checkpoint)
+    if source is not None:
+        config = _own_config(source)
     elif arguments.vision_model_name_or_path and arguments.text_model_name_or_path:
         vision = vision_config_of(arguments.vision_model_name_or_path).to_dict()
         text = AutoConfig.from_pretrained(arguments.text_model_name_or_path).to_dict()
         vision["dtype"] = text["dtype"] = "float32"  # as both are loaded, whatever they are stored in
         text["vocab_size"] += len(TOKEN_IDS)
         config = MMGEMConfig(vision_config=vision, text_config=text, projection_dim=arguments.projection_dim)
-    else:
+    elif arguments.vision_config and arguments.text_config:
         return _config_from_scratch(arguments, {"vocab_size": arguments.vocab_size}, {})
+    else:
+        raise ValueError(
+            "Nothing says which model to train. Give --init_from CHECKPOINT (an MM-GEM model, to go on from), "
+            "--vision_model_name_or_path and --text_model_name_or_path (two pretrained towers), or --vision_config "
+            "and --text_config (JSON: a model from scratch, as configs/scenes.yaml has it)."
+        )
     if arguments.image_size is not None:
         config.vision_config.image_size = arguments.image_size
     return config
+
+
+def _source(arguments: ModelArguments, checkpoint: str | None) -> str | None:
+    """The MM-GEM checkpoint that the model comes from: a resumed run's own, unless that holds an adapter alone."""
+    if checkpoint is not None and os.path.isfile(os.path.join(checkpoint, "config.json")):
+        return checkpoint
+    return arguments.init_from
 
 
 def _own_config(name: str) -> MMGEMConfig:
@@ -142,12 +163,21 @@ def _config_from_scratch(arguments: ModelArguments, text: dict[str, Any], token_
     vision: dict[str, Any] = {"model_type": "clip_vision_model", **arguments.vision_config}  # type: ignore[dict-item]
     if arguments.image_size is not None:
         vision["image_size"] = arguments.image_size
-    config = MMGEMConfig(
-        vision_config=vision,
-        text_config={"model_type": "llama", **arguments.text_config, **text},  # type: ignore[dict-item]
-        projection_dim=arguments.projection_dim,
-        **token_ids,
-    )
+    try:
+        config = MMGEMConfig(
+            vision_config=vision,
+            text_config={"model_type": "llama", **arguments.text_config, **text},  # type: ignore[dict-item]
+            projection_dim=arguments.projection_dim,
+            **token_ids,
+        )
+    except (StrictDataclassError, KeyError, TypeError) as error:
+        raise ValueError(f"vision_config or text_config describes no model: {error}") from error
+    for name in ("vision_config", "text_config"):
+        # transformers keeps what it does not know, so that some models' rarer settings are no fields of their class.
+        known = getattr(config, name).__dataclass_fields__.keys() | type(getattr(config, name))().to_dict().keys()
+        for key in getattr(arguments, name).keys() - known:
+            if nearest := difflib.get_close_matches(key, known, n=1, cutoff=0.8):
+                raise ValueError(f"{name} has no setting {key!r}; did you mean {nearest[0]!r}?")
     # Keeps the variance. At 0.02 five small matrices in a row stand between a picture and the word for it.
     config.initializer_range = config.text_config.hidden_size**-0.5
     return config

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
@@ -13,6 +14,10 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 class CheckpointError(ValueError):
     """There is no checkpoint to go on from, or not in this way; or none could be written."""
+
+
+class TrainingStopped(ValueError):
+    """Training cannot go on, for a reason that the message names with what to do."""
 
 
 @contextmanager
@@ -25,6 +30,7 @@ def writing(checkpoint: str) -> Iterator[None]:
         CheckpointError: where it cannot be written, as on a full disk, with the last that is whole. What was written
             of it is removed.
     """
+    _date_earlier_ones(os.path.dirname(checkpoint))
     try:
         with suppress(FileNotFoundError):  # of an earlier run in this folder
             os.remove(os.path.join(checkpoint, TRAINER_STATE_NAME))
@@ -55,16 +61,31 @@ def find_checkpoint(folder: str) -> str:
     """
     if _is_whole(folder):
         return folder
-    names = os.listdir(folder) if os.path.isdir(folder) else []
-    steps = [int(match[1]) for name in names if (match := re.fullmatch(r"checkpoint-(\d+)", name))]
-    for step in sorted(steps, reverse=True):
-        checkpoint = os.path.join(folder, f"checkpoint-{step}")
+    for checkpoint in reversed(_checkpoints(folder)):
         if _is_whole(checkpoint):
             return checkpoint
     raise CheckpointError(
         f"{folder} holds no whole checkpoint (a checkpoint-N folder with {TRAINER_STATE_NAME}) to resume from; leave "
         "out --resume_from_checkpoint to start anew, or name another folder."
     )
+
+
+def _checkpoints(folder: str) -> list[str]:
+    """Paths of the checkpoints in a folder, by their steps."""
+    names = os.listdir(folder) if os.path.isdir(folder) else []
+    steps = [int(match[1]) for name in names if (match := re.fullmatch(r"checkpoint-(\d+)", name))]
+    return [os.path.join(folder, f"checkpoint-{step}") for step in sorted(steps)]
+
+
+def _date_earlier_ones(folder: str) -> None:
+    """
+    Trainer deletes by the time of modification: where the clock was set back, the newest checkpoint would go, unless
+    those from the future are dated to the present.
+    """
+    now = time.time()
+    for checkpoint in _checkpoints(folder):
+        if os.path.getmtime(checkpoint) > now:
+            os.utime(checkpoint, (now, now))
 
 
 def _is_whole(checkpoint: str) -> bool:

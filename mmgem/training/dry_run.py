@@ -120,6 +120,36 @@ def estimate(
     )
 
 
+def check_memory(config: MMGEMConfig, args: MMGEMTrainingArguments) -> None:
+    """
+    Refuses a model that cannot fit into memory, before any of it is allocated. What activations take is left out: see
+    [`estimate`].
+
+    Raises:
+        ValueError: with the bytes that are needed and those that are free.
+    """
+    with torch.device("meta"), no_init_weights():
+        model = MMGEMModel(config)
+        parameters = trained = model.num_parameters()
+        if args.lora_rank:
+            add_lora(model, args.lora_rank, args.lora_alpha)
+    freeze_parameters(model, args.objective, args.freeze)
+    if args.stage == "1":
+        trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    else:
+        trained = 0  # an adapter beside the model is small
+    needed, free = 4 * parameters, psutil.virtual_memory().available
+    if args.device.type == "cpu":
+        states = 2 if "adam" in args.optim or args.kept_optimizer else 0  # the gradient is one more
+        needed += 4 * trained * (1 + states)
+    if needed > free:
+        raise ValueError(
+            f"A model of {parameters / 1e6:,.0f} M parameters ({trained / 1e6:,.0f} M trained) takes at least "
+            f"{needed / GIB:.1f} GiB, but {free / GIB:.1f} GiB are free on this machine. Choose smaller towers, or "
+            "train fewer weights (--lora_rank, --freeze); --dry_run tells what a run takes."
+        )
+
+
 def _move_from_meta(model: nn.Module) -> None:
     """To what tensors are made of here; what was shared stays shared."""
     moved: dict[torch.Tensor, torch.Tensor] = {}

@@ -1,5 +1,6 @@
 """Training the language model by LoRA (Hu et al., 2021), through PEFT."""
 
+import os
 import re
 
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -32,6 +33,16 @@ def add_lora(model: MMGEMModel, rank: int, alpha: int | None = None) -> PeftMode
         modules_to_save=list(PROJECTIONS),
         trainable_token_indices={embeddings: [model.config.emb_token_id, model.config.cap_token_id]},
     )
+    return add_adapter(model, config)
+
+
+def add_adapter(model: MMGEMModel, config: LoraConfig) -> PeftModel:
+    """
+    The model with a new adapter, whose configuration names a base that is a folder by its absolute path: from another
+    working directory a relative one would be taken for a model on the Hub, which anyone could put there.
+    """
     peft_model = get_peft_model(model, config)
     assert isinstance(peft_model, PeftModel)
+    if os.path.isdir(config.base_model_name_or_path or ""):
+        config.base_model_name_or_path = os.path.abspath(str(config.base_model_name_or_path))
     return peft_model

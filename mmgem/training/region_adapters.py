@@ -1,10 +1,11 @@
 """The adapters of stage 2, to be trained."""
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel
 
 from ..modeling_mmgem import MMGEMModel
 from ..modeling_mmgem.adapters_mmgem import REGION_ADAPTERS
+from .lora import add_adapter
 
 
 def add_region_adapter(model: MMGEMModel, stage: str, grid_size: int) -> PeftModel:
@@ -18,8 +19,7 @@ def add_region_adapter(model: MMGEMModel, stage: str, grid_size: int) -> PeftMod
     """
     modules = list(REGION_ADAPTERS[stage])
     # No LoRA at all: PEFT asks for modules to put it on, and lets one name mean none.
-    peft_model = get_peft_model(model, LoraConfig(target_modules="dummy-target-modules", modules_to_save=modules))
-    assert isinstance(peft_model, PeftModel)
+    peft_model = add_adapter(model, LoraConfig(target_modules="dummy-target-modules", modules_to_save=modules))
     signature = model.base_signature()
     with torch.no_grad():
         for name in modules:

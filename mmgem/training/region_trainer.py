@@ -15,6 +15,7 @@ from ..evaluation.regions import evaluate_regions
 from ..modeling_mmgem import MMGEMModel, contrastive_loss
 from ..processing import MMGEMProcessor
 from .arguments import MMGEMTrainingArguments
+from .checkpoints import CheckpointError
 from .feature_cache import cache_features
 from .gathering import gather_ragged
 from .gradient_cache import refuse_dropout
@@ -45,7 +46,7 @@ class RegionTrainer(MMGEMTrainer):
         **kwargs: Any,
     ):
         train_dataset.image_processor = processor.image_processor
-        if args.gradient_checkpointing:
+        if args.activation_checkpointing:
             refuse_dropout(model)
         super().__init__(model, args, processor, train_dataset, eval_dataset, **kwargs)
 
@@ -83,10 +84,21 @@ class RegionTrainer(MMGEMTrainer):
             with suppress(FileNotFoundError):
                 os.remove(path)
 
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """As Trainer's, for the base that the checkpoint's adapter was trained on."""
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        try:
+            for module in (self._base().soft_prompts, self._base().region_projection):
+                self._base().check_base_of(module)
+        except ValueError as error:
+            raise CheckpointError(f"{resume_from_checkpoint} cannot be resumed: {error}") from error
+
     def compute_loss(self, model: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
         """The loss of a model in eval mode: dropout is for those who learn."""
         model.eval()
-        if self.args.gradient_checkpointing:  # the library's layers do that in training mode only (nothing drops out)
+        if (
+            self.args.activation_checkpointing
+        ):  # the library's layers do that in training mode only (nothing drops out)
             for module in model.modules():
                 if isinstance(module, GradientCheckpointingLayer):
                     module.training = True

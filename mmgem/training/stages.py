@@ -1,12 +1,13 @@
 """Which parameters a stage trains, at which rate, and by which optimiser."""
 
 import difflib
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import Trainer
+from transformers import Trainer, get_scheduler
 
 from .arguments import MMGEMTrainingArguments
 
@@ -58,15 +59,55 @@ def parameter_groups(
 
 
 def make_optimizer(args: MMGEMTrainingArguments, model: nn.Module) -> torch.optim.Optimizer:
-    """The optimiser that `--optim` names, from transformers or pytorch-optimizer, over what is not frozen."""
+    """The optimizer that `--optim` names, from transformers or pytorch-optimizer, over what is not frozen."""
     groups = parameter_groups(model, args.learning_rate, args.projection_lr_multiplier, args.weight_decay)
-    if not args.kept_optimizer:
-        optimizer_class, options = Trainer.get_optimizer_cls_and_kwargs(args, model)  # type: ignore[arg-type]
-        return optimizer_class(groups, **options)
-    import pytorch_optimizer
+    optimizer_class, options = _optimizer_class(args)
+    return optimizer_class(groups, **options)
 
-    options = {"lr": args.learning_rate, "betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
-    return getattr(pytorch_optimizer, args.kept_optimizer)(groups, **{**options, **args.optimizer_options})
+
+def check_optimizer(args: MMGEMTrainingArguments) -> None:
+    """
+    Makes the optimizer and its schedule for a parameter of no model.
+
+    Raises:
+        ValueError: for an optimizer, or an option of it or of the schedule, that is not there or has no effect.
+    """
+    try:
+        optimizer_class, options = _optimizer_class(args)
+        optimizer = optimizer_class([nn.Parameter(torch.zeros(1, 1))], **options)
+        schedule = {"num_warmup_steps": args.get_warmup_steps(1), "num_training_steps": 1}
+        kwargs = dict(args.lr_scheduler_kwargs or {})  # type: ignore[arg-type]
+        get_scheduler(args.lr_scheduler_type, optimizer, **schedule, scheduler_specific_kwargs=kwargs)
+    except (ImportError, TypeError, ValueError) as error:
+        name: Any = args.kept_optimizer or args.optim
+        schedule_name: Any = args.lr_scheduler_type
+        raise ValueError(
+            f"--optim {getattr(name, 'value', name)} with --lr_scheduler_type {schedule_name.value} cannot be set up: "
+            f"{error}"
+        ) from error
+
+
+def _optimizer_class(args: MMGEMTrainingArguments) -> tuple[Any, dict[str, Any]]:
+    """The class and its options, of which every one of `--optim_args` must be one."""
+    if args.optim.startswith(("galore", "apollo", "lomo", "adalomo", "schedule_free")):
+        raise ValueError(
+            "it makes parameter groups of its own, or averages weights that would not be saved. Choose another"
+        )
+    if args.kept_optimizer:
+        import pytorch_optimizer
+
+        optimizer_class = getattr(pytorch_optimizer, args.kept_optimizer)
+        options = {"lr": args.learning_rate, "betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
+        options.update(args.optimizer_options)
+        known = {name: options.get(name) for name in inspect.signature(optimizer_class).parameters}
+    else:
+        optimizer_class, options = Trainer.get_optimizer_cls_and_kwargs(args)
+        known = options
+    for name, value in args.optimizer_options.items():
+        is_ignored = name not in known or (known[name] != value and isinstance(known[name], int | float))
+        if is_ignored or name in ("params", "lr", "weight_decay"):  # those are set by group
+            raise ValueError(f"{name!r} of --optim_args has no effect on it.")
+    return optimizer_class, options
 
 
 def _begins(parameter: str, name: str) -> bool:

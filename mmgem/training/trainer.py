@@ -1,6 +1,7 @@
 """The Trainer of stage 1: transformers' own, with the joint loss over all processes. Stage 2 builds on it."""
 
 import json
+import math
 import os
 import time
 from collections import Counter
@@ -19,17 +20,19 @@ from ..data.collator import MODEL_INPUTS, PairCollator
 from ..data.pairs import BadDataError, PairDataset
 from ..data.shards import ShardStream
 from ..evaluation.evaluator import evaluate_model
+from ..evaluation.sharing import gather_parts, report_failure
 from ..evaluation.tasks import run_tasks
 from ..modeling_mmgem import MMGEMModel, contrastive_loss
 from ..processing import MMGEMProcessor
 from .arguments import MMGEMTrainingArguments
-from .checkpoints import find_checkpoint, writing
+from .checkpoints import TrainingStopped, find_checkpoint, writing
 from .checks import check_packing, check_parallelism, check_precision
 from .fsdp import keep_temperature_in_float32
 from .gathering import GatherWithGradient
 from .gradient_cache import Embeddings, cached_backward, refuse_dropout
 from .lora import add_lora
-from .stages import freeze_parameters, make_optimizer
+from .resuming import RunSettings, check_settings, run_settings
+from .stages import check_optimizer, freeze_parameters, make_optimizer
 from .stream_progress import StreamProgress
 
 
@@ -50,6 +53,7 @@ class MMGEMTrainer(Trainer):
         processor: saved with every checkpoint.
         max_bad_fraction: share of unreadable examples that ends the run; a stream's are counted only.
         pack_length: see [`PairCollator`].
+        model_settings: names and values, beside those of `args`, that a resumed run must have in common with this one.
     """
 
     args: MMGEMTrainingArguments
@@ -65,6 +69,7 @@ class MMGEMTrainer(Trainer):
         eval_dataset: PairDataset | None = None,
         max_bad_fraction: float = 0.01,
         pack_length: int = 0,
+        model_settings: dict[str, Any] | None = None,
         **kwargs: Any,
     ):
         batch_size = args.train_batch_size * args.world_size
@@ -80,6 +85,7 @@ class MMGEMTrainer(Trainer):
             )
         if args.mini_batch_size:
             refuse_dropout(model)
+        check_optimizer(args)
         if args.torch_compile:
             # How many rows, captions' tokens and [EMB] there are differs from step to step: one graph for all.
             torch._dynamo.config.capture_dynamic_output_shape_ops = True
@@ -114,7 +120,9 @@ class MMGEMTrainer(Trainer):
         self._resumed_from: str | None = None
         self._steps_since_log = 0
         self._interval = {"start": time.perf_counter(), "data": 0.0, "samples": 0}
+        self._settings = run_settings(args, model_settings or {})
         self.add_callback(_TrainingCallback(model, train_dataset, self._resume_log))
+        self.add_callback(RunSettings(self._settings))
         if pack_length:
             check_packing(model, self.accelerator)
 
@@ -266,12 +274,12 @@ class MMGEMTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds both losses, tau, samples/s and the share of time that went into waiting for data."""
+        if "train_runtime" in logs:
+            self._time_by_steady_clock(logs)
         if "loss" in logs and self._sums:
             steps = self._steps_since_log
             self._steps_since_log = 0
-            for name, value in self._sums.items():
-                total = self.accelerator.reduce(value.clone(), "mean") if self.args.world_size > 1 else value
-                logs[name] = float(total) / steps
+            logs.update({name: total / steps for name, total in self._mean_sums().items()})
             self._sums.clear()
             if self._logit_scale is not None:
                 logs["tau"] = 1 / self._logit_scale.item()
@@ -287,19 +295,59 @@ class MMGEMTrainer(Trainer):
             self._interval = {"start": now, "data": 0.0, "samples": 0}
         super().log(logs, start_time)
 
+    def _mean_sums(self) -> dict[str, float]:
+        """
+        The sums of the losses since the last log, averaged over processes.
+
+        Raises:
+            TrainingStopped: where a loss, or 1 / tau, is none any more.
+        """
+        totals = {}
+        for name, value in self._sums.items():
+            totals[name] = float(self.accelerator.reduce(value.clone(), "mean") if self.args.world_size > 1 else value)
+        # In 16-bit floats GradScaler passes over a step that is out of range.
+        wrong = [f"{name} is {total}" for name, total in totals.items() if not math.isfinite(total)]
+        if self.accelerator.scaler is not None:
+            wrong = []
+        if self._logit_scale is not None and not (0 < (scale := self._logit_scale.item()) < math.inf):
+            wrong.append(f"1 / tau is {scale}")
+        if wrong:
+            raise TrainingStopped(
+                f"Training diverged at step {self.state.global_step}, or since the last log: {wrong[0]}. Start again "
+                f"with a lower --learning_rate ({self.args.learning_rate:g} now) or more --warmup_steps; from an "
+                "earlier checkpoint's weights, with --init_from."
+            )
+        return totals
+
+    def _time_by_steady_clock(self, logs: dict[str, float]) -> None:
+        """Trainer reads the clock on the wall, which may be set while it trains."""
+        seconds = time.perf_counter() - self._started
+        for name in ("train_samples_per_second", "train_steps_per_second"):
+            if name in logs:
+                logs[name] = round(logs[name] * logs["train_runtime"] / seconds, 3)
+        logs["train_runtime"] = round(seconds, 4)
+
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """As [`Trainer.train`]; resumes from the last whole checkpoint and reports what was skipped or cut."""
+        """
+        As [`Trainer.train`]; resumes from the last whole checkpoint and reports what was skipped or cut.
+
+        Raises:
+            CheckpointError: for a checkpoint of a run with other settings.
+            TrainingStopped: where training diverged, or an evaluation failed.
+            BadDataError: for too many unreadable examples.
+        """
+        self._started = time.perf_counter()
         if resume_from_checkpoint:
             folder = self.args.output_dir if resume_from_checkpoint is True else resume_from_checkpoint
             resume_from_checkpoint = self._resumed_from = find_checkpoint(str(folder))
+            check_settings(resume_from_checkpoint, self._settings)
             if self.progress is not None:
                 self.progress.resume(resume_from_checkpoint)
-                state = TrainerState.load_from_json(os.path.join(resume_from_checkpoint, TRAINER_STATE_NAME))
-                if state.global_step >= self.args.max_steps:  # Trainer would go on, in a stream that has no end
-                    self.state = state
-                    self._load_from_checkpoint(resume_from_checkpoint)
-                    return TrainOutput(state.global_step, 0.0, {})
+            state = TrainerState.load_from_json(os.path.join(resume_from_checkpoint, TRAINER_STATE_NAME))
+            if state.global_step >= self.set_initial_training_values(self.args, self.get_train_dataloader())[-1]:
+                return self._load_finished(state, resume_from_checkpoint)
         result = super().train(resume_from_checkpoint, *args, **kwargs)
+        self._mean_sums()
         if self.bad_examples:
             logger.warning(f"{self._describe_bad_examples()}; the next stood in for each.")
         if self.truncated:
@@ -313,6 +361,15 @@ class MMGEMTrainer(Trainer):
                 "their picture or what the image processor's centre crop leaves of it."
             )
         return result
+
+    def _load_finished(self, state: TrainerState, checkpoint: str) -> TrainOutput:
+        """The weights that a finished run ended with. Trainer would train one more step."""
+        logger.warning(f"{checkpoint} has all steps of this run: nothing is left to train.")
+        self.state = state
+        self._load_from_checkpoint(checkpoint)
+        if self.args.load_best_model_at_end and state.best_model_checkpoint is not None:
+            self._load_best_model()
+        return TrainOutput(state.global_step, 0.0, {})
 
     def _describe_bad_examples(self) -> str:
         index, reason = min(self.bad_examples.items(), key=lambda item: str(item[0]).zfill(12))
@@ -330,10 +387,12 @@ class MMGEMTrainer(Trainer):
             collate_fn=self.data_collator,
             num_workers=self.args.dataloader_num_workers,
             prefetch_factor=self.args.dataloader_prefetch_factor,
+            multiprocessing_context=self.args.dataloader_multiprocessing_context,
             pin_memory=self.args.dataloader_pin_memory,
         )
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        self._mean_sums()  # a diverged model is no checkpoint
         with writing(os.path.join(str(self.args.output_dir), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")):
             super()._save_checkpoint(model, trial)
 
@@ -366,6 +425,32 @@ class MMGEMTrainer(Trainer):
         """Makes one plain model of LoRA's adapter and what it was trained beside."""
         if self.args.lora_rank and isinstance(self.model, PeftModel):
             self.model = self.model.merge_and_unload()  # type: ignore[assignment,operator]
+
+    def _evaluate(self, trial: Any, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """
+        As Trainer's, which runs it while training.
+
+        Raises:
+            TrainingStopped: where the evaluation of any process fails, once the run is saved.
+        """
+        self._mean_sums()
+        try:
+            metrics = super()._evaluate(trial, *args, **kwargs)
+            best, names = self.args.metric_for_best_model, [name[5:] for name in metrics if name.startswith("eval_")]
+            if best is not None and best.removeprefix("eval_") not in names:
+                raise ValueError(f"metric_for_best_model {best!r} is none of {', '.join(names)}")
+            gather_parts([])  # the last place at which another process can report its failure
+            return metrics
+        except Exception as error:
+            report_failure(error)
+            step, saved = self.state.global_step, "nothing was trained yet"
+            if step > 0:
+                self._save_checkpoint(self.model, trial)
+                saved = f"{PREFIX_CHECKPOINT_DIR}-{step} is saved, to go on from with --resume_from_checkpoint true"
+            raise TrainingStopped(
+                f"The evaluation at step {step} failed ({type(error).__name__}: {error}). Repair what it names, or "
+                f"pass --eval_strategy no; {saved}."
+            ) from error
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"

@@ -146,7 +146,7 @@ def pickled_adapter(run):
     ("damage", "message"),
     [
         (corrupt_weights, "could not be loaded"),
-        (half_the_weights, "do not fit its config.json"),
+        (half_the_weights, "is missing"),
         (truncated_results, r"results.json is no JSON"),
         (no_weights, "has no model.safetensors"),
         (truncated_adapter, "region-caption could not be loaded"),

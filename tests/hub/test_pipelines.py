@@ -3,12 +3,15 @@
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 from transformers import AutoModelForImageTextToText, AutoProcessor, pipeline
+from transformers.pipelines.pt_utils import KeyDataset
 
 from mmgem import RegionCaptioningPipeline
 from mmgem.training.region_adapters import add_region_adapter
 
 from ..conftest import make_model, make_picture
+from .conftest import bold
 
 
 BOXES = [[2.0, 3.0, 20.0, 30.0], [5.0, 5.0, 40.0, 38.0]]
@@ -18,9 +21,9 @@ BOXES = [[2.0, 3.0, 20.0, 30.0], [5.0, 5.0, 40.0, 38.0]]
 def describe(processor, tmp_path_factory):
     """From the folder of an adapter whose k is not the base's."""
     folder = tmp_path_factory.mktemp("pipeline")
-    make_model(processor).save_pretrained(folder / "base")
+    bold(make_model(processor)).save_pretrained(folder / "base")
     processor.save_pretrained(folder / "base")
-    model = make_model(processor)
+    model = bold(make_model(processor))
     model.config._name_or_path = model.name_or_path = str(folder / "base")
     adapter = add_region_adapter(model, "region-caption", 2)
     with torch.no_grad():
@@ -55,6 +58,36 @@ def test_batches_give_what_single_inputs_give(trained):
         assert {s["label"]: round(s["score"], 5) for s in one} == {s["label"]: round(s["score"], 5) for s in other}
 
 
+def near(one, other) -> bool:
+    """Equal but for rounding."""
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(near(one[key], other[key]) for key in one)
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(map(near, one, other))
+    return one == other if isinstance(one, str) else one == pytest.approx(other, abs=1e-4)
+
+
+@pytest.mark.parametrize("task", ["image-feature-extraction", "zero-shot-image-classification", "image-text-to-text"])
+def test_lists_generators_and_datasets_give_what_single_inputs_give(trained, task):
+    pictures = [make_picture(0), make_picture(1, (30, 60)), make_picture(2)]
+    inputs, options = pictures, {}
+    if task.startswith("zero"):
+        options = {"candidate_labels": ["dog", "snow on a mountain"]}
+    if task == "image-text-to-text":
+        texts = ["<image>", "<image>the cat sat on", "a <image>"]
+        inputs = [{"images": picture, "text": text} for picture, text in zip(pictures, texts)]
+        options = {"max_new_tokens": 5, "return_full_text": False}
+    pipe = pipeline(task, model=str(trained))
+    single = [pipe(**one, **options) if isinstance(one, dict) else pipe(one, **options) for one in inputs]
+    for batch_size in (1, 2, 3):
+        found = [list(pipe((one for one in inputs), batch_size=batch_size, **options))]
+        if inputs is pictures:
+            dataset = KeyDataset([{"image": picture} for picture in pictures], "image")
+            found += [pipe(inputs, batch_size=batch_size, **options)]
+            found += [list(pipe(dataset, batch_size=batch_size, **options))]
+        assert all(near(answer, single) for answer in found), batch_size
+
+
 def test_a_model_that_has_an_adapter_keeps_it(trained):
     model = AutoModelForImageTextToText.from_pretrained(trained)
     model.load_adapter(str(trained / "region-caption"), adapter_name="mine")
@@ -73,6 +106,40 @@ def test_regions_of_one_picture_and_of_several(describe):
     assert describe(images[0], boxes=BOXES[1:], max_new_tokens=4) == one[1:], "a region does not know of the others"
 
 
+@pytest.mark.parametrize("batch_size", [1, 2, 4])
+def test_regions_of_any_number_in_any_form_are_captioned_as_one_by_one(describe, batch_size):
+    """Among them none at all, a mask beside boxes, and one that the centre crop cuts away."""
+    mask = np.zeros((40, 48), dtype=bool)
+    mask[5:30, 10:40] = True
+    wide, lost = make_picture(3, (200, 40)), [0, 0, 10, 10]
+    inputs = [
+        {"image": make_picture(0), "boxes": BOXES},
+        {"image": make_picture(1), "boxes": []},
+        {"image": make_picture(2), "masks": [mask]},
+        {"image": wide, "boxes": [lost, [90, 5, 110, 30]]},
+        {"image": make_picture(4), "boxes": np.array(BOXES[:1])},
+    ]
+    single = [describe(**one, max_new_tokens=4) for one in inputs]
+    assert [len(regions) for regions in single] == [2, 0, 1, 2, 1]
+    assert [region["caption"] is None for region in single[3]] == [True, False]
+    assert len({region["caption"] for regions in single for region in regions}) > 3, "they differ"
+    options = {"batch_size": batch_size, "max_new_tokens": 4}
+
+    def captions(answer):
+        return [[region["caption"] for region in regions] for regions in answer]
+
+    assert captions(describe(inputs, **options)) == captions(single)
+    assert captions(describe((one for one in inputs), **options)) == captions(single)
+    boxed = [one for one in inputs if "boxes" in one and isinstance(one["boxes"], list)]
+    expected = captions(single[i] for i in (0, 1, 3))
+    images, boxes = [one["image"] for one in boxed], [one["boxes"] for one in boxed]
+    assert captions(describe(images, boxes=boxes, **options)) == expected
+    assert captions(describe(iter(images), boxes=iter(boxes), **options)) == expected
+    rows = [{"image": image, "boxes": [list(map(float, box)) for box in own]} for image, own in zip(images, boxes)]
+    assert captions(describe(Dataset.from_list(rows), **options)) == expected
+    assert describe([], boxes=[]) == describe([]) == []
+
+
 def test_masks_and_options_of_generate(describe):
     mask = np.zeros((40, 48), dtype=bool)
     mask[5:30, 10:40] = True
@@ -83,9 +150,12 @@ def test_masks_and_options_of_generate(describe):
 def test_what_is_missing_is_named(describe):
     with pytest.raises(ValueError, match="needs the regions"):
         describe(make_picture(0))
-    with pytest.raises(ValueError, match="2 pictures, but boxes holds 1"):
+    with pytest.raises(ValueError, match="2 images, but boxes holds 1"):
         describe([make_picture(0)] * 2, boxes=[BOXES])
-    with pytest.raises(ValueError, match=r"boxes\[0\]\[0\].*no area"):
-        describe(make_picture(0), boxes=[[9, 9, 3, 3]])
+    with pytest.raises(ValueError, match=r"boxes\[1\].*no area"):
+        describe(make_picture(0), boxes=[BOXES[0], [9, 9, 3, 3]])
+    for image in (make_picture(0), np.zeros((9, 9, 3), np.uint8), [make_picture(0)]):
+        with pytest.raises(ValueError, match="needs the regions"):
+            describe(image)
     with pytest.raises(ValueError, match="Unknown option 'max_token'"):
         describe(make_picture(0), boxes=BOXES, max_token=3)

@@ -140,14 +140,31 @@ def test_switching_by_peft(folder, base, processor):
         assert len(same(everything(model, processor), plain)) == 5
 
 
-def test_saving_again_changes_nothing(folder, base, tmp_path):
+@pytest.mark.parametrize("state", ["active", "off"])
+def test_save_pretrained_writes_the_base_and_each_adapter_beside_it(folder, base, processor, tmp_path, state):
+    """Of the user's own LoRA too, which wraps other modules."""
+    before = load_file(folder / "base" / "model.safetensors")
     model = load_both(base, folder)
+    model.add_adapter(LoraConfig(target_modules=["q_proj"], init_lora_weights=False), adapter_name="own")
+    model.set_adapter(["region-caption", "own"])
+    expected = everything(model, processor, 2)
+    if state == "off":
+        model.disable_adapters()
+        expected = everything(model, processor, 1)
+    model.save_pretrained(tmp_path)
+    after = load_file(tmp_path / "model.safetensors")
+    assert after.keys() == before.keys() and all(torch.equal(after[name], before[name]) for name in before)
     for stage in REGION_ADAPTERS:
-        model.set_adapter(stage)
-        model.save_pretrained(tmp_path / stage)
         old, new = (load_file(root / stage / "adapter_model.safetensors") for root in (folder, tmp_path))
         assert old.keys() == new.keys() and all(torch.equal(old[name], new[name]) for name in old)
-    assert not (tmp_path / "region-caption" / "model.safetensors").exists()
+    assert {path.name for path in tmp_path.iterdir() if path.is_dir()} == {*REGION_ADAPTERS, "own"}
+    assert len(same(everything(model, processor, 2 if state == "active" else 1), expected)) == 5, "nothing changed"
+    again = load_both(MMGEMModel.from_pretrained(tmp_path), tmp_path)
+    again.load_adapter(str(tmp_path / "own"), adapter_name="own")
+    again.set_adapter(["region-caption", "own"])
+    if state == "off":
+        again.disable_adapters()
+    assert len(same(everything(again, processor, 2 if state == "active" else 1), expected)) == 5
 
 
 def test_adapter_follows_its_base_through_bfloat16(folder, processor):

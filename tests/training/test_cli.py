@@ -93,6 +93,18 @@ def test_own_files_from_scratch_then_on_from_that_checkpoint(train, pairs, tmp_p
         (["--optim", "soap", "--optim_args", "precondition_frequency"], "'precondition_frequency' is not"),
         (["--train_file", "pairs.txt"], "pairs.txt"),
         (["--config", "nowhere.yaml"], "nowhere.yaml"),
+        (["--vision_config", "{}"], "Give --init_from CHECKPOINT"),
+        (["--vision_config", '{"hidden_size": 16}'], "not a multiple of the number of attention heads"),
+        (
+            ["--text_config", '{"hiden_size": 16}'],
+            "text_config has no setting 'hiden_size'; did you mean 'hidden_size'",
+        ),
+        (["--vision_config", '{"model_type": "clap"}'], "clap"),
+        (["--lora_rank", "4"], "lora_rank trains matrices beside a pretrained language model"),
+        (
+            ["--text_config", '{"hidden_size": 65536, "intermediate_size": 262144}'],
+            "are free on this machine. Choose smaller towers",
+        ),
     ],
 )
 def test_mistakes_are_named_before_any_work(train, pairs, tmp_path, arguments, message):

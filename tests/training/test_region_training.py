@@ -17,7 +17,10 @@ from mmgem.data.regions import RegionDataset
 from mmgem.evaluation.regions import evaluate_regions
 from mmgem.modeling_mmgem.adapters_mmgem import REGION_ADAPTERS
 from mmgem.training.arguments import MMGEMTrainingArguments, parse_arguments
+from mmgem.training.checkpoints import CheckpointError
 from mmgem.training.feature_cache import DiskFullError, cache_features
+from mmgem.training.lora import add_lora
+from mmgem.training.region_adapters import add_region_adapter
 from mmgem.training.region_trainer import RegionTrainer
 from mmgem.training.trainer import MODEL_INPUTS, BadDataError
 from tests.conftest import Table, make_model, make_picture
@@ -230,6 +233,14 @@ def test_resume_equals_the_uninterrupted_run(processor, tmp_path, stage):
         torch.testing.assert_close(again[name], tensor, atol=1e-6, rtol=0)
     assert {"adapter_model.safetensors", "adapter_config.json"} <= {p.name for p in (tmp_path / "whole").iterdir()}
     assert not (tmp_path / "whole" / "README.md").exists() and not (tmp_path / "whole" / "config.json").exists()
+    other = RegionTrainer(
+        make_model(processor, seed=1),
+        arguments(tmp_path, stage, max_steps=4, per_device_train_batch_size=2),
+        processor,
+        four_pictures(),
+    )
+    with pytest.raises(CheckpointError, match=r"checkpoint-2 cannot be resumed: .* trained on another base"):
+        other.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
 
 
 @pytest.fixture
@@ -277,6 +288,22 @@ def test_train_py_writes_an_adapter_that_loads_and_a_report_beside_stage_1(train
     assert processor.region_grid_size == model.region_grid_size == (2 if stage == "region-caption" else 1)
     inputs = processor(images=[make_picture(0)], boxes=[BOXES], task="region-caption", return_tensors="pt")
     assert len(model.generate(**inputs, max_new_tokens=3)) == 2
+
+
+@pytest.mark.parametrize(
+    "make", [lambda model: add_region_adapter(model, "region-caption", 1), lambda m: add_lora(m, 2)]
+)
+def test_a_base_in_a_folder_is_never_asked_of_the_hub(base, tmp_path, monkeypatch, make):
+    """An adapter finds it from any working directory; where the folder is gone, nobody else may supply the base."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("socket.getaddrinfo", lambda host, *args, **kwargs: pytest.fail(f"{host} was asked"))
+    make(MMGEMModel.from_pretrained("base")).save_pretrained("adapter")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert isinstance(AutoModel.from_pretrained("../adapter"), MMGEMModel)
+    base.rename(tmp_path / "renamed")
+    with pytest.raises(OSError, match=str(base)):
+        AutoModel.from_pretrained("../adapter")
 
 
 def test_a_table_without_captions_is_evaluated_too(train, base, regions_file, tmp_path):  # noqa: F811

@@ -62,10 +62,10 @@ def test_resumed_stream_trains_to_the_same_weights(processor, tmp_path, shards, 
 
 
 def test_a_stream_goes_on_with_the_readers_it_had(processor, tmp_path, shards):
-    def trainer(**options):
+    def trainer(window=5, **options):
         options = {"per_device_train_batch_size": 2, "save_strategy": "steps", "save_steps": 1, **options}
         args = training_arguments(tmp_path, **options)
-        return MMGEMTrainer(make_model(processor), args, processor, ShardStream([shards]))
+        return MMGEMTrainer(make_model(processor), args, processor, ShardStream([shards], window=window))
 
     trainer(max_steps=1).train()
     with pytest.raises(CheckpointError, match=r"read by \[1, 1\] .* not \[1, 2\]"):
@@ -76,7 +76,7 @@ def test_a_stream_goes_on_with_the_readers_it_had(processor, tmp_path, shards):
     for name, tensor in load_file(tmp_path / "checkpoint-1" / "model.safetensors").items():
         assert torch.equal(tensor, finished.model.state_dict()[name]), name
     with pytest.raises(CheckpointError, match="read other data"):
-        trainer(max_steps=2, per_device_train_batch_size=3).train(resume_from_checkpoint=True)
+        trainer(max_steps=2, window=6).train(resume_from_checkpoint=True)
     with pytest.raises(ValueError, match="--max_steps"):
         trainer(num_train_epochs=1)
 

@@ -243,6 +243,19 @@ def test_optimizers_of_the_kept_library_train(processor, tmp_path, optim, optim_
     assert not torch.equal(model.text_projection.weight, before)
 
 
+@pytest.mark.parametrize(
+    "options", [{"neftune_noise_alpha": 50.0}, {"data_seed": 1}, {"lr_scheduler_type": "constant"}]
+)
+def test_options_of_transformers_have_their_effect(processor, tmp_path, options):
+    losses = []
+    for changes in ({}, options, options):
+        args = training_arguments(tmp_path, max_steps=3, logging_steps=1, per_device_train_batch_size=4, **changes)
+        trainer = MMGEMTrainer(make_model(processor), args, processor, eight_pictures(), pack_length=64)
+        trainer.train()
+        losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+    assert losses[1] == losses[2] != losses[0]
+
+
 def test_unreadable_pictures_are_skipped_counted_and_limited(processor, tmp_path):
     rows = Table({"image": make_picture(i), "caption": c} for i, c in enumerate(CAPTIONS * 2))
     rows[3]["image"] = b"this is no picture"
