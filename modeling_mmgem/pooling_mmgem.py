@@ -154,7 +154,7 @@ class PoolAggregator(nn.Module):
         With k above 1 the box around the mask is cut into k x k bins, each with the part of the mask that it holds; a
         bin that holds nothing of it stands for the whole mask.
         """
-        masks = self._to_whole_patches(masks if masks.is_floating_point() else masks.float())
+        masks = self._to_whole_patches(masks.to(torch.promote_types(masks.dtype, torch.float32)))
         area = nn.functional.avg_pool2d(masks, self.patch_size).flatten(2)[..., None, :]
         weights = area / area.sum(-1, keepdim=True).clamp(min=torch.finfo(area.dtype).tiny)
         if grid_size > 1:

@@ -43,6 +43,18 @@ CHAT_TEMPLATE = (
 )
 
 
+class MMGEMBatchFeature(BatchFeature):
+    """A `BatchFeature` whose boxes stay exact where its images are cast to 16 bits: bfloat16 has 300 for 301."""
+
+    def to(self, *args: Any, **kwargs: Any) -> "MMGEMBatchFeature":
+        """[`BatchFeature.to`]; of a dtype, `boxes` take the device alone."""
+        boxes = self.get("boxes")
+        super().to(*args, **kwargs)
+        if boxes is not None:
+            self["boxes"] = boxes.to(self["boxes"].device)
+        return self
+
+
 class MMGEMProcessor(ProcessorMixin):
     """
     A tokenizer that ends texts with [EMB], an image processor, and the regions between them.
@@ -174,7 +186,7 @@ class MMGEMProcessor(ProcessorMixin):
             data.update(self._prompts(prompts, pictures, None, "caption", text_kwargs))
         elif texts is not None:
             data.update(self._sentences(texts, text_kwargs))
-        return BatchFeature(data, tensor_type=return_tensors)
+        return MMGEMBatchFeature(data, tensor_type=return_tensors)
 
     def sentence_ids(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids "(BOS) text [EMB]" of each text, however long: what training, evaluation and calls have of it."""

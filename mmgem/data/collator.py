@@ -125,7 +125,7 @@ class PairCollator:
 
     def _tensors(
         self, sequences: list[TokenSequence], rows: list[list[int]], texts: Sequence[int]
-    ) -> dict[str, torch.Tensor]:
+    ) -> dict[str, Any]:
         """Rows of sequences; `texts` are those that end with [EMB], in the order in which they are wanted."""
         width = self.pack_length or max(len(ids) for ids, _ in sequences)
         input_ids = torch.full((len(rows), width), self.processor.tokenizer.pad_token_id)

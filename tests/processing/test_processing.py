@@ -1,5 +1,6 @@
 """What the processor makes of good input, and what it says to bad."""
 
+import copy
 import logging
 
 import numpy as np
@@ -12,7 +13,7 @@ from transformers import AutoProcessor, PreTrainedTokenizerFast
 from transformers.models.clip import CLIPImageProcessorPil
 
 from mmgem import MMGEMProcessor, PoolAggregator
-from mmgem.processing import to_mmgem_tokenizer
+from mmgem.processing import set_image_size, to_mmgem_tokenizer
 from mmgem.processing.images_mmgem import to_rgb
 from mmgem.processing.regions_mmgem import geometry_of
 from tests.conftest import make_picture
@@ -317,3 +318,21 @@ def test_a_chat_is_its_picture_and_its_words(processor):
     prefilled = [chats[0][0] | {"content": chats[0][0]["content"][:1]}, {"role": "assistant", "content": "a photo of"}]
     found = processor.apply_chat_template(prefilled, continue_final_message=True, **options)
     assert torch.equal(found["input_ids"], expected["input_ids"][:1])
+
+
+@pytest.mark.parametrize("kind", ["boxes", "masks"])
+def test_geometry_survives_the_cast_of_images(processor, kind):
+    """`inputs.to(torch.bfloat16)`, as every example of transformers has it; bfloat16 knows 300 and 302."""
+    processor = copy.deepcopy(processor)
+    set_image_size(processor.image_processor, 512)
+    image = make_picture(0, (512, 512))
+    mask = np.zeros((512, 512), dtype=bool)
+    mask[301:400, 7:301] = True
+    regions = {"boxes": [[[301, 33, 437, 511]]], "masks": [[mask]]}[kind]
+    inputs = processor(images=[image], return_tensors="pt", **{kind: regions})
+    expected = inputs[kind].clone()
+    cast = inputs.to("cpu", torch.bfloat16)
+    assert cast["pixel_values"].dtype == torch.bfloat16 and torch.equal(cast[kind], expected)
+    if kind == "boxes":
+        assert cast["boxes"][0, 0].tolist() == [301, 33, 437, 511]
+        assert inputs.to(dtype=torch.float16)["boxes"].dtype == torch.float32
