@@ -123,9 +123,7 @@ class PairCollator:
             sequences.append(([*opening, *words], [-100] * len(opening) + words))
         return sequences
 
-    def _tensors(
-        self, sequences: list[TokenSequence], rows: list[list[int]], texts: Sequence[int]
-    ) -> dict[str, Any]:
+    def _tensors(self, sequences: list[TokenSequence], rows: list[list[int]], texts: Sequence[int]) -> dict[str, Any]:
         """Rows of sequences; `texts` are those that end with [EMB], in the order in which they are wanted."""
         width = self.pack_length or max(len(ids) for ids, _ in sequences)
         input_ids = torch.full((len(rows), width), self.processor.tokenizer.pad_token_id)

@@ -53,9 +53,9 @@ def check_precision(model: torch.nn.Module) -> None:
             )
 
 
-def check_parallelism(args: MMGEMTrainingArguments, fsdp_version: int = 0, deepspeed: bool = False) -> None:
+def check_parallelism(args: MMGEMTrainingArguments, fsdp: Any = None, deepspeed: bool = False) -> None:
     """
-    Refuses what would not train on the gradients of the whole batch, or not at all. `fsdp_version` 0 is none.
+    Refuses what would not train on the gradients of the whole batch, or not at all. `fsdp` is Accelerate's plugin.
 
     Raises:
         ValueError: naming it, with the remedy.
@@ -73,18 +73,23 @@ def check_parallelism(args: MMGEMTrainingArguments, fsdp_version: int = 0, deeps
         )
     if deepspeed:
         raise ValueError("DeepSpeed is not supported; several GPUs train by DistributedDataParallel or FSDP2.")
-    if fsdp_version == 1:
+    if fsdp and fsdp.fsdp_version == 1:
         raise ValueError(
             "FSDP 1 makes one vector of all parameters; set fsdp_version: 2 (configs/accelerate/fsdp.yaml)."
         )
-    if fsdp_version and args.kept_optimizer:
+    if fsdp and args.kept_optimizer:
         raise ValueError(
             f"{args.kept_optimizer} looks at whole matrices, of which each process has a part under FSDP; choose "
             "--optim adamw_torch, or DistributedDataParallel."
         )
-    if fsdp_version and args.eval_strategy != "no":
+    if fsdp and args.eval_strategy != "no":
         raise ValueError("Under FSDP there is no evaluation while training; pass --eval_strategy no.")
-    if fsdp_version and args.lora_rank:
+    if fsdp and "FULL" not in str(fsdp.state_dict_type):
+        raise ValueError(
+            f"fsdp_state_dict_type {fsdp.state_dict_type} would write no model that can be loaded; choose "
+            "FULL_STATE_DICT."
+        )
+    if fsdp and args.lora_rank:
         raise ValueError("LoRA's weights are merged where they are whole: train it without FSDP.")
     if args.world_size > 1 and not args.average_tokens_across_devices:
         raise ValueError("Captions are averaged over the tokens of all processes: keep average_tokens_across_devices.")

@@ -104,9 +104,9 @@ class MMGEMTrainer(Trainer):
             processing_class=processor,
             **kwargs,
         )
-        fsdp_version = self.accelerator.state.fsdp_plugin.fsdp_version if self.is_fsdp_enabled else 0
-        check_parallelism(args, fsdp_version, self.is_deepspeed_enabled)
-        if fsdp_version:
+        fsdp = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None
+        check_parallelism(args, fsdp, self.is_deepspeed_enabled)
+        if fsdp is not None:
             keep_temperature_in_float32(model, self.accelerator)
         self.processor = processor
         self.max_bad_fraction = max_bad_fraction

@@ -293,24 +293,29 @@ def test_caption_choice_depends_on_epoch_and_index_alone():
     assert [dataset[i]["caption"] for i in range(8)] != first
 
 
+def fsdp_plugin(fsdp_version=2, state_dict_type="FULL_STATE_DICT"):
+    return SimpleNamespace(fsdp_version=fsdp_version, state_dict_type=state_dict_type)
+
+
 @pytest.mark.parametrize(
     "changes, message",
     [
         ({"n_gpu": 2}, "accelerate launch"),
         ({"deepspeed": True}, "DeepSpeed is not supported"),
-        ({"fsdp_version": 1}, "fsdp_version: 2"),
-        ({"fsdp_version": 2, "kept_optimizer": "Lamb"}, "Lamb looks at whole matrices"),
-        ({"fsdp_version": 2, "eval_strategy": "steps"}, "--eval_strategy no"),
-        ({"fsdp_version": 2, "lora_rank": 4}, "without FSDP"),
+        ({"fsdp": fsdp_plugin(fsdp_version=1)}, "fsdp_version: 2"),
+        ({"fsdp": fsdp_plugin(state_dict_type="SHARDED_STATE_DICT")}, "choose FULL_STATE_DICT"),
+        ({"fsdp": fsdp_plugin(), "kept_optimizer": "Lamb"}, "Lamb looks at whole matrices"),
+        ({"fsdp": fsdp_plugin(), "eval_strategy": "steps"}, "--eval_strategy no"),
+        ({"fsdp": fsdp_plugin(), "lora_rank": 4}, "without FSDP"),
         ({"world_size": 2, "average_tokens_across_devices": False}, "average_tokens_across_devices"),
     ],
 )
 def test_parallelism_that_would_train_on_other_gradients_is_refused(changes, message):
-    sharding = {name: changes.pop(name) for name in ("fsdp_version", "deepspeed") if name in changes}
+    sharding = {name: changes.pop(name) for name in ("fsdp", "deepspeed") if name in changes}
     plain = {"n_gpu": 0, "world_size": 1, "average_tokens_across_devices": True, "kept_optimizer": None}
     plain |= {"eval_strategy": "no", "lora_rank": 0}
     check_parallelism(SimpleNamespace(**plain))
-    check_parallelism(SimpleNamespace(**plain), fsdp_version=2)
+    check_parallelism(SimpleNamespace(**plain), fsdp_plugin())
     with pytest.raises(ValueError, match=message):
         check_parallelism(SimpleNamespace(**plain | changes), **sharding)
 
