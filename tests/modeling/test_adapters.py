@@ -50,6 +50,12 @@ def load_both(model, folder):
     return model
 
 
+def add_own_lora(model, **options):
+    """What `model.add_adapter` does, which transformers 5.24 refuses beside the PEFT that is current with it."""
+    inject_adapter_in_model(LoraConfig(r=2, target_modules=["q_proj", "v_proj"], **options), model, "own")
+    model._hf_peft_config_loaded = True
+
+
 def region_inputs(processor, k=1):
     processor = copy.copy(processor)
     processor.region_grid_size = k
@@ -145,7 +151,7 @@ def test_save_pretrained_writes_the_base_and_each_adapter_beside_it(folder, base
     """Of the user's own LoRA too, which wraps other modules."""
     before = load_file(folder / "base" / "model.safetensors")
     model = load_both(base, folder)
-    model.add_adapter(LoraConfig(target_modules=["q_proj"], init_lora_weights=False), adapter_name="own")
+    add_own_lora(model, init_lora_weights=False)
     model.set_adapter(["region-caption", "own"])
     expected = everything(model, processor, 2)
     if state == "off":
@@ -311,12 +317,9 @@ def test_beside_the_users_own_lora(folder, processor, lora_first, base):
     plain = load_both(MMGEMModel.from_pretrained(folder / "base").eval(), folder)
     plain.set_adapter(list(REGION_ADAPTERS))
     expected = everything(plain, processor, 2)
-    lora = LoraConfig(r=2, target_modules=["q_proj", "v_proj"])
     for step in (lora_first, not lora_first):
         if step:
-            inject_adapter_in_model(lora, base, "own")
-            base.peft_config = {**getattr(base, "peft_config", {}), "own": lora}
-            base._hf_peft_config_loaded = True
+            add_own_lora(base)
         else:
             load_both(base, folder)
     base.set_adapter(["own", *REGION_ADAPTERS])
