@@ -20,6 +20,7 @@ from typing import Any
 import torch
 import transformers
 from common import joint_losses
+from PIL import Image
 from transformers.models.clip import CLIPImageProcessorPil
 
 import mmgem
@@ -70,6 +71,7 @@ SIZES = {
 # Dense bfloat16, TFLOP/s, as the makers state them.
 PEAK_TFLOPS = {"H100": 989, "H200": 989, "A100": 312, "L40S": 362, "L4": 121, "RTX 4090": 165, "RTX 3090": 71}
 PACK_LENGTH = 128
+Measurement = tuple[str, Callable[[], dict[str, Any]]]  # what is measured, and how
 
 
 def build(size: Size, device: torch.device) -> tuple[MMGEMModel, MMGEMProcessor]:
@@ -158,48 +160,35 @@ def seconds_of(run: Callable[[], Any], device: torch.device, steps: int) -> floa
     return statistics.median(times[2:])
 
 
-def training(name: str, size: Size, device: torch.device, steps: int, peak: float) -> Iterator[dict[str, Any]]:
-    """A row for each way to compute the same step."""
+def training(size: Size, device: torch.device, steps: int, peak: float) -> Iterator[Measurement]:
+    """The same step, computed in each way."""
     model, processor = build(size, device)
     plans = {part: planned(size, model, processor, part) for part in (0, size.batch_size // 4)}
-    # The dry run knows one attention; what a step takes does not depend on it.
-    ways = [
-        ("sdpa", False, 0),
-        ("sdpa", True, 0),
-        ("flash_attention_2", False, 0),
-        ("sdpa", False, size.batch_size // 4),
-    ]
-    for attention, compiled, mini_batch_size in ways:
-        words = [
-            attention,
-            "compiled" if compiled else "",
-            f"gradient cache of {mini_batch_size}" * bool(mini_batch_size),
-        ]
-        row: dict[str, Any] = {"size": name, "what": "step, " + ", ".join(filter(None, words))}
-        try:
-            model.set_attn_implementation(attention)
-            batch = batches(size, processor, mini_batch_size, device)
-            if attention == "flash_attention_2":  # it keeps packed sequences apart in a single row alone
-                rows = ("input_ids", "position_ids", "labels")
-                batch.update({name: batch[name].reshape(1, -1) for name in rows})
-            optimizer = torch.optim.AdamW(model.parameters(), 1e-5, fused=device.type == "cuda")
-            step = make_step(torch.compile(model) if compiled else model, batch, optimizer)
-            if device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats()
-            seconds = seconds_of(step, device, steps)
-        except (ImportError, ValueError, torch.OutOfMemoryError) as error:
-            yield {**row, "fault": f"{type(error).__name__}: {str(error).splitlines()[0][:80]}"}
-            continue
-        expected = sum(plans[mini_batch_size].memory.values()) / GIB
-        taken = torch.cuda.max_memory_allocated() / GIB if device.type == "cuda" else None
-        rate = {
+
+    def measure(attention: str, compiled: bool, mini_batch_size: int) -> dict[str, Any]:
+        model.set_attn_implementation(attention)
+        batch = batches(size, processor, mini_batch_size, device)
+        if attention == "flash_attention_2":  # it keeps packed sequences apart in a single row alone
+            batch.update({name: batch[name].reshape(1, -1) for name in ("input_ids", "position_ids", "labels")})
+        model.zero_grad()
+        optimizer = torch.optim.AdamW(model.parameters(), 1e-5, fused=device.type == "cuda")
+        step = make_step(torch.compile(model) if compiled else model, batch, optimizer)
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        seconds = seconds_of(step, device, steps)
+        return {
             "per_second": size.batch_size / seconds,
             "unit": "pairs",
             "mfu": plans[0].flops / seconds / (peak * 1e12),
+            "memory_gib": torch.cuda.max_memory_allocated() / GIB if device.type == "cuda" else None,
+            "dry_run_gib": sum(plans[mini_batch_size].memory.values()) / GIB,
         }
-        yield {**row, **rate, "memory_gib": taken, "dry_run_gib": expected}
-        del optimizer, step
-        model.zero_grad()
+
+    part = size.batch_size // 4
+    yield "step, sdpa", lambda: measure("sdpa", False, 0)
+    yield "step, sdpa, compiled", lambda: measure("sdpa", True, 0)
+    yield "step, flash_attention_2, one row", lambda: measure("flash_attention_2", False, 0)
+    yield f"step, sdpa, gradient cache of {part}", lambda: measure("sdpa", False, part)
 
 
 def planned(size: Size, model: MMGEMModel, processor: MMGEMProcessor, mini_batch_size: int) -> Any:
@@ -213,33 +202,36 @@ def planned(size: Size, model: MMGEMModel, processor: MMGEMProcessor, mini_batch
     return estimate(model.config, args, data_args, dry_run)
 
 
-@torch.inference_mode()
-def inference(name: str, size: Size, device: torch.device, steps: int) -> Iterator[dict[str, Any]]:
+def inference(size: Size, device: torch.device, steps: int, peak: float) -> Iterator[Measurement]:
     """Embedding of images, texts and regions, and captions, in bfloat16."""
     model, processor = build(size, device)
     model = model.to(torch.bfloat16).eval()
-    count = size.batch_size
-    side = size.vision["image_size"]
+    count, side = size.batch_size, size.vision["image_size"]
     pixels = torch.randn(count, 3, side, side, device=device, dtype=torch.bfloat16)
     boxes = torch.tensor([[0.1, 0.2, 0.6, 0.9]], device=device).repeat(count, 16, 1) * side
     texts = captions(4 * count)
-    prompt = processor.tokenizer(f"{processor.bos}<image>[CAP]", add_special_tokens=False, return_tensors="pt").to(
-        device
-    )
-    prompts = {"input_ids": prompt["input_ids"].repeat(count, 1), "pixel_values": pixels}
+    prompt = processor(images=[Image.new("RGB", (side, side))], task="caption", return_tensors="pt")["input_ids"]
+    prompts = {"input_ids": prompt.repeat(count, 1).to(device), "pixel_values": pixels}
     length = {"max_new_tokens": 20, "min_new_tokens": 20, "do_sample": False}
-    runs = {
-        "images embedded": (count, "images", lambda: model.get_embedding(pixel_values=pixels)),
-        "regions embedded, 16 an image": (
-            *(16 * count, "regions"),
-            lambda: model.get_embedding(pixel_values=pixels, boxes=boxes),
-        ),
-        "texts embedded": (len(texts), "texts", lambda: embed_texts(model, processor, texts, 256)),
-        "captions of 20 tokens": (count, "captions", lambda: model.generate(**prompts, **length)),
-    }
-    for what, (number, unit, run) in runs.items():
-        rate = number / seconds_of(run, device, steps)
-        yield {"size": name, "what": what, "per_second": rate, "unit": unit}
+
+    @torch.inference_mode()
+    def measure(number: int, unit: str, run: Callable[[], Any]) -> dict[str, Any]:
+        return {"per_second": number / seconds_of(run, device, steps), "unit": unit}
+
+    yield "images embedded", lambda: measure(count, "images", lambda: model.get_embedding(pixel_values=pixels))
+    with_boxes = {"pixel_values": pixels, "boxes": boxes}
+    yield (
+        "regions embedded, 16 an image",
+        lambda: measure(16 * count, "regions", lambda: model.get_embedding(**with_boxes)),
+    )
+    yield (
+        "texts embedded",
+        lambda: measure(len(texts), "texts", lambda: embed_texts(model, processor, texts, 256)),
+    )
+    yield (
+        "captions of 20 tokens",
+        lambda: measure(count, "captions", lambda: model.generate(**prompts, **length)),
+    )
 
 
 def main() -> None:
@@ -258,22 +250,23 @@ def main() -> None:
     peak = args.peak_tflops or known or measured_tflops(device.type, torch.bfloat16)
     print(f"{card}, {peak:.1f} TFLOP/s; torch {torch.__version__}, transformers {transformers.__version__}")
     print(f"{'':28}{'':44}{'':>12}{'':10}{'MFU':>7}{'GiB':>8}{'dry run':>9}")
-    rows = []
-    for name in args.sizes:
-        for part in (
-            training(name, SIZES[name], device, args.steps, peak),
-            inference(name, SIZES[name], device, args.steps),
-        ):
-            for row in part:
-                rows.append(row)
-                print(as_line(row), flush=True)
-                if time.perf_counter() - start > args.max_seconds:
-                    break
     versions = {"mmgem": mmgem.__version__, "torch": torch.__version__, "transformers": transformers.__version__}
-    result = {"card": card, "peak_tflops": peak, "versions": versions, "rows": rows}
-    if args.output:
-        with open(args.output, "w", encoding="utf-8") as file:
-            json.dump(result, file, indent=1)
+    result: dict[str, Any] = {"card": card, "peak_tflops": peak, "versions": versions, "rows": []}
+    for name, measurements in ((name, part) for name in args.sizes for part in (training, inference)):
+        for what, measure in measurements(SIZES[name], device, args.steps, peak):
+            if time.perf_counter() - start > args.max_seconds:
+                print(f"Stopped after {args.max_seconds:g} s.")
+                return
+            row = {"size": name, "what": what}
+            try:
+                row.update(measure())
+            except Exception as error:  # of a kernel, a compiler, memory: the other rows are worth having
+                row["fault"] = f"{type(error).__name__}: {str(error).splitlines()[0][:80]}"
+            result["rows"].append(row)
+            print(as_line(row), flush=True)
+            if args.output:  # what was measured is kept, whatever comes next
+                with open(args.output, "w", encoding="utf-8") as file:
+                    json.dump(result, file, indent=1)
 
 
 def as_line(row: dict[str, Any]) -> str:

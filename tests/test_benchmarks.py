@@ -1,5 +1,7 @@
-"""The benchmark that writes a page, in its quick form. Slow: `make test-slow`."""
+"""Benchmarks that must work when their day comes: one for a GPU, and one that writes a page (`make test-slow`)."""
 
+import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -23,3 +25,17 @@ def test_paper_claims_quick(tmp_path):
     again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert "joint-0" in first and "joint-0" not in again
     assert (tmp_path / "runs" / "paper-claims.md").read_text() == page
+
+
+def test_gpu_on_a_cpu(tmp_path):
+    """Every row has a figure, or says why not; without compiling, which takes longer than the rest."""
+    command = [sys.executable, "benchmarks/gpu.py", "--sizes", "tiny", "--device", "cpu", "--steps", "1"]
+    command += ["--output", str(tmp_path / "gpu.json")]
+    environment = {**os.environ, "TORCHDYNAMO_DISABLE": "1"}
+    table = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True).stdout
+    rows = {row["what"]: row for row in json.loads((tmp_path / "gpu.json").read_text())["rows"]}
+    assert len(rows) == 8 and all(what in table for what in rows)
+    faults = {what: row["fault"] for what, row in rows.items() if "fault" in row}
+    assert all("flash" in what and "ImportError" in fault for what, fault in faults.items()), faults
+    assert all(row["per_second"] > 0 for what, row in rows.items() if what not in faults)
+    assert 0 < rows["step, sdpa"]["mfu"] < 1 and rows["step, sdpa"]["dry_run_gib"] > 0
