@@ -40,6 +40,8 @@ from .pooling_mmgem import PoolAggregator
 MAX_LOGITS = 2**27  # next-token scores that a loss computes at a time: 512 MiB in float32
 # transformers 5.24 renamed `past_key_values` to `cache`.
 CACHE_NAME = "cache" if "cache" in {field.name for field in fields(CausalLMOutputWithPast)} else "past_key_values"
+# Stage 1 does not train these: where a checkpoint has none, they start as the identity, and as copies of [CAP].
+OPTIONAL_MODULES = ("region_projection", "soft_prompts")
 VISION_MODEL_TYPES = ("clip_vision_model", "siglip_vision_model", "dinov2", "dinov2_with_registers", "vit")
 
 
@@ -84,6 +86,14 @@ class LogitScale(nn.Module):
         self.init_value, self.max_value = init_value, max_value
         self.weight = nn.Parameter(torch.tensor([init_value]))
 
+    def _apply(self, fn: Any, recurse: bool = True) -> "LogitScale":
+        """Moves to a device; `.to(torch.bfloat16)` leaves the weight float32, or 1 / tau = 14.29 would be 14.24."""
+        exact = self.weight.detach()
+        super()._apply(fn, recurse)
+        if exact.dtype == torch.float32 and self.weight.dtype in (torch.bfloat16, torch.float16):
+            self.weight.data = exact.to(self.weight.device)
+        return self
+
     def forward(self, similarities: torch.Tensor) -> torch.Tensor:
         """Of any shape; float32 out."""
         return similarities * self.weight[0].float().clamp(max=self.max_value).exp()
@@ -118,6 +128,7 @@ class MMGEMModel(RegionAdapterMixin, CaptionGenerationMixin, PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
+    _keep_in_fp32_modules_strict = ["logit_scale"]
 
     def __init__(self, config: MMGEMConfig):
         super().__init__(config)
@@ -156,6 +167,26 @@ class MMGEMModel(RegionAdapterMixin, CaptionGenerationMixin, PreTrainedModel):
         # CLIP's list names its text tower too, which FSDP would look for here.
         present = {type(module).__name__ for module in self.modules()}
         self._no_split_modules = [name for name in self._no_split_modules or () if name in present]
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls, pretrained_model_name_or_path: Any, *args: Any, output_loading_info: bool = False, **kwargs: Any
+    ) -> Any:
+        """
+        [`PreTrainedModel.from_pretrained`], which would start missing weights at random with a line in the log.
+
+        Raises:
+            ValueError: naming the first weight that the checkpoint lacks, or that holds NaN or infinity.
+        """
+        model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
+        name = str(pretrained_model_name_or_path)
+        missing = [key for key in info["missing_keys"] if key.split(".")[0] not in OPTIONAL_MODULES]
+        if missing:
+            raise ValueError(
+                f"{name} is damaged: {min(missing)} is missing ({len(missing)} such weights). Take another copy."
+            )
+        refuse_not_finite(model, name)
+        return (model, info) if output_loading_info else model
 
     @classmethod
     def from_vision_text_pretrained(cls, vision: str, text: str, **kwargs: Any) -> "MMGEMModel":
@@ -364,7 +395,9 @@ class MMGEMModel(RegionAdapterMixin, CaptionGenerationMixin, PreTrainedModel):
             # Tables of positions (GPT-2, OPT) would count padding on the left.
             position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
         if self._max_positions is not None and may_be_too_long and not torch.compiler.is_compiling():
-            length += 0 if cache is None else int(cache.get_seq_length())
+            past = 0 if cache is None else cache.get_seq_length()
+            # A static cache has its length on the device, and one that was planned for all tokens.
+            length = cache.get_max_cache_shape() if torch.is_tensor(past) else length + past  # type: ignore[union-attr]
             if length > self._max_positions:
                 raise ValueError(
                     f"A row has {length} tokens, but '{self.config.text_config.model_type}' has positions for "
@@ -375,12 +408,17 @@ class MMGEMModel(RegionAdapterMixin, CaptionGenerationMixin, PreTrainedModel):
         )
 
     def _mask_of_padding(self, input_ids: torch.Tensor) -> torch.Tensor | None:
-        """The attention mask of rows that came without one, where a token means padding and nothing else."""
-        generation = self.generation_config
-        pad, bos, eos = generation.pad_token_id, generation.bos_token_id, generation.eos_token_id
-        if pad is None or pad == bos or pad in (eos if isinstance(eos, list) else [eos]):
+        """
+        The attention mask of rows that came without one: the run of pad tokens that a row begins with. What stands
+        behind a text changes nothing of it.
+        """
+        pad = self.generation_config.pad_token_id
+        if pad is None:
             return None
-        return input_ids.ne(pad).long()
+        is_text = input_ids.ne(pad)
+        if pad == self.generation_config.bos_token_id:  # the last one of the run is BOS
+            is_text = nn.functional.pad(is_text[:, 1:], (0, 1), value=True)
+        return is_text.long().cumsum(-1).clamp(max=1)
 
     def _logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """The head, with what Granite (division), Cohere (factor) and Gemma2 (soft cap) do behind it."""
@@ -589,6 +627,20 @@ class MMGEMModel(RegionAdapterMixin, CaptionGenerationMixin, PreTrainedModel):
             attentions=getattr(outputs, "attentions", None),
             **{CACHE_NAME: getattr(outputs, CACHE_NAME, None)},
         )
+
+
+@torch.no_grad()
+def refuse_not_finite(module: nn.Module, name: str) -> None:
+    """
+    Raises:
+        ValueError: naming the first weight of `module` that holds NaN or infinity; `name` is the checkpoint's.
+    """
+    for key, tensor in module.state_dict().items():
+        if tensor.is_floating_point() and not tensor.is_meta and not tensor.isfinite().all():
+            raise ValueError(
+                f"{name} is damaged: {key} holds NaN or infinity, as after a training that diverged. Take an earlier "
+                "checkpoint."
+            )
 
 
 def unit_norm(embeds: torch.Tensor) -> torch.Tensor:

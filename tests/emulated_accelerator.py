@@ -27,6 +27,7 @@ COPIES = {aten.copy_.default, aten._to_copy.default}
 WAITING = {
     *(aten._local_scalar_dense.default, aten.nonzero.default, aten.masked_select.default, aten.equal.default),
     *(aten._unique2.default, aten.unique_dim.default, aten.repeat_interleave.Tensor, aten.bincount.default),
+    *(aten.unique_consecutive.default, aten.allclose.default),
 }
 INDEXING = {aten.index.Tensor, aten.index_put_.default, aten.index_put.default, aten._index_put_impl_.default}
 _recording: list[list[str]] = []  # the list of the block of `waits` that we are in

@@ -114,14 +114,12 @@ def accelerator(monkeypatch):
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
-def step(processor, tmp_path, trainer_class=MMGEMTrainer, pack_length=0, table="train", **options):
+def step(processor, tmp_path, pack_length=0, **options):
     """The Trainer's loss and gradients of one batch, and who waited for the device."""
     defaults = {"per_device_train_batch_size": 4, "max_steps": 1, "report_to": "none", "disable_tqdm": True}
     args = MMGEMTrainingArguments(output_dir=str(tmp_path), **defaults, **options)
     model = make_model(processor)
-    dataset = PairDataset(ScenesDataset("train", 4, 32))
-    if trainer_class is MMGEMTrainer:
-        trainer = MMGEMTrainer(model, args, processor, dataset, pack_length=pack_length)
+    trainer = MMGEMTrainer(model, args, processor, PairDataset(ScenesDataset("train", 4, 32)), pack_length=pack_length)
     trainer.create_optimizer()
     batches = iter(trainer.get_train_dataloader())
     trainer.current_gradient_accumulation_steps = 1

@@ -6,7 +6,9 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModel
 
+from mmgem import MMGEMModel
 from mmgem.evaluation.arguments import EvaluationArguments
 from mmgem.evaluation.tasks import load_model
 from mmgem.hub.export import export
@@ -72,6 +74,15 @@ def damaged(checkpoint, tmp_path):
 def test_damaged_weights_are_refused_by_name(damaged, damage, message):
     with pytest.raises(ValueError, match=rf"damaged is damaged: .*{message}"):
         load_checkpoint(damaged(damage))
+
+
+@pytest.mark.parametrize("damage, message", [DAMAGES[0], DAMAGES[2]])
+def test_from_pretrained_refuses_what_would_be_random_or_nan(damaged, damage, message):
+    """AutoModel, pipelines, MTEB and sentence-transformers load by it."""
+    folder = damaged(damage)
+    for auto_class in (MMGEMModel, AutoModel):
+        with pytest.raises(ValueError, match=rf"damaged is damaged: .*{message}"):
+            auto_class.from_pretrained(folder)
 
 
 def test_a_file_that_is_cut_off_is_refused(damaged, tmp_path):

@@ -53,6 +53,18 @@ def check_precision(model: torch.nn.Module) -> None:
             )
 
 
+def check_positions(model: MMGEMModel, longest: int) -> None:
+    """
+    Raises:
+        ValueError: where the language model has a table of positions that ends before the longest sequence does.
+    """
+    if model._max_positions is not None and longest > model._max_positions:
+        raise ValueError(
+            f"Sequences may have {longest} tokens, but '{model.config.text_config.model_type}' has positions for "
+            f"{model._max_positions} only; lower --max_length to {model._max_positions - 2} or less."
+        )
+
+
 def check_parallelism(args: MMGEMTrainingArguments, fsdp: Any = None, deepspeed: bool = False) -> None:
     """
     Refuses what would not train on the gradients of the whole batch, or not at all. `fsdp` is Accelerate's plugin.

@@ -26,7 +26,7 @@ from ..modeling_mmgem import MMGEMModel, contrastive_loss
 from ..processing import MMGEMProcessor
 from .arguments import MMGEMTrainingArguments
 from .checkpoints import TrainingStopped, find_checkpoint, writing
-from .checks import check_packing, check_parallelism, check_precision
+from .checks import check_packing, check_parallelism, check_positions, check_precision
 from .fsdp import keep_temperature_in_float32
 from .gathering import GatherWithGradient
 from .gradient_cache import Embeddings, cached_backward, refuse_dropout
@@ -95,6 +95,7 @@ class MMGEMTrainer(Trainer):
         train_dataset.least_side = max(sides) if processor.image_processor.do_resize else 0
         trained = self.make_trainable(model, args, processor)
         check_precision(trained)
+        check_positions(model, processor.max_length + 2)  # <image> and [CAP] come on top
         super().__init__(
             model=trained,  # type: ignore[arg-type]
             args=args,

@@ -307,6 +307,22 @@ def test_padding_changes_nothing_wherever_it_is_with_a_mask_or_without(processor
             torch.testing.assert_close(model(**given).text_embeds, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("meaning", ["bos_token_id", "eos_token_id"])
+def test_padding_that_is_another_token_too_is_known_without_a_mask(processor, meaning):
+    """TinyLlama pads with EOS; others begin a text with what they pad with."""
+    model = make_model(processor)
+    expected = torch.cat(
+        [model.get_embedding(**processor(text=[t], return_tensors="pt")) for t in ("a dog", "snow it")]
+    )
+    ids = processor(text=["a dog", "snow it"], padding_side="left", return_tensors="pt")["input_ids"]
+    pad = getattr(model.generation_config, meaning)
+    model.generation_config.pad_token_id = pad
+    ids[ids == processor.tokenizer.pad_token_id] = pad
+    assert (ids[:, 0] == pad).any()
+    torch.testing.assert_close(model.get_embedding(input_ids=ids), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(model(input_ids=ids).text_embeds, expected, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("language_model", TABLES)
 def test_rows_longer_than_the_table_of_positions_are_refused(processor, language_model):
     model = make_model(processor, model_type=language_model, **TABLES[language_model])

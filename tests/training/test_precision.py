@@ -3,13 +3,14 @@
 import pytest
 import torch
 
+from mmgem import MMGEMModel
 from mmgem.data.pairs import PairDataset
 from mmgem.data.scenes import ScenesDataset
 from mmgem.evaluation.evaluator import evaluate_model, held_out_caption_loss
 from mmgem.training.arguments import MMGEMTrainingArguments, ModelArguments
 from mmgem.training.building import build_model_and_processor
 from mmgem.training.trainer import MMGEMTrainer
-from tests.conftest import make_model
+from tests.conftest import make_model, make_picture
 
 
 OPTIONS = {"per_device_train_batch_size": 4, "use_cpu": True, "report_to": "none", "disable_tqdm": True}
@@ -56,12 +57,18 @@ def test_evaluation_while_training_computes_as_training_does(processor, scenes, 
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_norms_and_temperature_are_float32_whatever_the_weights_are(processor, dtype):
+def test_norms_and_temperature_are_float32_whatever_the_weights_are(processor, dtype, tmp_path):
     model = make_model(processor).to(dtype)
     texts = processor(text=["a dog on a beach", "snow", "the cat"], return_tensors="pt")
     embeds = model.get_embedding(**texts)
     assert embeds.dtype == torch.float32
     torch.testing.assert_close(embeds.norm(dim=-1), torch.ones(3))
+    assert model.dtype == dtype
+    model.save_pretrained(tmp_path)
+    for loaded in (model, MMGEMModel.from_pretrained(tmp_path), MMGEMModel.from_pretrained(tmp_path, dtype=dtype)):
+        assert loaded.dtype == dtype
+        inputs = processor(text=["snow"], images=[make_picture(0)], return_tensors="pt").to(dtype)
+        assert loaded(**inputs).logit_scale.item() == pytest.approx(1 / 0.07, rel=1e-6)
 
 
 def test_held_out_loss_never_holds_all_logits(processor, scenes, monkeypatch):

@@ -356,3 +356,14 @@ def test_scenes_are_a_table_of_pairs(processor):
     assert dataset.captions() == [[caption] for caption in dataset.table["caption"]]
     assert dataset[1]["caption"] == dataset.table["caption"][1]
     assert isinstance(make_model(processor), MMGEMModel)
+
+
+@pytest.mark.parametrize("pack_length", [0, 256])
+def test_sequences_longer_than_the_positions_are_refused_before_training(processor, tmp_path, pack_length):
+    """In packed rows, whose length says nothing, they would be an IndexError, on a GPU a device-side assert."""
+    gpt2 = {"n_embd": 32, "n_layer": 1, "n_head": 4, "max_position_embeddings": 40}
+    model = make_model(processor, model_type="gpt2", **gpt2)
+    args = training_arguments(tmp_path, max_steps=1)
+    dataset = PairDataset(ScenesDataset("train", 16, 32))
+    with pytest.raises(ValueError, match=r"52 tokens, but 'gpt2' has positions for 40 only; lower --max_length to 38"):
+        MMGEMTrainer(model, args, processor, dataset, pack_length=pack_length)
