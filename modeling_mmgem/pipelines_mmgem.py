@@ -2,7 +2,8 @@
 
 import copy
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -12,7 +13,8 @@ from transformers import GenerationConfig, Pipeline
 from transformers.utils import logging
 from transformers.utils.peft_utils import find_adapter_config_file
 
-from ..processing.regions_mmgem import CroppedRegionError, map_regions
+from ..processing.images_mmgem import is_one_image, with_one_scale
+from ..processing.regions_mmgem import CroppedRegionError, geometry_of, map_box, map_mask, refuse_normalized
 
 
 logger = logging.get_logger(__name__)
@@ -22,8 +24,8 @@ ADAPTER = "region-caption"
 
 class RegionCaptioningPipeline(Pipeline):
     """
-    Describes parts of pictures, with a model of MM-GEM and its adapter region-caption: one that the model has loaded,
-    or else that in the folder `region-caption` beside the model, on the Hub or on disk.
+    Captions regions of images with an MM-GEM model and its adapter region-caption: the adapter that the model has
+    loaded, or else the one in the folder `region-caption` beside the model, on the Hub or on disk.
 
     ```python
     >>> from transformers import pipeline
@@ -43,10 +45,10 @@ class RegionCaptioningPipeline(Pipeline):
     def __init__(self, model: Any, *args: Any, **kwargs: Any):
         super().__init__(model, *args, **kwargs)
         for task in getattr(model.config, "custom_pipelines", {}).values():
-            # `pipeline` puts classes in the place of their names, and the configuration could not be saved any more.
+            # `pipeline` replaces the names of classes by the classes, which a configuration cannot save.
             task["pt"] = [getattr(auto_class, "__name__", auto_class) for auto_class in task["pt"]]
         if model.name_or_path and not hasattr(model.soft_prompts, "modules_to_save"):
-            # Code from the Hub knows which commit it is of; the adapter is to be of the same.
+            # The module name of code from the Hub holds its commit: load the adapter of the same commit.
             commit = re.search(r"\b[0-9a-f]{40}\b", f"{type(model).__module__} {type(self).__module__}")
             options: Any = {"subfolder": ADAPTER, "revision": commit[0] if commit else None}
             if find_adapter_config_file(model.name_or_path, **options):
@@ -55,21 +57,23 @@ class RegionCaptioningPipeline(Pipeline):
     def __call__(self, image: Any, boxes: Any = None, masks: Any = None, **kwargs: Any) -> Any:  # type: ignore[override]
         """
         Args:
-            image: an image (PIL, path, URL or array), or a list or generator of them; or, without `boxes` and `masks`,
-                a list, generator or dataset of mappings `{"image", "boxes"}` or `{"image", "masks"}`.
-            boxes: a list of `[x0, y0, x1, y1]` in pixels of the original image; for several images a list or
-                generator of such lists, any of which may be empty.
+            image: an image (PIL, path, URL or array), or several: a list, generator, dataset column or batch in one
+                array or tensor; or, without `boxes` and `masks`, a list, generator or dataset of mappings
+                `{"image", "boxes"}` or `{"image", "masks"}`.
+            boxes: a list of `[x0, y0, x1, y1]` in pixels of the original image; for several images a list, generator
+                or dataset column of such lists, any of which may be empty.
             masks: `(height, width)` arrays instead of boxes.
             batch_size (`int`, *optional*): images at a time.
             max_new_tokens (`int`, *optional*), generate_kwargs (`dict`, *optional*): for `generate`.
 
         Returns:
             a list of `{"box", "caption"}` (or `{"mask", "caption"}`), in the order of the regions; for several images
-            a list of lists, or an iterator where they came from a generator or dataset. The caption is `None` where
-            the image processor's centre crop leaves nothing of a region.
+            a list of lists, or an iterator if they came from a generator or dataset. The caption is `None` if the
+            image processor's centre crop leaves nothing of a region.
 
         Raises:
-            ValueError: where regions are missing, or not as many lists as images; for a region that is none.
+            ValueError: for missing regions, another number of lists than of images, an invalid region, and several
+                captions per region (`num_return_sequences`).
         """
         if boxes is not None and masks is not None:
             raise ValueError("A region is a box or a mask: pass boxes or masks, not both.")
@@ -79,14 +83,12 @@ class RegionCaptioningPipeline(Pipeline):
             is_stream = hasattr(image, "__iter__") and not isinstance(image, str | dict | list | Dataset)
             # Pipelines take torch's datasets, lists and generators; an array is one image.
             inputs = (item for item in image) if is_stream and not hasattr(image, "dtype") else image
-        elif isinstance(image, list | tuple):
-            if len(image) != len(regions):
-                raise ValueError(f"There are {len(image)} images, but {kind} holds {len(regions)} lists.")
-            inputs = [{"image": i, kind: r} for i, r in zip(image, regions)]
-        elif isinstance(image, Iterator):
-            inputs = ({"image": i, kind: r} for i, r in zip(image, regions, strict=True))
-        else:
+        elif is_one_image(image):
             inputs = {"image": image, kind: regions}
+        else:
+            inputs = _paired(with_one_scale(image), regions, kind)
+            if isinstance(image, list | tuple) or hasattr(image, "ndim"):
+                inputs = list(inputs)
         return [] if isinstance(inputs, list) and not inputs else super().__call__(inputs, **kwargs)
 
     def _sanitize_parameters(
@@ -108,15 +110,17 @@ class RegionCaptioningPipeline(Pipeline):
         processor: Any = copy.copy(self.processor)
         processor.region_grid_size = self.model.region_grid_size
         (image,) = processor._load_images(inputs["image"])
+        geometry = geometry_of(processor.image_processor, *image.size)
+        map_region = map_box if kind == "boxes" else map_mask
+        if kind == "boxes":
+            refuse_normalized(regions)
         shown, faults = [], []
         for i, region in enumerate(regions):
             try:
-                map_regions([[region]], [image.size], processor.image_processor, kind)
+                map_region(region, *image.size, geometry, f"{kind}[{i}]")
                 shown.append(i)
             except CroppedRegionError as error:
                 faults.append(str(error))
-            except ValueError as error:
-                raise ValueError(str(error).replace(f"{kind}[0][0]", f"{kind}[{i}]", 1)) from error
         if faults:
             logger.warning(f"{len(faults)} of {len(regions)} regions get no caption: {faults[0]}")
         batch = None
@@ -126,7 +130,10 @@ class RegionCaptioningPipeline(Pipeline):
         return {"kind": kind, "regions": regions, "shown": shown, "batch": batch}
 
     def _forward(self, model_inputs: dict[str, Any], **generate_kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
-        """Of one image, or of a list of them in each entry; images of one size go through the model together."""
+        """
+        Generates for one image, or for a list of images in each entry; images of one size go through the model
+        together.
+        """
         batch = model_inputs.pop("batch")
         batches = batch if isinstance(batch, list) else [batch]
         ids: list[Any] = [()] * len(batches)
@@ -139,6 +146,11 @@ class RegionCaptioningPipeline(Pipeline):
         for group in alike.values():
             rows = model.generate(**_joined([batches[i] for i in group]), **options)
             sizes = [len(batches[i]["input_ids"]) for i in group]
+            if len(rows) != sum(sizes):
+                raise ValueError(
+                    f"region-captioning returns one caption per region, but generate returned {len(rows)} for "
+                    f"{sum(sizes)} regions. Leave num_return_sequences at 1."
+                )
             for i, own in zip(group, rows.split(sizes), strict=True):
                 ids[i] = own.tolist()
         return {**model_inputs, "ids": ids if isinstance(batch, list) else ids[0]}
@@ -152,8 +164,20 @@ class RegionCaptioningPipeline(Pipeline):
         return [{name: region, "caption": captions.get(i)} for i, region in enumerate(model_outputs["regions"])]
 
 
+def _paired(images: Iterable[Any], regions: Iterable[Any], kind: str) -> Iterator[dict[str, Any]]:
+    """Each image with its regions. Raises ValueError if there are more of one than of the other."""
+    if hasattr(images, "__len__") and hasattr(regions, "__len__") and len(images) != len(regions):
+        raise ValueError(f"There are {len(images)} images, but {kind} holds {len(regions)} lists.")
+    end = object()
+    for i, (image, own) in enumerate(zip_longest(images, regions, fillvalue=end)):
+        if image is end or own is end:
+            more, fewer = (kind, "images") if image is end else ("images", kind)
+            raise ValueError(f"There are more {more} than {fewer}, which end after {i}.")
+        yield {"image": image, kind: own}
+
+
 def _joined(batches: list[Any]) -> dict[str, torch.Tensor]:
-    """The inputs of several images as those of one batch: prompts one below the other, regions padded at the end."""
+    """Concatenates the inputs of several images to one batch, with regions padded at the end."""
     joined = {}
     for name in batches[0]:
         parts = [batch[name] for batch in batches]

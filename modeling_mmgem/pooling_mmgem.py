@@ -94,13 +94,20 @@ class PoolAggregator(nn.Module):
             each row by row of its k x k grid). Many regions are pooled in parts, so that A never exists whole.
 
         Raises:
-            ValueError: for boxes and masks at once; for a negative, infinite or NaN weight.
+            ValueError: for boxes and masks at once; for masks of another size than the image; for a negative,
+                infinite or NaN weight.
         """
         if boxes is None and masks is None:
             return patch_features.mean(1, keepdim=True)
         if boxes is not None and masks is not None:
             raise ValueError("A region is a box or a mask: pass `boxes` or `masks`, not both.")
-        if masks is not None and masks.is_floating_point():
+        if masks is not None and tuple(side // self.patch_size for side in masks.shape[2:]) != tuple(grid):
+            height, width = (cells * self.patch_size for cells in grid)
+            raise ValueError(
+                f"masks have the shape {tuple(masks.shape)}, but must be (images, regions, {height}, {width}), the "
+                "size of pixel_values. The processor resizes masks with their images."
+            )
+        if masks is not None and masks.dtype != torch.bool:
             torch_compilable_check(
                 ((masks >= 0) & (masks < torch.inf)).all(),
                 "masks hold a negative, infinite or NaN weight. Pass booleans, such as logits > 0.",

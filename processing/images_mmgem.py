@@ -14,17 +14,18 @@ MAX_PIXELS = 2**26  # 67 megapixels, 200 MB decoded
 MAX_ASPECT_RATIO = 50
 # Not all that Pillow reads: some of it starts other programs.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "JPEG2000", "PPM")
-# How files begin, in lower case, that are called .jpg and are something else.
+CONVERT = f"convert it to one of {', '.join(FORMATS)}"
+# How files begin, in lower case, that are called .jpg and are something else; and what to do about each.
 OTHER_FORMATS = {
-    b"\0\0\1\0": "an ICO file",
-    b"%pdf": "a PDF file",
-    b"%!ps": "a PostScript file",
-    b"8bps": "a PSD file",
-    b"version https://git-lfs": "a pointer of Git LFS (git lfs pull fetches the file)",
-    b"<svg": "an SVG file",
-    b"<?xml": "an SVG or XML file",
-    b"<!doctype html": "an HTML page",
-    b"<html": "an HTML page",
+    b"\0\0\1\0": f"an ICO file; {CONVERT}",
+    b"%pdf": f"a PDF file; {CONVERT}",
+    b"%!ps": f"a PostScript file; {CONVERT}",
+    b"8bps": f"a PSD file; {CONVERT}",
+    b"version https://git-lfs": "a pointer of Git LFS; fetch the file with git lfs pull",
+    b"<svg": f"an SVG file; {CONVERT}",
+    b"<?xml": f"an SVG or XML file; {CONVERT}",
+    b"<!doctype html": "an HTML page; download the image itself",
+    b"<html": "an HTML page; download the image itself",
 }
 BRANDS = {b"avif": "an AVIF file", b"avis": "an AVIF file", b"heic": "an HEIC file", b"mif1": "an HEIC file"}
 CHANNELS = (1, 3, 4)
@@ -48,9 +49,26 @@ def read_image(value: Any) -> Image.Image:
         value = value.read()
     if isinstance(value, str) and not os.path.isfile(value):
         value = load_image(value)
+    if isinstance(value, bytearray | memoryview):
+        value = bytes(value)
     if not isinstance(value, str | bytes | os.PathLike | Image.Image):
         value = image_of_array(value)
     return to_rgb(open_image(value))
+
+
+def is_one_image(value: Any) -> bool:
+    """Whether a value stands for a single image, not for several: for anything but arrays, if it has no items."""
+    encoded = str | bytes | bytearray | memoryview | dict | os.PathLike
+    is_image = isinstance(value, encoded | Image.Image) or hasattr(value, "read") or not hasattr(value, "__iter__")
+    return is_image or getattr(value, "ndim", 1) in (2, 3)
+
+
+def with_one_scale(images: Any) -> Any:
+    """A batch `(B, …)` in one array or tensor with [`eight_bits`] of the whole: a dim image of it stays dim."""
+    if getattr(images, "ndim", 1) != 4:
+        return images
+    values = eight_bits(as_array(images))
+    return torch.from_numpy(values) if isinstance(images, torch.Tensor) else values
 
 
 def encoded_image(value: dict[str, Any]) -> bytes | str:
@@ -77,7 +95,7 @@ def open_image(content: bytes | str | os.PathLike | Image.Image) -> Image.Image:
         except UnidentifiedImageError:
             name = "the file" if isinstance(content, bytes) else os.fspath(content)
             raise UnidentifiedImageError(
-                f"{name} is {_format_of(content)}; convert it to one of {', '.join(FORMATS)}"  # type: ignore[arg-type]
+                f"{name} is {_format_of(content)}"  # type: ignore[arg-type]
             ) from None
     check_size(*image.size)
     return image
@@ -101,12 +119,12 @@ def _format_of(content: bytes | str | os.PathLike) -> str:
         with open(content, "rb") as file:
             start = file.read(64)
     if not start:
-        return "an empty file"
+        return "an empty file; write or download it again"
     if start[4:8] == b"ftyp":
-        return BRANDS.get(start[8:12], "a video, or an image in its container")
+        return f"{BRANDS.get(start[8:12], 'a video, or an image in its container')}; {CONVERT}"
     start = start.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
     known = (name for signature, name in OTHER_FORMATS.items() if start.startswith(signature))
-    return next(known, "no image, or a damaged one")
+    return next(known, f"not an image, or a damaged one; write it again, or {CONVERT}")
 
 
 def image_of_array(value: Any) -> Image.Image:
@@ -147,6 +165,7 @@ def as_array(value: Any) -> np.ndarray:
 def eight_bits(values: np.ndarray) -> np.ndarray:
     """
     As uint8: booleans and floats up to 1 times 255, integers of 16 bits divided by 257, everything else as it is.
+    The dtype uint16 says that integers have 16 bits; for wider dtypes their values do.
 
     Raises:
         ValueError: for NaN, negative and too large values.
@@ -160,7 +179,8 @@ def eight_bits(values: np.ndarray) -> np.ndarray:
             f"its values reach from {low:g} to {high:g}, but an image has floats from 0 to 1 (or to 255), or integers "
             "of 8 or 16 bits; undo the normalization, or scale and clip them first"
         )
-    scale = 255.0 if values.dtype == bool or (is_float and high <= 1) else 1 / 257 if high > 255 else 1.0
+    is_16_bit = high > 255 or (values.dtype.kind == "u" and values.dtype.itemsize == 2)
+    scale = 255.0 if values.dtype == bool or (is_float and high <= 1) else 1 / 257 if is_16_bit else 1.0
     return (values.astype(np.float64) * scale).round().astype(np.uint8)
 
 
@@ -173,16 +193,28 @@ def to_rgb(image: Image.Image) -> Image.Image:
     Raises:
         ValueError: for 32-bit and float images whose values [`eight_bits`] refuses.
     """
+    is_16_bit = image.mode.startswith("I") and image.format in ("PNG", "PPM")
     image = ImageOps.exif_transpose(image)
     if image.mode == "RGB":
         return image
     if image.mode.startswith("I") or image.mode == "F":
-        # Pillow opens 16-bit PNGs as I;16 or I; its own conversion clips them at 255.
-        return Image.fromarray(eight_bits(np.asarray(image))).convert("RGB")
+        # Pillow opens PNG and PPM of 16 bits as I;16 or I; its own conversion clips them at 255.
+        values = np.asarray(image, dtype=np.uint16 if is_16_bit else None)
+        return Image.fromarray(eight_bits(values)).convert("RGB")
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         rgba = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
     return image.convert("RGB")
 
 
-__all__ = ["as_array", "check_size", "encoded_image", "image_of_array", "open_image", "read_image", "to_rgb"]
+__all__ = [
+    "as_array",
+    "check_size",
+    "encoded_image",
+    "image_of_array",
+    "is_one_image",
+    "open_image",
+    "read_image",
+    "to_rgb",
+    "with_one_scale",
+]

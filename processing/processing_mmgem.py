@@ -1,17 +1,18 @@
 """Processor of MM-GEM: texts, prompts, pictures and regions to what the model takes."""
 
 import difflib
-import os
+import math
 from collections.abc import Sequence
 from numbers import Integral
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 from transformers import AutoImageProcessor, AutoTokenizer, BatchFeature, ProcessorMixin
 from transformers.utils import logging
 
-from .images_mmgem import read_image
+from .images_mmgem import is_one_image, read_image, with_one_scale
 from .regions_mmgem import map_regions
 from .tokenization_mmgem import (
     CAP_TOKEN,
@@ -50,7 +51,7 @@ class MMGEMBatchFeature(BatchFeature):
         """[`BatchFeature.to`]; of a dtype, `boxes` take the device alone."""
         boxes = self.get("boxes")
         super().to(*args, **kwargs)
-        if boxes is not None:
+        if isinstance(boxes, torch.Tensor):
             self["boxes"] = boxes.to(self["boxes"].device)
         return self
 
@@ -152,9 +153,9 @@ class MMGEMProcessor(ProcessorMixin):
                 placeholders and 64 [CAP]).
             return_tensors (`str`, *optional*): "pt" or "np".
             **kwargs: `max_length` (None: the processor's own), `truncation` (True truncates long texts without a
-                warning, False leaves them), `padding`, `padding_side` for texts; options of the image processor,
-                beside boxes or masks those alone that do not move pixels. Also sorted into `text_kwargs`,
-                `images_kwargs` and `common_kwargs`, as transformers has it.
+                warning, False leaves them; too long a prompt is refused), `padding`, `padding_side` for texts; options
+                of the image processor, beside boxes or masks those alone that do not move pixels. Also sorted into
+                `text_kwargs`, `images_kwargs` and `common_kwargs`, as transformers has it.
 
         Returns:
             `BatchFeature` with `input_ids`, `attention_mask`, `pixel_values`, `boxes`, `masks`, `region_mask`, as far
@@ -162,7 +163,7 @@ class MMGEMProcessor(ProcessorMixin):
 
         Raises:
             ValueError: nothing to process, an empty text, an unknown task or option, an image that cannot be read,
-                images and prompts that do not match, or a region that is none (with its index).
+                images and prompts that do not match, or an invalid region (with its index).
         """
         if isinstance(text, bytes | dict) or (text is not None and not hasattr(text, "__iter__")):
             raise ValueError(f"text must be a str or a list of them, got {type(text).__name__}.")
@@ -312,8 +313,18 @@ class MMGEMProcessor(ProcessorMixin):
         bos = self.tokenizer.convert_tokens_to_ids([self.bos] * start)
         placeholders = self.tokenizer.convert_tokens_to_ids(opening)
         rows = [[*bos, *b, *placeholders, *a] for b, a in zip(before, behind)]
-        text_kwargs.pop("truncation", None)
-        max_length = text_kwargs.pop("max_length", None) or self.max_length
+        truncation = text_kwargs.pop("truncation", None)
+        max_length = text_kwargs.pop("max_length", None)
+        if max_length is not None and truncation not in (False, "do_not_truncate"):
+            limit = self.checked_length(max_length)
+        else:
+            limit = self.tokenizer.model_max_length if truncation else math.inf
+        if too_long := next((row for row in rows if len(row) > limit), None):
+            raise ValueError(
+                f"A prompt has {len(too_long)} tokens, but max_length is {limit}, and a prompt cannot be truncated. "
+                "Shorten its text, or leave out max_length and truncation."
+            )
+        max_length = self.max_length if max_length is None else self.checked_length(max_length)
         return self._padded(rows, max_length, {"padding": True, "padding_side": "left", **text_kwargs})
 
     def post_process_image_text_to_text(
@@ -373,10 +384,8 @@ def _around_image(text: str, index: int) -> tuple[str, str]:
 
 
 def _as_list(images: Any) -> list[Any]:
-    """One image as a list of it; a batch, or whatever else is no image, as the list of what it holds."""
-    is_one = isinstance(images, str | bytes | dict | os.PathLike | Image.Image) or hasattr(images, "read")
-    is_one = is_one or getattr(images, "ndim", 1) in (2, 3) or not hasattr(images, "__iter__")
-    return [images] if is_one else list(images)
+    """One image as a list of it; a batch, or anything else that is not an image, as the list of its items."""
+    return [images] if is_one_image(images) else list(with_one_scale(images))
 
 
 def _read_image(image: Any, index: int) -> Image.Image:

@@ -175,4 +175,12 @@ def map_regions(
     return padded, region_mask
 
 
-__all__ = ["CroppedRegionError", "Geometry", "geometry_of", "map_regions", "refuse_normalized"]
+__all__ = [
+    "CroppedRegionError",
+    "Geometry",
+    "geometry_of",
+    "map_box",
+    "map_mask",
+    "map_regions",
+    "refuse_normalized",
+]

@@ -18,7 +18,9 @@ from ..processing.tokenization_mmgem import as_sentence
 
 
 MAX_STRETCH = 4 / 3  # of random crops
-WRITTEN_LIST = re.compile(r"""\[\s*(["']).*\1\s*,?\s*\]""", re.DOTALL)
+# A list or tuple of texts as Python, JSON or NumPy (without commas) write it. One element in parentheses is no tuple.
+ITEM = r"""(?:'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"|None|null)"""
+WRITTEN_LIST = re.compile(rf"\[\s*(?:{ITEM}[\s,]*)*\]|\(\s*(?:{ITEM}\s*,[\s,]*(?:{ITEM}[\s,]*)*)?\)", re.DOTALL)
 
 
 class BadDataError(ValueError):
@@ -177,8 +179,8 @@ def encoded(value: Any, root: str = "") -> bytes | Image.Image:
     """The file's bytes, from bytes, a path, or `datasets`' `{"bytes", "path"}`; a PIL image or array as an image."""
     if isinstance(value, dict):
         value = encoded_image(value)
-    if isinstance(value, bytes):
-        return value
+    if isinstance(value, bytes | bytearray | memoryview):
+        return bytes(value)
     if isinstance(value, Image.Image):
         return open_image(value)
     if value is None:

@@ -257,11 +257,14 @@ def read_samples(path: str, start: int = 0) -> Iterator[RawSample]:
 
 
 def _members(tar: tarfile.TarFile, file: Any, faults: dict[str, str]) -> Iterator[tarfile.TarInfo]:
-    """The members in order, up to the end or to a fault, without what macOS puts between them."""
+    """The members in order, up to the end or to a fault, without the files that macOS adds to folders and archives."""
+    metadata = 0
     try:
         for member in tar:
-            if PurePosixPath(member.name).name.startswith("._"):
-                faults["macOS metadata"] = f"{member.name} and its like hold nothing, and are passed over"
+            name = PurePosixPath(member.name).name
+            if name.startswith("._") or name == ".DS_Store":
+                metadata += 1
+                faults["macOS metadata"] = f"{metadata} members without a sample, the last {member.name}"
                 continue
             if member.size < 0:  # tarfile would go back, and round in circles
                 raise tarfile.ReadError(f"{member.name} has {member.size} bytes")
@@ -308,11 +311,14 @@ def expand_shards(pattern: str) -> list[str]:
     fsspec knows.
 
     Raises:
+        ValueError: where the first number is larger than the last.
         FileNotFoundError: where a glob finds nothing, or a local shard is not there.
         OSError: where the place cannot be reached.
     """
     if match := re.search(r"\{(\d+)\.\.(\d+)\}", pattern):
         first, last = match.groups()
+        if int(first) > int(last):
+            raise ValueError(f"{pattern} counts down, so it names no shard: write {{{last}..{first}}}.")
         numbers = [str(n).zfill(len(first)) for n in range(int(first), int(last) + 1)]
         return [p for n in numbers for p in expand_shards(pattern[: match.start()] + n + pattern[match.end() :])]
     if "*" in pattern:

@@ -2,11 +2,14 @@
 
 import contextlib
 import csv
+import dataclasses
 import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import datasets
+import pandas as pd
+import pyarrow as pa
 
 from .json_files import check_json_row, read_json
 
@@ -48,16 +51,47 @@ def read_file(path: str, split: str) -> datasets.Dataset:
 
 def load_named(name: str, config: str | None, split: str | None = None) -> Any:
     """
-    A dataset of the Hub or of a folder: the table of a split, or all splits by their names.
+    A dataset of the Hub or of a folder: the table of a split, or all splits by their names. The tables of a folder are
+    checked as those of [`read_file`].
 
     Raises:
-        ValueError: where its files cannot be read.
-        FileNotFoundError: where there is no such dataset.
+        ValueError: for files that cannot be read, with the line of a local file.
+        FileNotFoundError: for a dataset that does not exist.
     """
+    builder = datasets.load_dataset_builder(name, config)
+    has_metadata = hasattr(builder.config, "drop_metadata")  # a folder of images with a table beside them
+    if not _has_own_dialect(builder.config):
+        for path in dict.fromkeys(path for paths in (builder.config.data_files or {}).values() for path in paths):
+            check = CHECKS.get(os.path.splitext(path)[1].lower())
+            is_table = not has_metadata or os.path.basename(path).startswith("metadata.")
+            if check and is_table and os.path.isfile(path):
+                check(path)
+                if has_metadata and path.endswith(".csv"):
+                    _refuse_lost_words(path)
+    options = CSV_OPTIONS if hasattr(builder.config, "keep_default_na") else {}
     try:
-        return datasets.load_dataset(name, config, split=split)
-    except datasets.exceptions.DatasetGenerationError as error:
+        return datasets.load_dataset(name, config, split=split, **options)
+    except (datasets.exceptions.DatasetGenerationError, pa.ArrowException) as error:
         raise ValueError(f"The dataset {name} could not be read: {root_cause(error)}.") from error
+
+
+def _has_own_dialect(config: datasets.BuilderConfig) -> bool:
+    """Whether the README of a dataset changes how its CSV files are read, such as their separator."""
+    common = {field.name for field in dataclasses.fields(datasets.BuilderConfig)}
+    own = [field for field in dataclasses.fields(config) if field.name not in common]
+    return hasattr(config, "sep") and any(getattr(config, field.name) != field.default for field in own)
+
+
+def _refuse_lost_words(path: str) -> None:
+    """Raises ValueError for "None", "NA" and the like: `datasets` reads a metadata.csv without `CSV_OPTIONS`."""
+    written = pd.read_csv(path, dtype=str, **CSV_OPTIONS)  # type: ignore[call-overload]
+    lost = (pd.read_csv(path, dtype=str).isna() & written.notna()).to_numpy()
+    if lost.any():
+        row, column = (int(numbers[0]) for numbers in lost.nonzero())
+        raise ValueError(
+            f"Row {row} of {path} has the {written.columns[column]} {written.iat[row, column]!r}, which datasets "
+            "would read as nothing. Save the table as metadata.jsonl."
+        )
 
 
 def root_cause(error: BaseException) -> str:
@@ -116,6 +150,8 @@ def _check_csv(path: str) -> None:
         header = next((row for row in rows if row), [])
         if len(header) == 1 and (separator := next((s for s in ";\t|" if s in header[0]), None)):
             raise ValueError(f"The fields of {path} are separated by {separator!r}. Separate them by commas.")
+        if twice := next((name for i, name in enumerate(header) if name in header[:i]), None):
+            raise ValueError(f"The header of {path} names the column {twice!r} twice. Rename or remove one of them.")
         for row in rows:
             if row and len(row) != len(header):
                 raise ValueError(
@@ -123,7 +159,11 @@ def _check_csv(path: str) -> None:
                     f"({', '.join(header)}). Put quotes around a text that holds commas."
                 )
     except csv.Error as error:
-        raise ValueError(f"Line {rows.line_num} of {path} is no CSV: {error}. Are its quotes in pairs?") from error
+        if "new-line character" in str(error):
+            remedy = f"If its lines end in CR alone, convert them: tr '\\r' '\\n' < {path} > {path}.lf"
+        else:
+            remedy = "Check that its quotes come in pairs."
+        raise ValueError(f"Line {rows.line_num} of {path} is not valid CSV: {error}. {remedy}") from error
     finally:
         csv.field_size_limit(limit)
 

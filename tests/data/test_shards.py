@@ -167,13 +167,25 @@ def test_what_comes_twice_is_counted_and_what_macos_adds_is_passed_over(tmp_path
     make_picture(0).save(buffer, "JPEG")
     jpg = buffer.getvalue()
     path = str(tmp_path / "0.tar")
-    names = ("._0.jpg", "0.jpg", "._0.txt", "0.txt", "1.jpg", "2.txt", "1.txt", "3.txt", "3.txt", "3.jpg")
+    names = (
+        "._0.jpg",
+        "0.jpg",
+        "._0.txt",
+        "0.txt",
+        "1.jpg",
+        "2.txt",
+        "1.txt",
+        "3.txt",
+        "3.txt",
+        "3.jpg",
+        "a/.DS_Store",
+    )
     write_members(path, [(name, jpg if name.endswith("jpg") else b"a dog") for name in names])
     faults = [sample.fault and sample.fault.partition(":")[0] for sample in read_samples(path)]
     assert faults == [None, None, None, "key twice", "file twice", "macOS metadata"]
     assert list(next(read_samples(path)).members) == ["jpg", "txt"]
     assert [sample.fault for sample in read_samples(path, 5)] == [
-        "macOS metadata: ._0.txt and its like hold nothing, and are passed over"
+        "macOS metadata: 3 members without a sample, the last a/.DS_Store"
     ]
     (first, second) = take(ShardStream([[path]], window=1), 2)
     assert first["caption"] == second["caption"] == "a dog"
@@ -297,6 +309,8 @@ def test_patterns(folder, tmp_path):
     assert expand_shards(str(folder / "{00000..00005}.tar")) == expand_shards(str(folder / "*.tar")) == names
     with pytest.raises(FileNotFoundError, match=r"00006\.tar"):
         expand_shards(str(folder / "{00004..00006}.tar"))
+    with pytest.raises(ValueError, match=r"\{5..1\}\.tar counts down.*write \{1..5\}"):
+        expand_shards(str(folder / "{5..1}.tar"))
     with pytest.raises(FileNotFoundError, match="No shard matches"):
         expand_shards(str(tmp_path / "*.tar"))
 

@@ -10,7 +10,7 @@ from mmgem.data.annotations import read_annotations
 from mmgem.data.json_files import parse_json, read_json, read_json_lines
 from mmgem.data.loading import load_pairs, load_regions
 from mmgem.data.pairs import BadDataError, PairDataset, as_captions
-from mmgem.data.table_files import read_file
+from mmgem.data.table_files import load_named, read_file
 from mmgem.training.arguments import DataArguments
 from tests.conftest import Table, make_picture
 
@@ -29,7 +29,12 @@ FAULTS = {
     "long.csv": (b"image,caption\na.png,b\nb.png,b,c\n", r"Line 3 of .*long\.csv has 3 fields.*2 \(image, caption\)"),
     "short.csv": (b"image,caption\n\na.png\n", r"Line 3 of .*short\.csv has 1 fields"),
     "index.csv": (b"image,caption\na.png,b,c\nb.png,b,c\n", r"Line 2 of .*index\.csv has 3 fields"),
-    "quotes.csv": (b'image,caption\na.png,"b\nb.png,c\n', r"Line 3 of .*quotes\.csv is no CSV.*quotes"),
+    "quotes.csv": (
+        b'image,caption\na.png,"b\nb.png,c\n',
+        r"Line 3 of .*quotes\.csv is not valid CSV.*quotes come in pairs",
+    ),
+    "mac.csv": (b"image,caption\ra.png,b\rb.png,c\r", r"Line 1 of .*mac\.csv is not valid CSV.*tr '\\r' '\\n' <"),
+    "twice.csv": (b"image,caption,caption\na.png,b,c\n", r"header of .*twice\.csv names the column 'caption' twice"),
     "excel.csv": (b"image;caption\na.png;a, b\n", r"excel\.csv are separated by ';'"),
     "empty.csv": (b"", r"empty\.csv is empty"),
     "header.csv": (b"image,caption\n", r"header\.csv has no rows"),
@@ -65,6 +70,19 @@ def test_faults_are_named_by_file_and_line(tmp_path, name):
     assert "An error occurred" not in str(caught.value)
 
 
+CHECKED = [
+    name for name in FAULTS if not name.startswith(("empty", "header", "blank", "number")) and "parquet" not in name
+]
+
+
+@pytest.mark.parametrize("name", CHECKED)
+def test_files_of_a_folder_are_checked_like_single_ones(tmp_path, name):
+    content, message = FAULTS[name]
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        load_named(str(tmp_path), None)
+
+
 @pytest.mark.parametrize(
     ("name", "content"),
     [
@@ -79,12 +97,52 @@ def test_none_na_and_null_are_words(tmp_path, name, content):
     assert list(read_file(str(tmp_path / name), "train")["caption"]) == ["None", "NA", "null", None]
 
 
+@pytest.mark.parametrize("separator", [",", ";"])
+def test_words_of_a_folder_stay_words_whatever_its_separator(tmp_path, separator):
+    rows = ["image,caption", "a.png,None", "b.png,NA", "c.png,"]
+    (tmp_path / "train.csv").write_text("\n".join(rows).replace(",", separator) + "\n")
+    if separator == ";":
+        configs = [{"config_name": "default", "sep": ";", "data_files": "train.csv"}]
+        (tmp_path / "README.md").write_text(f"---\n{yaml.safe_dump({'configs': configs})}---\n")
+    assert list(load_named(str(tmp_path), None, "train")["caption"]) == ["None", "NA", None]
+    train, _ = load_pairs(DataArguments(dataset_name=str(tmp_path)), 32, seed=0)
+    assert train.captions() == [["None"], ["NA"], []]
+
+
+def test_the_table_of_an_image_folder_loses_no_word(tmp_path):
+    for name in ("a.png", "b.png"):
+        make_picture(0).save(tmp_path / name)
+    (tmp_path / "notes.csv").write_text("anything\n1,2\n")
+    (tmp_path / "metadata.csv").write_text("file_name,caption\na.png,a dog\nb.png,null\n")
+    with pytest.raises(ValueError, match=r"Row 1 of .*metadata\.csv has the caption 'null'.*metadata\.jsonl"):
+        load_named(str(tmp_path), None)
+    (tmp_path / "metadata.csv").write_text("file_name,caption\na.png,a dog, a cat\nb.png,snow\n")
+    with pytest.raises(ValueError, match=r"Line 2 of .*metadata\.csv has 3 fields"):
+        load_named(str(tmp_path), None)
+    (tmp_path / "metadata.csv").write_text("file_name,caption\na.png,a dog\nb.png,\n")
+    assert list(load_named(str(tmp_path), None, "train")["caption"]) == ["a dog", None]
+
+
 def test_a_comma_a_quote_and_a_newline_in_a_caption(tmp_path):
     (tmp_path / "a.csv").write_text('image,caption\na.png,"a, ""b""\nc"\nb.png,d\n')
     assert list(read_file(str(tmp_path / "a.csv"), "train")["caption"]) == ['a, "b"\nc', "d"]
 
 
-@pytest.mark.parametrize("value", ["['a dog', 'a cat']", '["a dog", "a cat"]', " ['a dog']\n", "['a dog' 'a cat']"])
+LISTS = [
+    "['a dog', 'a cat']",
+    '["a dog", "a cat"]',
+    " ['a dog']\n",
+    "['a dog' 'a cat']",
+    str(["it's a dog", "a cat"]),
+    str(("it's a dog", 'a "cat"')),
+    str(("a dog",)),
+    json.dumps(['a "dog"', None]),
+    "[]",
+    "()",
+]
+
+
+@pytest.mark.parametrize("value", LISTS)
 def test_a_list_that_was_written_as_text_is_no_caption(value):
     with pytest.raises(ValueError, match=r"the caption is a list written as text.*parquet or jsonl"):
         as_captions(value)
@@ -92,6 +150,14 @@ def test_a_list_that_was_written_as_text_is_no_caption(value):
     dataset = PairDataset(Table(rows))
     assert dataset[0]["caption"] == "[a] dog ['s]" and "list written as text" in dataset[0]["bad"][0]
     assert dataset.captions() == [[], ["[a] dog ['s]"]]
+
+
+@pytest.mark.parametrize(
+    "value", ['["quoted" sign on a wall next to "exit"]', '("a title")', "(a dog)", "[1]", "[a, 'b']"]
+)
+def test_brackets_and_quotes_make_no_list(value):
+    assert as_captions(value) == [value]
+    assert as_captions("[" + "'a' " * 50_000) == [("[" + "'a' " * 50_000).strip()], "in linear time"
 
 
 def test_one_bad_caption_is_one_bad_example():
@@ -138,8 +204,12 @@ def test_nothing_to_evaluate_on_is_said(tmp_path, caplog):
 def test_a_dataset_that_cannot_be_read_says_why(tmp_path):
     name = write_dataset(tmp_path / "data", "train", "test")
     (tmp_path / "data" / "test_rows.jsonl").write_text("{")
-    with pytest.raises(ValueError, match=r"The dataset .*data could not be read: \w*(JSON|Value|Arrow)"):
+    with pytest.raises(ValueError, match=r"Line 1 of .*data/test_rows\.jsonl is no JSON"):
         load_pairs(DataArguments(dataset_name=name), 32, seed=0)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "train.parquet").write_bytes(b"PAR1 nothing")
+    with pytest.raises(ValueError, match=r"The dataset .*other could not be read: ArrowInvalid: Parquet magic bytes"):
+        load_pairs(DataArguments(dataset_name=str(tmp_path / "other")), 32, seed=0)
 
 
 def test_what_to_evaluate_on_is_named_once(tmp_path):

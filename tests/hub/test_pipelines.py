@@ -136,7 +136,16 @@ def test_regions_of_any_number_in_any_form_are_captioned_as_one_by_one(describe,
     assert captions(describe(images, boxes=boxes, **options)) == expected
     assert captions(describe(iter(images), boxes=iter(boxes), **options)) == expected
     rows = [{"image": image, "boxes": [list(map(float, box)) for box in own]} for image, own in zip(images, boxes)]
-    assert captions(describe(Dataset.from_list(rows), **options)) == expected
+    table = Dataset.from_list(rows)
+    assert captions(describe(table, **options)) == expected
+    assert captions(describe(table["image"], boxes=table["boxes"], **options)) == expected
+    assert captions(describe(images, boxes=(own for own in boxes), **options)) == expected
+    assert captions(describe(tuple(images), boxes=iter(boxes), **options)) == expected
+    alike = [make_picture(i) for i in range(3)]
+    expected = [captions([describe(image, boxes=BOXES, max_new_tokens=4)])[0] for image in alike]
+    arrays = np.stack([np.asarray(image) for image in alike])
+    for batch in (arrays, torch.tensor(arrays).permute(0, 3, 1, 2), torch.tensor(arrays / 255)):
+        assert captions(describe(batch, boxes=[BOXES] * 3, **options)) == expected
     assert describe([], boxes=[]) == describe([]) == []
 
 
@@ -154,8 +163,25 @@ def test_what_is_missing_is_named(describe):
         describe([make_picture(0)] * 2, boxes=[BOXES])
     with pytest.raises(ValueError, match=r"boxes\[1\].*no area"):
         describe(make_picture(0), boxes=[BOXES[0], [9, 9, 3, 3]])
+    images = [make_picture(0)] * 2
+    with pytest.raises(ValueError, match="2 images, but boxes holds 3"):
+        describe(np.stack([np.asarray(image) for image in images]), boxes=[BOXES] * 3)
+    with pytest.raises(ValueError, match="more images than boxes, which end after 1"):
+        list(describe(iter(images), boxes=iter([BOXES]), max_new_tokens=2))
+    with pytest.raises(ValueError, match="more masks than images, which end after 2"):
+        list(describe(images, masks=iter([[np.ones((40, 48))]] * 3), max_new_tokens=2))
+    with pytest.raises(ValueError, match="one caption per region, but generate returned 4 for 2 regions"):
+        describe(images[0], boxes=BOXES, generate_kwargs={"num_beams": 2, "num_return_sequences": 2})
     for image in (make_picture(0), np.zeros((9, 9, 3), np.uint8), [make_picture(0)]):
         with pytest.raises(ValueError, match="needs the regions"):
             describe(image)
     with pytest.raises(ValueError, match="Unknown option 'max_token'"):
         describe(make_picture(0), boxes=BOXES, max_token=3)
+
+
+def test_boxes_are_judged_together_as_by_the_processor(describe):
+    """A corner of one pixel beside another box is in pixels; by itself it is probably normalized."""
+    found = describe(make_picture(0, (48, 48)), boxes=[[0, 0, 1, 1], [5, 5, 40, 39]], max_new_tokens=2)
+    assert [type(region["caption"]) for region in found] == [str, str]
+    with pytest.raises(ValueError, match="probably normalized"):
+        describe(make_picture(0, (48, 48)), boxes=[[0, 0, 1, 1]])

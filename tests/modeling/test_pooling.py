@@ -264,3 +264,19 @@ def test_masks_with_impossible_weights_are_refused(weight):
     masks[..., 3, 3] = weight
     with pytest.raises(ValueError, match="negative, infinite or NaN weight"):
         PoolAggregator(PATCH)(features_map(), (5, 7), masks=masks)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int32, torch.int64])
+def test_negative_integers_are_no_weights(dtype):
+    masks = torch.ones(1, 1, 5 * PATCH, 7 * PATCH, dtype=dtype)
+    pool, features = PoolAggregator(PATCH), features_map(dtype=torch.float32)
+    assert torch.allclose(pool(features, (5, 7), masks=masks), features.mean(1, keepdim=True), atol=1e-6)
+    masks[0, 0, 0, 0] = -1
+    with pytest.raises(ValueError, match="negative, infinite or NaN weight"):
+        pool(features, (5, 7), masks=masks)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 80, 56), (1, 1, 40, 64), (1, 40, 56), (1, 1, 1, 40, 56)])
+def test_masks_of_another_size_are_refused(shape):
+    with pytest.raises(ValueError, match=r"masks have the shape .* must be \(images, regions, 40, 56\)"):
+        PoolAggregator(PATCH)(features_map(), (5, 7), masks=torch.ones(shape, dtype=torch.bool))

@@ -14,7 +14,7 @@ from transformers.models.clip import CLIPImageProcessorPil
 from mmgem import MMGEMProcessor
 from mmgem.data.pairs import BadDataError, PairDataset
 from mmgem.data.regions import RegionDataset
-from mmgem.processing.images_mmgem import eight_bits, to_rgb
+from mmgem.processing.images_mmgem import eight_bits, read_image, to_rgb
 from tests.conftest import make_picture
 
 
@@ -43,6 +43,8 @@ FORMS = {
     "tensor of torchvision": (torch.tensor(PIXELS).permute(2, 0, 1) / 255).requires_grad_(),
     "channels last tensor": torch.tensor(PIXELS),
     "bytes": file_of(PICTURE),
+    "bytearray": bytearray(file_of(PICTURE)),
+    "memoryview": memoryview(file_of(PICTURE)),
     "open file": io.BytesIO(file_of(PICTURE)),
     "bytes of datasets": {"bytes": file_of(PICTURE), "path": None},
 }
@@ -85,6 +87,31 @@ def test_float_tiffs_are_not_black(processor, tmp_path, scale):
     assert np.array_equal(pixel_values(processor, grey[None] * scale), expected)
     shown = PairDataset([{"image": str(tmp_path / "float.tiff"), "caption": "a"}])[0]["image"]
     assert np.array_equal(np.asarray(shown)[..., 0], grey)
+
+
+@pytest.mark.parametrize("kind", ["array", "big-endian array", "PIL image", "PNG", "PPM", "TIFF"])
+def test_a_dark_image_of_16_bits_is_dark(kind):
+    """All values below 256, so that nothing but the dtype or the file says that they reach to 65535."""
+    values = np.arange(64, dtype=np.uint16).reshape(8, 8) * 4
+    image = Image.fromarray(values)
+    if kind == "PPM":
+        content = b"P5 8 8 65535\n" + values.astype(">u2").tobytes()
+    elif kind in ("PNG", "TIFF"):
+        content = file_of(image, kind)
+    shown = {"array": values, "big-endian array": values.astype(">u2"), "PIL image": image}.get(kind)
+    shown = read_image(content if shown is None else shown)
+    assert np.array_equal(np.asarray(shown)[..., 0], np.round(values / 257))
+
+
+@pytest.mark.parametrize("as_tensor", [True, False])
+def test_a_dim_image_of_a_batch_stays_dim(processor, as_tensor):
+    """A batch of floats up to 255, one of them nearly black: its own values alone would look like 0 to 1."""
+    arrays = np.stack([PIXELS, PIXELS // 255])
+    expected = pixel_values(processor, [Image.fromarray(array) for array in arrays])
+    batch = arrays.astype(np.float32)
+    if as_tensor:
+        batch = torch.tensor(batch).permute(0, 3, 1, 2)
+    assert np.array_equal(pixel_values(processor, batch), expected)
 
 
 def test_transparent_arrays_are_white():
@@ -135,11 +162,11 @@ FILES = {
     "heic": (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "is an HEIC file"),
     "ico": (file_of(Image.new("RGB", (16, 16)), "ICO"), "is an ICO file"),
     "svg": (b'\xef\xbb\xbf\n<svg xmlns="http://www.w3.org/2000/svg"/>', "is an SVG file"),
-    "html": (b"<!DOCTYPE HTML><html>not found</html>", "is an HTML page"),
+    "html": (b"<!DOCTYPE HTML><html>not found</html>", "is an HTML page; download the image itself"),
     "eps": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "is a PostScript file"),
-    "lfs": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "is a pointer of Git LFS"),
-    "empty": (b"", "is an empty file"),
-    "text": (b"no picture at all", "is no image, or a damaged one"),
+    "lfs": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "is a pointer of Git LFS; fetch"),
+    "empty": (b"", "is an empty file; write or download it again"),
+    "text": (b"no picture at all", "is not an image, or a damaged one"),
     "huge": (png_header(13_000, 13_000), "13000 x 13000 pixels, more than 67108864"),
     "strip": (png_header(200_000, 1), "200000 x 1 pixels, longer than 50 times"),
 }

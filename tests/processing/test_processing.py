@@ -336,3 +336,33 @@ def test_geometry_survives_the_cast_of_images(processor, kind):
     if kind == "boxes":
         assert cast["boxes"][0, 0].tolist() == [301, 33, 437, 511]
         assert inputs.to(dtype=torch.float16)["boxes"].dtype == torch.float32
+
+
+@pytest.mark.parametrize("return_tensors", ["np", None])
+def test_a_batch_without_tensors_can_be_moved(processor, return_tensors):
+    inputs = processor(images=[make_picture(0)], boxes=[[[3, 3, 30, 30]]], return_tensors=return_tensors)
+    boxes = inputs["boxes"]
+    assert np.array_equal(inputs.to(torch.bfloat16)["boxes"], boxes)
+    assert np.array_equal(inputs.to("cpu")["boxes"], boxes)
+
+
+@pytest.mark.parametrize("length", [0, -1, 2, 2.5])
+def test_a_max_length_that_holds_no_prompt_is_refused(processor, length):
+    with pytest.raises(ValueError, match="max_length must be an integer of at least 3"):
+        processor(images=[make_picture(0)], task="caption", max_length=length)
+    with pytest.raises(ValueError, match="max_length must be an integer of at least 3"):
+        processor(images=[make_picture(0)], task="caption", max_length=length, truncation=False)
+
+
+def test_a_prompt_is_never_truncated_without_a_word(processor):
+    options = {"images": [make_picture(0)], "text": ["the cat sat on"], "task": "caption"}
+    expected = processor(**options)["input_ids"]
+    for truncation in (True, "longest_first", None):
+        with pytest.raises(ValueError, match=rf"A prompt has {len(expected[0])} tokens, but max_length is 4"):
+            processor(**options, max_length=4, truncation=truncation)
+    assert processor(**options, max_length=4, truncation=False)["input_ids"] == expected
+    assert processor(**options, max_length=len(expected[0]), truncation=True)["input_ids"] == expected
+    padded = processor(**options, max_length=20, padding="max_length")["input_ids"]
+    assert len(padded[0]) == 20 and padded[0][-len(expected[0]) :] == expected[0]
+    regions = {"boxes": [[[3, 3, 30, 30]]], "task": "region-caption", "truncation": True}
+    assert len(processor(images=[make_picture(0)], **regions)["input_ids"][0]) > processor.max_length
