@@ -7,9 +7,11 @@ import time
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import TrainerCallback
 
 from mmgem import MMGEMModel, MMGEMProcessor
 from mmgem.data.pairs import PairDataset
+from mmgem.loading import load_checkpoint
 from mmgem.training.checkpoints import CheckpointError, TrainingStopped, find_checkpoint
 from mmgem.training.region_trainer import RegionTrainer
 from mmgem.training.trainer import MMGEMTrainer
@@ -156,6 +158,24 @@ def test_a_model_that_diverged_is_not_saved(processor, tmp_path, steps):
     with pytest.raises(TrainingStopped, match=f"diverged at step {steps}"):
         make_trainer(processor, tmp_path, model=model, max_steps=steps).train()
     assert not list(tmp_path.glob("checkpoint-*"))
+
+
+@pytest.mark.parametrize("steps", [3, 4])
+def test_a_gradient_that_is_nan_neither_replaces_the_last_checkpoint_nor_ends_in_the_model(processor, tmp_path, steps):
+    """At the last step too, of which the losses say nothing. Every second step is saved."""
+    model = make_model(processor)
+    trainer = make_trainer(processor, tmp_path, model=model, max_steps=steps, save_total_limit=1, logging_steps=99)
+
+    class Poison(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, **kwargs):
+            if state.global_step == steps - 1:
+                model.text_projection.weight.grad[0, 0] = torch.nan
+
+    trainer.add_callback(Poison())
+    with pytest.raises(TrainingStopped, match=rf"diverged at step {steps}, .*text_projection.weight holds NaN"):
+        trainer.train()
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
+    load_checkpoint(str(tmp_path / "checkpoint-2"))
 
 
 @pytest.mark.parametrize("fault", ["captions", "metric"])
