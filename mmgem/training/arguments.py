@@ -1,7 +1,6 @@
 """The options of train.py, one dataclass per concern, from YAML and the command line."""
 
 import importlib.util
-import json
 import math
 import os
 from dataclasses import dataclass, field, fields
@@ -9,6 +8,7 @@ from typing import Any, Literal
 
 from transformers import TrainingArguments
 
+from ..data.json_files import parse_json
 from ..evaluation.arguments import EvaluationArguments
 from ..options import checked_token, load_yaml, parse_options
 from .unsupported import refuse_unsupported, refuse_unsupported_loaders
@@ -81,8 +81,8 @@ class ModelArguments:
 def _as_mapping(value: dict | str | None, name: str) -> dict:
     """A mapping from YAML as it is, JSON from the command line parsed."""
     try:
-        mapping = json.loads(value) if isinstance(value, str) else value or {}
-    except json.JSONDecodeError as error:
+        mapping = parse_json(value) if isinstance(value, str) else value or {}
+    except ValueError as error:
         raise ValueError(f"{name} is no JSON: {error}.") from error
     if not isinstance(mapping, dict):
         raise ValueError(f"{name} must be a mapping, got {value!r}.")

@@ -469,6 +469,11 @@ class MMGEMTrainer(Trainer):
             if step > 0:
                 self._save_checkpoint(self.model, trial)
                 saved = f"{PREFIX_CHECKPOINT_DIR}-{step} is saved, to go on from with --resume_from_checkpoint true"
+                if self.args.save_only_model:
+                    saved = (
+                        f"{PREFIX_CHECKPOINT_DIR}-{step} is saved, without its optimizer: start a new run from it with "
+                        "--init_from"
+                    )
             raise TrainingStopped(
                 f"The evaluation at step {step} failed ({type(error).__name__}: {error}). Repair what it names, or "
                 f"pass --eval_strategy no; {saved}."

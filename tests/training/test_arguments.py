@@ -193,6 +193,8 @@ def test_values_that_could_not_have_their_effect_are_refused(tmp_path, options, 
         (["--text_config", '{"hidden_size": 8}', *TOWERS], "text_config is for a model from scratch"),
         (["--max_bad_fraction", "nan"], r"max_bad_fraction must lie in \[0, 1\], got nan"),
         (["--do_train", "false"], "do_train is not supported"),
+        (["--vision_config", "[" * 100_000], "vision_config is no JSON: it is nested more than"),
+        (["--lr_scheduler_kwargs", '{"a": ' * 100_000], "an option holds JSON that is nested too deeply"),
         (["--projection_lr_multiplier", "-1"], "projection_lr_multiplier must be a finite number"),
     ],
 )
