@@ -29,7 +29,7 @@ SIGNATURE_SIZE = 64  # weights by which an adapter knows its base
 
 
 class RegionAdapterMixin:
-    """What [`MMGEMModel`] needs for adapters: transformers' own methods look for LoRA layers, and find none here."""
+    """Adapter methods of [`MMGEMModel`], since transformers' own expect LoRA layers, of which these have none."""
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
@@ -45,7 +45,7 @@ class RegionAdapterMixin:
         return super().from_pretrained(base or name, *args, **kwargs)  # type: ignore[misc]
 
     def register_adapter_buffers(self: Any) -> None:
-        """Gives soft_prompts and region_projection what their adapters remember; in the base they mean nothing."""
+        """Registers the buffers that are saved with an adapter (see above); the base does not use its own."""
         for module in (self.soft_prompts, self.region_projection):
             module.register_buffer("trained_on", torch.zeros(SIGNATURE_SIZE))
         self.soft_prompts.register_buffer("grid_size", torch.tensor(self.config.region_grid_size))
@@ -140,7 +140,7 @@ class RegionAdapterMixin:
                 f"{self.config._name_or_path or 'this model'!r}: {error}"
             ) from error
         finally:
-            # Those of the adapter's file would rename the base's tensors when it is saved.
+            # transformers keeps the adapter's key conversions, which would rename the base's tensors when it is saved.
             self._weight_conversions = conversions
         return info
 
@@ -155,13 +155,13 @@ class RegionAdapterMixin:
 
     def set_adapter(self: Any, adapter_name: str | list[str]) -> None:
         """
-        Makes one adapter the active one, or several that do not share a module; of the others the base is used. What
-        `disable_adapters` switched off is on again.
+        Activates one adapter, or several that do not share a module, and deactivates the others; undoes
+        `disable_adapters`.
 
         Raises:
             ValueError: for a name that is not loaded, with those that are; for two adapters of one module.
         """
-        try:  # not at the top: PEFT is slow to import, and who has no adapter need not have it
+        try:  # not at the top: PEFT is slow to import, and optional without adapters
             from peft.functional import set_adapter
         except ImportError as error:
             raise ImportError("Adapters need PEFT: pip install peft.") from error
@@ -197,7 +197,7 @@ class RegionAdapterMixin:
 
     @contextmanager
     def _unwrapped(self: Any) -> Iterator[None]:
-        """For a while, the model's own modules in place of PEFT's wrappers around them."""
+        """Temporarily replaces PEFT's wrappers by the model's own modules."""
         modules, loaded = dict(self.named_modules()), self._hf_peft_config_loaded
         replaced: dict[str, nn.Module] = {}
         for name, module in modules.items():
@@ -223,7 +223,7 @@ class RegionAdapterMixin:
         return [name for name in self.peft_config if name in active]
 
     def enable_adapters(self: Any) -> None:
-        """Undoes `disable_adapters`: those are active again that were."""
+        """Undoes `disable_adapters`: the adapters that `set_adapter` chose are active again."""
         for layer in self._adapter_layers():
             layer.enable_adapters(True)
 

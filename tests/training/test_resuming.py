@@ -118,7 +118,11 @@ def test_how_attention_is_computed_and_how_a_path_is_written_may_change(processo
         if written != "as it is":
             state["stateful_callbacks"]["RunSettings"]["args"]["settings"]["vision_model_name_or_path"] = written
             path.write_text(json.dumps(state))
-        after = {**before, "attn_implementation": "eager", "vision_model_name_or_path": str(tmp_path / "towers" / "vit")}
+        after = {
+            **before,
+            "attn_implementation": "eager",
+            "vision_model_name_or_path": str(tmp_path / "towers" / "vit"),
+        }
         trainer = make_trainer(processor, tmp_path, model_settings=after, save_strategy="no")
         trainer.train(resume_from_checkpoint=True)
         assert trainer.state.global_step == 3
