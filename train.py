@@ -45,7 +45,7 @@ PROMPTS = {
 
 
 def prepare(held: ExitStack) -> tuple[ModelArguments, DataArguments, MMGEMTrainer]:
-    """Builds the Trainer that the command line describes and locks `output_dir`; --dry_run prints an estimate and exits."""
+    """Builds the Trainer that the command line describes, and locks `output_dir`; --dry_run prints its estimate."""
     model_args, data_args, args, dry_run_args = parse_arguments()
     checkpoint = None
     if args.resume_from_checkpoint:

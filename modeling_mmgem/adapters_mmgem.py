@@ -5,8 +5,8 @@ The two adapters of stage 2, as PEFT loads, switches and saves them.
     region-retrieval  region_projection (h4)                                    paper, equation 7
 
 Both are PEFT's `modules_to_save`: copies of these modules beside those of the base, so that switching them off gives
-the base back bit for bit. Two values are saved with an adapter's tensors, as buffers: `grid_size`, the k that its prompts
-were trained with, and `trained_on`, 64 weights of its base, by which another base is recognised.
+the base back bit for bit. Two values are saved with an adapter's tensors, as buffers: `grid_size`, the k that its
+prompts were trained with, and `trained_on`, 64 weights of its base, by which another base is recognised.
 """
 
 import json
@@ -34,8 +34,8 @@ class RegionAdapterMixin:
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
         """
-        As [`PreTrainedModel.from_pretrained`]. If an adapter's folder names its base by a relative path, that is looked
-        for beside the adapter: transformers would look for it in the working directory, and then on the Hub.
+        As [`PreTrainedModel.from_pretrained`]. If an adapter's folder names its base by a relative path, the base is
+        looked for beside the adapter: transformers would look in the working directory, and then on the Hub.
         """
         name = pretrained_model_name_or_path
         base = _base_of_adapter(name)

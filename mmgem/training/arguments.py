@@ -62,14 +62,12 @@ class ModelArguments:
         if self.init_from and (self.vision_model_name_or_path or self.vision_config or self.text_config):
             raise ValueError("init_from brings its own architecture; drop the settings of the towers.")
         if self.init_from and self.projection_dim is not None:
-            raise ValueError(
-                "projection_dim is that of the checkpoint given by --init_from. Leave out --projection_dim."
-            )
+            raise ValueError("projection_dim of the checkpoint of --init_from is kept. Leave out --projection_dim.")
         for name in ("vocab_size", "vision_config", "text_config"):
             if getattr(self, name) and (self.init_from or self.vision_model_name_or_path):
                 raise ValueError(
-                    f"{name} is for a model from scratch: pretrained towers and --init_from bring their own. Leave out "
-                    f"--{name}."
+                    f"{name} is for a model from scratch: pretrained towers and --init_from bring their own. Leave "
+                    f"out --{name}."
                 )
         self.projection_dim = 512 if self.projection_dim is None else self.projection_dim
         self.vocab_size = 4096 if self.vocab_size is None else self.vocab_size

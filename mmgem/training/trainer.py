@@ -470,10 +470,8 @@ class MMGEMTrainer(Trainer):
                 self._save_checkpoint(self.model, trial)
                 saved = f"{PREFIX_CHECKPOINT_DIR}-{step} is saved, to go on from with --resume_from_checkpoint true"
                 if self.args.save_only_model:
-                    saved = (
-                        f"{PREFIX_CHECKPOINT_DIR}-{step} is saved, without its optimizer: start a new run from it with "
-                        "--init_from"
-                    )
+                    remedy = "without its optimizer: start a new run from it with --init_from"
+                    saved = f"{PREFIX_CHECKPOINT_DIR}-{step} is saved, {remedy}"
             raise TrainingStopped(
                 f"The evaluation at step {step} failed ({type(error).__name__}: {error}). Repair what it names, or "
                 f"pass --eval_strategy no; {saved}."

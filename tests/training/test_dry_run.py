@@ -144,7 +144,7 @@ def test_the_limit_of_a_container_counts(processor, tmp_path, monkeypatch, versi
     files = {
         "memory.max": 8 * 2**20,
         "memory.current": 6 * 2**20,
-        "memory.stat": f"anon 9\ninactive_file {4 * 2**20}\n",
+        "memory.stat": f"anon 9\ninactive_file {4 * 2**20}",
     }
     if version == 1:
         (tmp_path / "memory").mkdir()
