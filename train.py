@@ -45,7 +45,7 @@ PROMPTS = {
 
 
 def prepare(held: ExitStack) -> tuple[ModelArguments, DataArguments, MMGEMTrainer]:
-    """From the command line to a Trainer, with the output folder held; with --dry_run, to an estimate and the end."""
+    """Builds the Trainer that the command line describes, and locks `output_dir`; --dry_run prints its estimate."""
     model_args, data_args, args, dry_run_args = parse_arguments()
     checkpoint = None
     if args.resume_from_checkpoint:
@@ -63,7 +63,7 @@ def prepare(held: ExitStack) -> tuple[ModelArguments, DataArguments, MMGEMTraine
     data_seed = args.seed if args.data_seed is None else args.data_seed
     train_dataset, eval_dataset = load(data_args, config.vision_config.image_size, data_seed)
     if eval_dataset is not None:
-        eval_dataset[0]  # where nothing of it can be read, better now than after training
+        eval_dataset[0]  # raises before training if none of its examples can be read
     model, processor = build_model_and_processor(model_args, train_dataset, data_args.max_length, checkpoint)
     parameters = model.num_parameters()
     options: dict[str, Any] = {"max_bad_fraction": data_args.max_bad_fraction}
@@ -71,7 +71,7 @@ def prepare(held: ExitStack) -> tuple[ModelArguments, DataArguments, MMGEMTraine
     if args.stage == "1":
         options["pack_length"] = data_args.pack_length if data_args.packing else 0
     else:
-        del options["model_settings"]["init_from"]  # the adapter knows its base, wherever that lies
+        del options["model_settings"]["init_from"]  # the adapter recognises its base, which may have been moved
     trainer_class = MMGEMTrainer if args.stage == "1" else RegionTrainer
     trainer = trainer_class(model, args, processor, train_dataset, eval_dataset, **options)  # type: ignore[arg-type]
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
@@ -82,13 +82,13 @@ def prepare(held: ExitStack) -> tuple[ModelArguments, DataArguments, MMGEMTraine
 
 
 def main() -> None:
-    """A run, which has its output folder for itself."""
+    """Runs train.py with `output_dir` locked against other runs."""
     with ExitStack() as held:
         run(held)
 
 
 def run(held: ExitStack) -> None:
-    """Train, save, evaluate, publish. What the user can put right ends with a line; a traceback is a fault of ours."""
+    """Trains, saves, evaluates and publishes. Errors that the user can put right end the run with one line."""
     try:
         model_args, data_args, trainer = prepare(held)
     except (ValueError, OSError, HTTPError) as error:
@@ -101,14 +101,14 @@ def run(held: ExitStack) -> None:
     trainer.merge_lora()
     is_first = trainer.is_world_process_zero()  # outside of the group everyone is
     try:
-        trainer.save_model(_internal_call=True)  # what goes to the Hub goes there last, with its evaluation
+        trainer.save_model(_internal_call=True)  # does not push: publish() does, once the evaluation is there
         if is_first:
-            Path(args.output_dir, "results.json").unlink(missing_ok=True)  # of weights that are no more
+            Path(args.output_dir, "results.json").unlink(missing_ok=True)  # stale: belongs to the previous weights
         if is_first and "train_runtime" in result.metrics:
             write_record(trainer, model_args, data_args, result.metrics["train_runtime"])
     except (OSError, SafetensorError) as error:
         sys.exit(f"error: the trained model could not be written to {args.output_dir}: {error}")
-    trainer.accelerator.wait_for_everyone()  # what one has saved, all load
+    trainer.accelerator.wait_for_everyone()  # every process loads what the first one saved
     if trainer.eval_dataset is not None:
         try:
             evaluate(trainer, model_args, data_args)
@@ -120,7 +120,7 @@ def run(held: ExitStack) -> None:
 
 
 def evaluate(trainer: MMGEMTrainer, model_args: ModelArguments, data_args: DataArguments) -> None:
-    """Judges what was saved, by all processes; the first writes and prints it."""
+    """Evaluates the saved model in all processes; the first one writes and prints the report."""
     args, eval_dataset, is_first = trainer.args, trainer.eval_dataset, trainer.is_world_process_zero()
     setting = {
         "dataset_id": data_args.dataset_name if is_hub_id(data_args.dataset_name) else None,
@@ -138,7 +138,7 @@ def evaluate(trainer: MMGEMTrainer, model_args: ModelArguments, data_args: DataA
         "model": args.output_dir,
         **environment(),
     }
-    # What others will load, not what is at hand.
+    # The saved files, as others will load them, not the model in memory.
     base = args.output_dir if args.stage == "1" else model_args.init_from
     model = load_checkpoint(base).to(args.device)
     if args.stage == "1":
@@ -167,7 +167,7 @@ def evaluate(trainer: MMGEMTrainer, model_args: ModelArguments, data_args: DataA
 
 
 def publish(trainer: MMGEMTrainer, model_args: ModelArguments) -> None:
-    """As push_to_hub.py does it: the model that was trained, or the base with the adapter that was."""
+    """Pushes the trained model, or the base with the trained adapter, as push_to_hub.py does."""
     args, repo_id, folder = trainer.args, trainer.hub_model_id, os.path.join(trainer.args.output_dir, "hub")
     model, adapters = args.output_dir, None
     if args.stage != "1":

@@ -49,7 +49,10 @@ def parse_options(
     parser.set_defaults(**{name: value for name, value in settings.items() if name not in single})
     words = [f"--{name}={_as_word(value)}" for name, value in single.items()]
     words += implied(parser.parse_known_args(words + rest)[0])
-    *parsed, remaining = parser.parse_args_into_dataclasses(words + rest, return_remaining_strings=True)
+    try:
+        *parsed, remaining = parser.parse_args_into_dataclasses(words + rest, return_remaining_strings=True)
+    except RecursionError as error:  # transformers parses its own options that are mappings
+        raise ValueError("an option holds JSON that is nested too deeply. Write it flatter.") from error
     unknown = [word.removeprefix("--").split("=")[0] for word in remaining if word.startswith("--")]
     _refuse_unknown(unknown, known | {"config"}, "on the command line")
     if remaining:

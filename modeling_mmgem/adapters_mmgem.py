@@ -5,10 +5,11 @@ The two adapters of stage 2, as PEFT loads, switches and saves them.
     region-retrieval  region_projection (h4)                                    paper, equation 7
 
 Both are PEFT's `modules_to_save`: copies of these modules beside those of the base, so that switching them off gives
-the base back bit for bit. What an adapter must not be parted from travels among its tensors, in buffers: `grid_size`,
-the k that its prompts were trained with, and `trained_on`, some weights of the base by which it knows it.
+the base back bit for bit. Two values are saved with an adapter's tensors, as buffers: `grid_size`, the k that its
+prompts were trained with, and `trained_on`, 64 weights of its base, by which another base is recognised.
 """
 
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import nn
-from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME
+from transformers.utils import ADAPTER_CONFIG_NAME, ADAPTER_SAFE_WEIGHTS_NAME, CONFIG_NAME
 
 
 REGION_ADAPTERS = {
@@ -28,10 +29,23 @@ SIGNATURE_SIZE = 64  # weights by which an adapter knows its base
 
 
 class RegionAdapterMixin:
-    """What [`MMGEMModel`] needs for adapters: transformers' own methods look for LoRA layers, and find none here."""
+    """Adapter methods of [`MMGEMModel`], since transformers' own expect LoRA layers, of which these have none."""
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """
+        As [`PreTrainedModel.from_pretrained`]. If an adapter's folder names its base by a relative path, the base is
+        looked for beside the adapter: transformers would look in the working directory, and then on the Hub.
+        """
+        name = pretrained_model_name_or_path
+        base = _base_of_adapter(name)
+        if base is not None:
+            adapter = {"_adapter_model_path": os.fspath(name)}  # as AutoModel hands it over
+            kwargs["adapter_kwargs"] = {**(kwargs.get("adapter_kwargs") or {}), **adapter}
+        return super().from_pretrained(base or name, *args, **kwargs)  # type: ignore[misc]
 
     def register_adapter_buffers(self: Any) -> None:
-        """Gives soft_prompts and region_projection what their adapters remember; in the base they mean nothing."""
+        """Registers the buffers that are saved with an adapter (see above); the base does not use its own."""
         for module in (self.soft_prompts, self.region_projection):
             module.register_buffer("trained_on", torch.zeros(SIGNATURE_SIZE))
         self.soft_prompts.register_buffer("grid_size", torch.tensor(self.config.region_grid_size))
@@ -108,6 +122,10 @@ class RegionAdapterMixin:
             self.set_adapter(name)  # PEFT leaves it to what was loaded and deleted before
             for module in (self.soft_prompts, self.region_projection):
                 self.check_base_of(module)
+            config = self.peft_config[name]
+            if peft_model_id is not None:  # save_pretrained may write it into another folder
+                base = config.base_model_name_or_path
+                config.base_model_name_or_path = find_base_folder(base, peft_model_id) or base
         except Exception as error:
             if not is_new or name not in getattr(self, "peft_config", {}):
                 raise
@@ -122,7 +140,7 @@ class RegionAdapterMixin:
                 f"{self.config._name_or_path or 'this model'!r}: {error}"
             ) from error
         finally:
-            # Those of the adapter's file would rename the base's tensors when it is saved.
+            # transformers keeps the adapter's key conversions, which would rename the base's tensors when it is saved.
             self._weight_conversions = conversions
         return info
 
@@ -137,13 +155,13 @@ class RegionAdapterMixin:
 
     def set_adapter(self: Any, adapter_name: str | list[str]) -> None:
         """
-        Makes one adapter the active one, or several that do not share a module; of the others the base is used. What
-        `disable_adapters` switched off is on again.
+        Activates one adapter, or several that do not share a module, and deactivates the others; undoes
+        `disable_adapters`.
 
         Raises:
             ValueError: for a name that is not loaded, with those that are; for two adapters of one module.
         """
-        try:  # not at the top: PEFT is slow to import, and who has no adapter need not have it
+        try:  # not at the top: PEFT is slow to import, and optional without adapters
             from peft.functional import set_adapter
         except ImportError as error:
             raise ImportError("Adapters need PEFT: pip install peft.") from error
@@ -179,7 +197,7 @@ class RegionAdapterMixin:
 
     @contextmanager
     def _unwrapped(self: Any) -> Iterator[None]:
-        """For a while, the model's own modules in place of PEFT's wrappers around them."""
+        """Temporarily replaces PEFT's wrappers by the model's own modules."""
         modules, loaded = dict(self.named_modules()), self._hf_peft_config_loaded
         replaced: dict[str, nn.Module] = {}
         for name, module in modules.items():
@@ -205,7 +223,7 @@ class RegionAdapterMixin:
         return [name for name in self.peft_config if name in active]
 
     def enable_adapters(self: Any) -> None:
-        """Undoes `disable_adapters`: those are active again that were."""
+        """Undoes `disable_adapters`: the adapters that `set_adapter` chose are active again."""
         for layer in self._adapter_layers():
             layer.enable_adapters(True)
 
@@ -248,6 +266,31 @@ class RegionAdapterMixin:
         if not layers:
             raise ValueError("No adapter is loaded: model.load_adapter(folder) loads one.")
         return layers
+
+
+def find_base_folder(base: str | None, adapter_folder: str | os.PathLike) -> str | None:
+    """
+    Absolute path of an adapter's base, where `base` is a folder: in a folder above the adapter, or else in the working
+    directory. None if it is in neither, as a base on the Hub.
+    """
+    folder = os.path.abspath(adapter_folder)
+    while base:
+        path = os.path.normpath(os.path.join(folder, base))
+        if os.path.isfile(os.path.join(path, CONFIG_NAME)):
+            return path
+        if folder == os.path.dirname(folder):
+            break
+        folder = os.path.dirname(folder)
+    return os.path.abspath(base) if base and os.path.isdir(base) else None
+
+
+def _base_of_adapter(name: Any) -> str | None:
+    """The folder of the base that a local adapter names; None for a whole model, and for a base on the Hub."""
+    config = os.path.join(name or "", ADAPTER_CONFIG_NAME)
+    if not name or not os.path.isfile(config) or os.path.isfile(os.path.join(name, CONFIG_NAME)):
+        return None
+    with open(config, encoding="utf-8") as file:
+        return find_base_folder(json.load(file).get("base_model_name_or_path"), name)
 
 
 def active_module(module: Any) -> Any:

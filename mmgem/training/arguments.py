@@ -1,19 +1,21 @@
 """The options of train.py, one dataclass per concern, from YAML and the command line."""
 
 import importlib.util
-import json
+import math
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from transformers import TrainingArguments
 
+from ..data.json_files import parse_json
 from ..evaluation.arguments import EvaluationArguments
 from ..options import checked_token, load_yaml, parse_options
 from .unsupported import refuse_unsupported, refuse_unsupported_loaders
 
 
 LEAST = dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"), 1)
+LEAST |= {"lora_alpha": 1}
 LEAST |= dict.fromkeys(("dataloader_num_workers", "lora_rank", "mini_batch_size", "caption_samples"), 0)
 
 
@@ -34,14 +36,18 @@ class ModelArguments:
     text_config: dict | str | None = field(
         default=None, metadata={"help": "From scratch: settings of the language model (JSON)."}
     )
-    vocab_size: int = field(default=4096, metadata={"help": "From scratch: size of the BPE trained on the captions."})
+    vocab_size: int | None = field(
+        default=None, metadata={"help": "From scratch: size of the BPE trained on the captions; 4096 by default."}
+    )
     image_size: int | None = field(
         default=None, metadata={"help": "Pixels per side; position embeddings are interpolated where it is new."}
     )
     attn_implementation: str | None = field(
         default=None, metadata={"help": "Attention of both towers: sdpa (default), eager, flash_attention_2, …"}
     )
-    projection_dim: int = field(default=512, metadata={"help": "D, the size of the embedding space."})
+    projection_dim: int | None = field(
+        default=None, metadata={"help": "D, the size of the embedding space of a new model; 512 by default."}
+    )
     region_grid_size: int | None = field(
         default=None, metadata={"help": "k: a region becomes k x k visual tokens; by default the checkpoint's own."}
     )
@@ -55,6 +61,19 @@ class ModelArguments:
             )
         if self.init_from and (self.vision_model_name_or_path or self.vision_config or self.text_config):
             raise ValueError("init_from brings its own architecture; drop the settings of the towers.")
+        if self.init_from and self.projection_dim is not None:
+            raise ValueError("projection_dim of the checkpoint of --init_from is kept. Leave out --projection_dim.")
+        for name in ("vocab_size", "vision_config", "text_config"):
+            if getattr(self, name) and (self.init_from or self.vision_model_name_or_path):
+                raise ValueError(
+                    f"{name} is for a model from scratch: pretrained towers and --init_from bring their own. Leave "
+                    f"out --{name}."
+                )
+        self.projection_dim = 512 if self.projection_dim is None else self.projection_dim
+        self.vocab_size = 4096 if self.vocab_size is None else self.vocab_size
+        for name in ("projection_dim", "vocab_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}.")
         if self.region_grid_size is not None and self.region_grid_size < 1:
             raise ValueError(f"region_grid_size must be 1 or more, got {self.region_grid_size}.")
 
@@ -62,8 +81,8 @@ class ModelArguments:
 def _as_mapping(value: dict | str | None, name: str) -> dict:
     """A mapping from YAML as it is, JSON from the command line parsed."""
     try:
-        mapping = json.loads(value) if isinstance(value, str) else value or {}
-    except json.JSONDecodeError as error:
+        mapping = parse_json(value) if isinstance(value, str) else value or {}
+    except ValueError as error:
         raise ValueError(f"{name} is no JSON: {error}.") from error
     if not isinstance(mapping, dict):
         raise ValueError(f"{name} must be a mapping, got {value!r}.")
@@ -158,6 +177,8 @@ class DataArguments:
                 raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}.")
         if self.shuffle_window < 1:
             raise ValueError(f"shuffle_window must be 1 or more, got {self.shuffle_window}.")
+        if not 0 <= self.max_bad_fraction <= 1:
+            raise ValueError(f"max_bad_fraction must lie in [0, 1], got {self.max_bad_fraction}.")
         if not 0 < self.augmentation_scale <= 1:
             raise ValueError(f"augmentation_scale must lie in (0, 1], got {self.augmentation_scale}.")
 
@@ -247,6 +268,7 @@ class MMGEMTrainingArguments(TrainingArguments):
     )
     # transformers' options whose defaults are others here; unsupported.py says why no other value will do.
     hub_strategy: str = field(default="end", metadata={"help": "The finished run is pushed, with its evaluation."})
+    do_train: bool = field(default=True, metadata={"help": "train.py always trains."})
     dataloader_drop_last: bool = field(default=True, metadata={"help": "Every batch has the same size."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "The collator chooses the columns."})
 
@@ -272,11 +294,19 @@ class MMGEMTrainingArguments(TrainingArguments):
                 f"caption_loss_weight must be above 0, got {self.caption_loss_weight}; for no captions at all there "
                 "is --objective contrastive."
             )
+        for option in fields(self):
+            value = getattr(self, option.name)
+            if isinstance(value, float) and not 0 <= value < math.inf:
+                raise ValueError(f"{option.name} must be a finite number of 0 or more, got {value}.")
         for name, least in LEAST.items():
-            if getattr(self, name) < least:
+            if getattr(self, name) is not None and getattr(self, name) < least:
                 raise ValueError(f"{name} must be {least} or more, got {getattr(self, name)}.")
         if self.max_steps == 0:
             raise ValueError("max_steps must be 1 or more, or -1 to train for num_train_epochs.")
+        if self.max_steps < 0 and self.num_train_epochs == 0:
+            raise ValueError("num_train_epochs must be above 0, got 0; or give --max_steps.")
+        if self.lora_alpha is not None and not self.lora_rank:
+            raise ValueError("lora_alpha is the scale of LoRA's matrices: give --lora_rank too, or leave it out.")
         self._set_metric_for_best_model()
         self.max_grad_norm = self.max_grad_norm or 0.0  # null in YAML
         if self.mini_batch_size and self.objective == "caption":

@@ -1,6 +1,5 @@
 """Checkpoints that are whole or not there, and which of them to go on from."""
 
-import json
 import os
 import re
 import shutil
@@ -10,6 +9,8 @@ from contextlib import contextmanager, suppress
 
 from safetensors import SafetensorError
 from transformers.trainer import TRAINER_STATE_NAME
+
+from ..data.json_files import parse_json
 
 
 class CheckpointError(ValueError):
@@ -91,6 +92,6 @@ def _date_earlier_ones(folder: str) -> None:
 def _is_whole(checkpoint: str) -> bool:
     try:
         with open(os.path.join(checkpoint, TRAINER_STATE_NAME), encoding="utf-8") as file:
-            return isinstance(json.load(file), dict)
+            return isinstance(parse_json(file.read()), dict)
     except (OSError, ValueError):
         return False

@@ -2,10 +2,12 @@
 
 import contextlib
 import gc
+import math
 import time
 import weakref
 from collections import Counter
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -31,6 +33,11 @@ from .stages import freeze_parameters, make_optimizer
 FILL = 0.95  # of packed rows
 GIB = 2**30
 CUDA_CONTEXT = GIB  # roughly what CUDA and its libraries take
+CGROUP = Path("/sys/fs/cgroup")
+CGROUP_FILES = (  # limit, used, statistics, and what these call cached files
+    ("memory.max", "memory.current", "memory.stat", "inactive_file"),
+    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat", "total_inactive_file"),
+)
 
 
 @dataclass
@@ -138,7 +145,7 @@ def check_memory(config: MMGEMConfig, args: MMGEMTrainingArguments) -> None:
         trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     else:
         trained = 0  # an adapter beside the model is small
-    needed, free = 4 * parameters, psutil.virtual_memory().available
+    needed, free = 4 * parameters, min(psutil.virtual_memory().available, container_memory()[1])
     if args.device.type == "cpu":
         states = 2 if "adam" in args.optim or args.kept_optimizer else 0  # the gradient is one more
         needed += 4 * trained * (1 + states)
@@ -347,7 +354,20 @@ def dry_run_report(
 def _memory_of_this_device() -> int:
     if torch.cuda.is_available():
         return torch.cuda.get_device_properties(0).total_memory
-    return psutil.virtual_memory().total
+    return int(min(psutil.virtual_memory().total, container_memory()[0]))
+
+
+def container_memory() -> tuple[float, float]:
+    """
+    Bytes that the container (cgroup v2 or v1) allows in all, and those that are left; infinite without a limit. Cached
+    files do not count, since the kernel drops them when memory is short.
+    """
+    for limit_name, used_name, stat_name, cached_name in CGROUP_FILES:
+        with contextlib.suppress(OSError, ValueError, KeyError):  # not there, or "max"
+            limit, used = (int((CGROUP / name).read_text()) for name in (limit_name, used_name))
+            stat = dict(line.split() for line in (CGROUP / stat_name).read_text().splitlines())
+            return limit, limit - used + int(stat[cached_name])
+    return math.inf, math.inf
 
 
 def measured_tflops(device: str, precision: torch.dtype) -> float:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from ..data.json_files import parse_json
 from ..data.loading import is_hub_id
 from ..evaluation.report import environment
 from .arguments import DataArguments, MMGEMTrainingArguments, ModelArguments
@@ -64,7 +65,7 @@ def _origin(model_args: ModelArguments) -> dict[str, Any]:
     if not os.path.isfile(earlier):
         return unknown
     with open(earlier, encoding="utf-8") as file:
-        record = json.load(file)
+        record = parse_json(file.read())
     return {name: record.get(name, value) for name, value in unknown.items()}
 
 

@@ -18,7 +18,7 @@ def add_region_adapter(model: MMGEMModel, stage: str, grid_size: int) -> PeftMod
         grid_size: k, of the prompts that the adapter is trained with.
     """
     modules = list(REGION_ADAPTERS[stage])
-    # No LoRA at all: PEFT asks for modules to put it on, and lets one name mean none.
+    # PEFT requires `target_modules`; "dummy-target-modules" is its sentinel for none.
     peft_model = add_adapter(model, LoraConfig(target_modules="dummy-target-modules", modules_to_save=modules))
     signature = model.base_signature()
     with torch.no_grad():

@@ -29,8 +29,8 @@ class RegionTrainer(MMGEMTrainer):
     L_Gen of the regions' phrases (paper, equation 6), with "region-retrieval" h4 by L_Emb between all regions of the
     global batch and their phrases (equation 7), in which equal phrases are no negatives of each other.
 
-    All else is frozen and in eval mode. With `args.cache_features` the ViT runs once over the pictures, before the
-    first step, and never again.
+    All else is frozen and in eval mode. With `args.cache_features` the ViT encodes every image once, before the first
+    step.
 
     Args:
         processor: its `region_grid_size` is the k that the adapter is trained with.
@@ -94,11 +94,10 @@ class RegionTrainer(MMGEMTrainer):
             raise CheckpointError(f"{resume_from_checkpoint} cannot be resumed: {error}") from error
 
     def compute_loss(self, model: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
-        """The loss of a model in eval mode: dropout is for those who learn."""
+        """The loss, with the frozen base in eval mode: dropout applies to trained modules only."""
         model.eval()
-        if (
-            self.args.activation_checkpointing
-        ):  # the library's layers do that in training mode only (nothing drops out)
+        if self.args.activation_checkpointing:
+            # transformers' layers checkpoint in training mode only; `refuse_dropout` made sure that nothing drops out.
             for module in model.modules():
                 if isinstance(module, GradientCheckpointingLayer):
                     module.training = True
@@ -134,5 +133,5 @@ class RegionTrainer(MMGEMTrainer):
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         super()._save(output_dir, state_dict)
-        with suppress(FileNotFoundError):  # PEFT's card has nothing but gaps to fill
+        with suppress(FileNotFoundError):  # PEFT writes a model card that is an empty template
             os.remove(os.path.join(output_dir or str(self.args.output_dir), "README.md"))

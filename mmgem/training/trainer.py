@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from peft import PeftModel
+from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
@@ -301,7 +302,7 @@ class MMGEMTrainer(Trainer):
         The sums of the losses since the last log, averaged over processes.
 
         Raises:
-            TrainingStopped: where a loss, or 1 / tau, is none any more.
+            TrainingStopped: if a loss is NaN or infinite, or 1 / tau is not a positive finite number.
         """
         totals = {}
         for name, value in self._sums.items():
@@ -312,13 +313,33 @@ class MMGEMTrainer(Trainer):
             wrong = []
         if self._logit_scale is not None and not (0 < (scale := self._logit_scale.item()) < math.inf):
             wrong.append(f"1 / tau is {scale}")
+        self._stop_if(wrong)
+        return totals
+
+    def _refuse_diverged(self) -> None:
+        """
+        Called before the model is saved. A gradient that was NaN shows in the weights at once, but in the losses only
+        a step later.
+
+        Raises:
+            TrainingStopped: in all processes, if a loss since the last log or a trained weight is not finite.
+        """
+        self._mean_sums()
+        trained = {name: weight for name, weight in self.model.named_parameters() if weight.requires_grad}
+        # Under FSDP each process holds a part of every weight.
+        parts = [weight.to_local() if isinstance(weight, DTensor) else weight for weight in trained.values()]
+        finite = torch.stack([part.detach().isfinite().all() for part in parts]).float()
+        if self.args.world_size > 1:
+            finite = self.accelerator.reduce(finite, "mean")
+        self._stop_if([f"{name} holds NaN or infinity" for name, x in zip(trained, finite.tolist()) if x < 1])
+
+    def _stop_if(self, wrong: list[str]) -> None:
         if wrong:
             raise TrainingStopped(
                 f"Training diverged at step {self.state.global_step}, or since the last log: {wrong[0]}. Start again "
                 f"with a lower --learning_rate ({self.args.learning_rate:g} now) or more --warmup_steps; from an "
                 "earlier checkpoint's weights, with --init_from."
             )
-        return totals
 
     def _time_by_steady_clock(self, logs: dict[str, float]) -> None:
         """Trainer reads the clock on the wall, which may be set while it trains."""
@@ -348,7 +369,7 @@ class MMGEMTrainer(Trainer):
             if state.global_step >= self.set_initial_training_values(self.args, self.get_train_dataloader())[-1]:
                 return self._load_finished(state, resume_from_checkpoint)
         result = super().train(resume_from_checkpoint, *args, **kwargs)
-        self._mean_sums()
+        self._refuse_diverged()
         if self.bad_examples:
             logger.warning(f"{self._describe_bad_examples()}; the next stood in for each.")
         if self.truncated:
@@ -370,6 +391,7 @@ class MMGEMTrainer(Trainer):
         self._load_from_checkpoint(checkpoint)
         if self.args.load_best_model_at_end and state.best_model_checkpoint is not None:
             self._load_best_model()
+        self._refuse_diverged()
         return TrainOutput(state.global_step, 0.0, {})
 
     def _describe_bad_examples(self) -> str:
@@ -393,7 +415,7 @@ class MMGEMTrainer(Trainer):
         )
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
-        self._mean_sums()  # a diverged model is no checkpoint
+        self._refuse_diverged()
         with writing(os.path.join(str(self.args.output_dir), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")):
             super()._save_checkpoint(model, trial)
 
@@ -448,6 +470,9 @@ class MMGEMTrainer(Trainer):
             if step > 0:
                 self._save_checkpoint(self.model, trial)
                 saved = f"{PREFIX_CHECKPOINT_DIR}-{step} is saved, to go on from with --resume_from_checkpoint true"
+                if self.args.save_only_model:
+                    remedy = "without its optimizer: start a new run from it with --init_from"
+                    saved = f"{PREFIX_CHECKPOINT_DIR}-{step} is saved, {remedy}"
             raise TrainingStopped(
                 f"The evaluation at step {step} failed ({type(error).__name__}: {error}). Repair what it names, or "
                 f"pass --eval_strategy no; {saved}."

@@ -30,6 +30,7 @@ UNSUPPORTED = {
     "hub_always_push": "train.py pushes the finished run once, with its evaluation",
     "parallelism_config": "several devices train by DistributedDataParallel or FSDP2",
     "deepspeed": "several devices train by DistributedDataParallel or FSDP2",
+    "do_train": "train.py always trains; python -m mmgem.evaluation evaluates without training",
     "do_eval": "train.py trains, and evaluates where there is held-out data; python -m mmgem.evaluation evaluates",
     "do_predict": "train.py trains, and evaluates where there is held-out data; python -m mmgem.evaluation evaluates",
     "dataloader_drop_last": _BATCHES,

@@ -1,6 +1,7 @@
 """The adapters of stage 2 through PEFT's and through transformers' own doors."""
 
 import copy
+import json
 import shutil
 
 import pytest
@@ -144,6 +145,26 @@ def test_switching_by_peft(folder, base, processor):
     assert same(everything(model, processor), plain) == {"text", "picture", "caption", "of"}
     with wrapped.disable_adapter():
         assert len(same(everything(model, processor), plain)) == 5
+
+
+def test_a_base_that_is_a_relative_path_is_found_beside_the_adapter(folder, processor, tmp_path, monkeypatch):
+    """From any working directory, without asking the Hub; and a copy of the adapter in another folder finds it too."""
+    shutil.copytree(folder / "base", tmp_path / "outputs" / "scenes")
+    adapter = tmp_path / "outputs" / "scenes" / "region-retrieval"
+    shutil.copytree(folder / "region-retrieval", adapter)
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = "outputs/scenes"
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("the network was used"))
+    model = MMGEMModel.from_pretrained(adapter).eval()
+    expected = MMGEMModel.from_pretrained(folder / "base").eval()
+    expected.load_adapter(str(folder / "region-retrieval"))
+    assert len(same(everything(model, processor), everything(expected, processor))) == 5
+    model.save_pretrained("copy")
+    saved = json.loads((tmp_path / "elsewhere" / "copy" / "default" / "adapter_config.json").read_text())
+    assert saved["base_model_name_or_path"] == str(tmp_path / "outputs" / "scenes")
 
 
 @pytest.mark.parametrize("state", ["active", "off"])

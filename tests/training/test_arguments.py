@@ -1,5 +1,6 @@
 """Options from YAML and the command line."""
 
+import math
 import re
 from dataclasses import fields
 
@@ -11,6 +12,9 @@ from mmgem.output_lock import output_lock
 from mmgem.training.arguments import MMGEMTrainingArguments, parse_arguments
 from mmgem.training.stages import check_optimizer
 from mmgem.training.unsupported import UNSUPPORTED
+
+
+TOWERS = ["--vision_model_name_or_path", "a", "--text_model_name_or_path", "b"]
 
 
 def test_options_come_from_yaml_and_the_command_line_wins(tmp_path):
@@ -120,7 +124,7 @@ EFFECTIVE = set(
     accelerator_config dataloader_num_workers dataloader_pin_memory dataloader_prefetch_factor
     dataloader_multiprocessing_context train_sampling_strategy ddp_find_unused_parameters ddp_bucket_cap_mb
     ddp_broadcast_buffers ddp_static_graph ddp_backend ddp_timeout fsdp fsdp_config debug skip_memory_metrics
-    do_train resume_from_checkpoint local_rank
+    resume_from_checkpoint local_rank
 """,
     )
 )
@@ -163,11 +167,45 @@ def test_an_option_without_effect_is_refused_by_its_name(tmp_path, name):
         ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps must be 1 or more, got 0"),
         ({"dataloader_num_workers": -1}, "dataloader_num_workers must be 0 or more, got -1"),
         ({"max_steps": 0}, "max_steps must be 1 or more"),
+        ({"weight_decay": math.nan}, "weight_decay must be a finite number of 0 or more, got nan"),
+        ({"caption_loss_weight": math.inf}, "caption_loss_weight must be a finite number of 0 or more, got inf"),
+        ({"projection_lr_multiplier": -1.0}, "projection_lr_multiplier must be a finite number of 0 or more, got -1"),
+        ({"learning_rate": -1.0}, "learning_rate must be a finite number of 0 or more"),
+        ({"num_train_epochs": -1.0}, "num_train_epochs must be a finite number of 0 or more"),
+        ({"num_train_epochs": 0.0}, "num_train_epochs must be above 0, got 0"),
+        ({"lora_alpha": 8}, "lora_alpha is the scale of LoRA's matrices: give --lora_rank too"),
+        ({"lora_rank": 2, "lora_alpha": 0}, "lora_alpha must be 1 or more, got 0"),
+        ({"do_train": False}, r"do_train is not supported: train.py always trains.* Leave out --do_train"),
     ],
 )
 def test_values_that_could_not_have_their_effect_are_refused(tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
         MMGEMTrainingArguments(output_dir=str(tmp_path), use_cpu=True, **options)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--projection_dim", "0"], "projection_dim must be 1 or more, got 0"),
+        (["--projection_dim", "99", "--init_from", "a"], "projection_dim of the checkpoint of --init_from is kept"),
+        (["--vocab_size", "99", "--init_from", "a"], "vocab_size is for a model from scratch"),
+        (["--vocab_size", "99", *TOWERS], "vocab_size is for a model from scratch"),
+        (["--text_config", '{"hidden_size": 8}', *TOWERS], "text_config is for a model from scratch"),
+        (["--max_bad_fraction", "nan"], r"max_bad_fraction must lie in \[0, 1\], got nan"),
+        (["--do_train", "false"], "do_train is not supported"),
+        (["--vision_config", "[" * 100_000], "vision_config is no JSON: it is nested more than"),
+        (["--lr_scheduler_kwargs", '{"a": ' * 100_000], "an option holds JSON that is nested too deeply"),
+        (["--projection_lr_multiplier", "-1"], "projection_lr_multiplier must be a finite number"),
+    ],
+)
+def test_options_that_would_be_ignored_or_fail_later_are_refused(tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        parse_arguments(["--dataset_name", "scenes", "--output_dir", str(tmp_path), "--use_cpu", *options])
+
+
+def test_what_is_not_given_takes_its_default(tmp_path):
+    model_args, _, args, _ = parse_arguments(["--dataset_name", "scenes", "--output_dir", str(tmp_path), "--use_cpu"])
+    assert (model_args.projection_dim, model_args.vocab_size, args.do_train) == (512, 4096, True)
 
 
 @pytest.mark.parametrize("metric, greater", [("caption_loss", False), ("text_to_image_median_rank", False)])
@@ -198,7 +236,6 @@ def test_every_optimizer_is_made_or_refused_by_its_name(tmp_path, optim):
         ({"optim": "lamb", "optim_args": "fixed_dekay=true"}, "'fixed_dekay' of --optim_args has no effect"),
         ({"optim": "lamb", "optim_args": "weight_decay=0.1"}, "'weight_decay' of --optim_args has no effect"),
         ({"adam_beta1": 1.5}, "beta"),
-        ({"learning_rate": -1.0}, "learning rate"),
         ({"lr_scheduler_type": "cosine_with_min_lr"}, "min_lr"),
         ({"lr_scheduler_type": "cosine", "lr_scheduler_kwargs": {"cycles": 2}}, "cycles"),
     ],

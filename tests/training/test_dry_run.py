@@ -9,9 +9,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from mmgem.data.pairs import PairDataset
-from mmgem.training.arguments import DataArguments, DryRunArguments, ModelArguments
+from mmgem.training.arguments import DataArguments, DryRunArguments, MMGEMTrainingArguments, ModelArguments
 from mmgem.training.building import planned_config
-from mmgem.training.dry_run import LiveTensors, estimate
+from mmgem.training.dry_run import LiveTensors, check_memory, container_memory, estimate
 from mmgem.training.stages import make_optimizer
 from mmgem.training.trainer import MMGEMTrainer
 from tests.conftest import TEXT, VISION, Table, make_model, make_picture
@@ -136,3 +136,30 @@ def test_says_when_it_will_not_fit_without_data_or_a_gpu(tmp_path, monkeypatch, 
     output = capsys.readouterr().out
     assert "It will not fit" in output and "steps per day at 40% of 1.00 TFLOP/s" in output
     assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_the_limit_of_a_container_counts(processor, tmp_path, monkeypatch, version):
+    """8 MiB allowed, 6 taken, of which 4 are cached files: 6 are left, and without a limit what the machine has."""
+    files = {
+        "memory.max": 8 * 2**20,
+        "memory.current": 6 * 2**20,
+        "memory.stat": f"anon 9\ninactive_file {4 * 2**20}",
+    }
+    if version == 1:
+        (tmp_path / "memory").mkdir()
+        names = ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat")
+        files = dict(zip(names, files.values()))
+        files["memory/memory.stat"] = files["memory/memory.stat"].replace("inactive", "total_inactive")
+    for name, content in files.items():
+        (tmp_path / name).write_text(f"{content}\n")
+    monkeypatch.setattr("mmgem.training.dry_run.CGROUP", tmp_path)
+    assert container_memory() == (8 * 2**20, 6 * 2**20)
+    config = make_model(processor).config
+    args = MMGEMTrainingArguments(output_dir=str(tmp_path / "out"), use_cpu=True)
+    check_memory(config, args)
+    config.text_config.intermediate_size = 4096
+    with pytest.raises(ValueError, match=r"but 0\.0 GiB are free on this machine"):
+        check_memory(config, args)
+    (tmp_path / next(iter(files))).write_text("max\n" if version == 2 else f"{2**63 - 4096}\n")
+    check_memory(config, args)

@@ -2,14 +2,18 @@
 
 import json
 import os
+import shutil
 import time
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import TrainerCallback
+from transformers.utils import logging
 
 from mmgem import MMGEMModel, MMGEMProcessor
 from mmgem.data.pairs import PairDataset
+from mmgem.loading import load_checkpoint
 from mmgem.training.checkpoints import CheckpointError, TrainingStopped, find_checkpoint
 from mmgem.training.region_trainer import RegionTrainer
 from mmgem.training.trainer import MMGEMTrainer
@@ -21,10 +25,11 @@ from .test_region_training import four_pictures
 from .test_training import CAPTIONS, eight_pictures, training_arguments
 
 
-def make_trainer(processor, folder, eval_dataset=None, model=None, **options):
+def make_trainer(processor, folder, eval_dataset=None, model=None, model_settings=None, **options):
     options = {"max_steps": 3, "save_strategy": "steps", "save_steps": 2, **options}
     args = training_arguments(folder, **options)
-    return MMGEMTrainer(model or make_model(processor), args, processor, eight_pictures(), eval_dataset)
+    model = model or make_model(processor)
+    return MMGEMTrainer(model, args, processor, eight_pictures(), eval_dataset, model_settings=model_settings)
 
 
 def assert_equal(actual, expected):
@@ -101,6 +106,53 @@ def test_a_batch_may_be_divided_otherwise(processor, begun):
     assert trainer.state.global_step == 4
 
 
+def test_how_attention_is_computed_and_how_a_path_is_written_may_change(processor, tmp_path, monkeypatch):
+    """Also where the checkpoint holds the path as it was written."""
+    (tmp_path / "towers" / "vit").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    before = {"attn_implementation": None, "vision_model_name_or_path": "towers/vit", "init_from": None}
+    make_trainer(processor, tmp_path, max_steps=2, model_settings=before).train()
+    path = tmp_path / "checkpoint-2" / "trainer_state.json"
+    state = json.loads(path.read_text())
+    for written in ("as it is", "towers/vit"):
+        if written != "as it is":
+            state["stateful_callbacks"]["RunSettings"]["args"]["settings"]["vision_model_name_or_path"] = written
+            path.write_text(json.dumps(state))
+        after = {
+            **before,
+            "attn_implementation": "eager",
+            "vision_model_name_or_path": str(tmp_path / "towers" / "vit"),
+        }
+        trainer = make_trainer(processor, tmp_path, model_settings=after, save_strategy="no")
+        trainer.train(resume_from_checkpoint=True)
+        assert trainer.state.global_step == 3
+    other = make_trainer(processor, tmp_path, model_settings={"vision_model_name_or_path": str(tmp_path)})
+    with pytest.raises(CheckpointError, match="with vision_model_name_or_path 'towers/vit', not"):
+        other.train(resume_from_checkpoint=True)
+
+
+def test_a_checkpoint_that_holds_no_settings_is_resumed_with_a_warning(processor, begun, tmp_path, caplog):
+    """As mmgem 0.1 wrote it."""
+    shutil.copytree(begun / "checkpoint-2", tmp_path / "checkpoint-2")
+    path = tmp_path / "checkpoint-2" / "trainer_state.json"
+    state = json.loads(path.read_text())
+    del state["stateful_callbacks"]["RunSettings"]
+    path.write_text(json.dumps(state))
+    trainer = make_trainer(processor, tmp_path, save_strategy="no")
+    logging.enable_propagation()
+    trainer.train(resume_from_checkpoint=True)
+    logging.disable_propagation()
+    assert trainer.state.global_step == 3
+    assert "checkpoint-2 does not say which settings it was trained with" in caplog.text
+
+
+def test_a_state_that_is_nested_too_deeply_is_no_whole_checkpoint(tmp_path):
+    (tmp_path / "checkpoint-2").mkdir()
+    (tmp_path / "checkpoint-2" / "trainer_state.json").write_text("[" * 100_000)
+    with pytest.raises(CheckpointError, match="holds no whole checkpoint"):
+        find_checkpoint(str(tmp_path))
+
+
 def test_a_checkpoint_without_an_optimizer_is_refused(processor, tmp_path):
     make_trainer(processor, tmp_path, max_steps=2, save_only_model=True).train()
     with pytest.raises(CheckpointError, match=r"checkpoint-2 holds no optimizer .*--init_from"):
@@ -156,6 +208,33 @@ def test_a_model_that_diverged_is_not_saved(processor, tmp_path, steps):
     with pytest.raises(TrainingStopped, match=f"diverged at step {steps}"):
         make_trainer(processor, tmp_path, model=model, max_steps=steps).train()
     assert not list(tmp_path.glob("checkpoint-*"))
+
+
+@pytest.mark.parametrize("steps", [3, 4])
+def test_a_gradient_that_is_nan_neither_replaces_the_last_checkpoint_nor_ends_in_the_model(processor, tmp_path, steps):
+    """At the last step too, of which the losses say nothing. Every second step is saved."""
+    model = make_model(processor)
+    trainer = make_trainer(processor, tmp_path, model=model, max_steps=steps, save_total_limit=1, logging_steps=99)
+
+    class Poison(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, **kwargs):
+            if state.global_step == steps - 1:
+                model.text_projection.weight.grad[0, 0] = torch.nan
+
+    trainer.add_callback(Poison())
+    with pytest.raises(TrainingStopped, match=rf"diverged at step {steps}, .*text_projection.weight holds NaN"):
+        trainer.train()
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
+    load_checkpoint(str(tmp_path / "checkpoint-2"))
+
+
+def test_a_failing_evaluation_without_an_optimizer_to_resume_names_init_from(processor, tmp_path):
+    options = {"eval_strategy": "steps", "eval_steps": 1, "save_only_model": True, "max_steps": 2}
+    options |= {"metric_for_best_model": "caption_los"}
+    message = r"checkpoint-1 is saved, without its optimizer: start a new run from it with --init_from"
+    with pytest.raises(TrainingStopped, match=message) as error:
+        make_trainer(processor, tmp_path, eight_pictures(), **options).train()
+    assert "--resume_from_checkpoint" not in str(error.value)
 
 
 @pytest.mark.parametrize("fault", ["captions", "metric"])
