@@ -36,7 +36,7 @@ class ModelArguments:
     text_config: dict | str | None = field(
         default=None, metadata={"help": "From scratch: settings of the language model (JSON)."}
     )
-    vocab_size: int | None = field(
+    vocab_size: int = field(  # type: ignore[assignment]  # None until __post_init__: not given
         default=None, metadata={"help": "From scratch: size of the BPE trained on the captions; 4096 by default."}
     )
     image_size: int | None = field(
@@ -45,7 +45,7 @@ class ModelArguments:
     attn_implementation: str | None = field(
         default=None, metadata={"help": "Attention of both towers: sdpa (default), eager, flash_attention_2, …"}
     )
-    projection_dim: int | None = field(
+    projection_dim: int = field(  # type: ignore[assignment]  # None until __post_init__: not given
         default=None, metadata={"help": "D, the size of the embedding space of a new model; 512 by default."}
     )
     region_grid_size: int | None = field(
