@@ -2,7 +2,7 @@
 
 import copy
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from itertools import zip_longest
 from typing import Any
 
@@ -111,7 +111,7 @@ class RegionCaptioningPipeline(Pipeline):
         processor.region_grid_size = self.model.region_grid_size
         (image,) = processor._load_images(inputs["image"])
         geometry = geometry_of(processor.image_processor, *image.size)
-        map_region = map_box if kind == "boxes" else map_mask
+        map_region: Any = map_box if kind == "boxes" else map_mask
         if kind == "boxes":
             refuse_normalized(regions)
         shown, faults = [], []
@@ -164,7 +164,7 @@ class RegionCaptioningPipeline(Pipeline):
         return [{name: region, "caption": captions.get(i)} for i, region in enumerate(model_outputs["regions"])]
 
 
-def _paired(images: Iterable[Any], regions: Iterable[Any], kind: str) -> Iterator[dict[str, Any]]:
+def _paired(images: Any, regions: Any, kind: str) -> Iterator[dict[str, Any]]:
     """Each image with its regions. Raises ValueError if there are more of one than of the other."""
     if hasattr(images, "__len__") and hasattr(regions, "__len__") and len(images) != len(regions):
         raise ValueError(f"There are {len(images)} images, but {kind} holds {len(regions)} lists.")

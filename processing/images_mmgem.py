@@ -139,7 +139,7 @@ def image_of_array(value: Any) -> Image.Image:
     array = as_array(value) if hasattr(value, "__array__") else np.empty(0, dtype=object)
     if array.dtype.kind not in "biuf":
         raise ValueError(
-            f"{type(value).__name__} is no image; pass a PIL image, a path, a URL, bytes, an array or a tensor"
+            f"{type(value).__name__} is not an image; pass a PIL image, a path, a URL, bytes, an array or a tensor"
         )
     if array.ndim == 3 and array.shape[0] in CHANNELS and (is_tensor or array.shape[2] not in CHANNELS):
         array = np.moveaxis(array, 0, 2)
@@ -147,8 +147,8 @@ def image_of_array(value: Any) -> Image.Image:
         array = array[..., 0]
     if array.ndim != 2 and not (array.ndim == 3 and array.shape[2] in CHANNELS):
         raise ValueError(
-            f"an array of shape {array.shape} is no image: it needs the shape (height, width), (height, width, 3) or "
-            "(3, height, width)"
+            f"an array of shape {array.shape} is not an image: it needs the shape (height, width), (height, width, 3) "
+            "or (3, height, width)"
         )
     check_size(array.shape[1], array.shape[0])
     return Image.fromarray(eight_bits(array))

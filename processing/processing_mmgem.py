@@ -1,7 +1,7 @@
 """Processor of MM-GEM: texts, prompts, pictures and regions to what the model takes."""
 
 import difflib
-import math
+import sys
 from collections.abc import Sequence
 from numbers import Integral
 from typing import Any
@@ -318,7 +318,7 @@ class MMGEMProcessor(ProcessorMixin):
         if max_length is not None and truncation not in (False, "do_not_truncate"):
             limit = self.checked_length(max_length)
         else:
-            limit = self.tokenizer.model_max_length if truncation else math.inf
+            limit = int(self.tokenizer.model_max_length) if truncation else sys.maxsize
         if too_long := next((row for row in rows if len(row) > limit), None):
             raise ValueError(
                 f"A prompt has {len(too_long)} tokens, but max_length is {limit}, and a prompt cannot be truncated. "

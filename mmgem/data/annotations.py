@@ -177,7 +177,7 @@ def _refuse_twice(file: str, kind: str, values: list[Any]) -> None:
 
 def _text(value: Any, file: str, image: Any) -> str:
     if not isinstance(value, str):
-        raise ValueError(f"{file} has {value!r} as a text about picture {image}, which is none.")
+        raise ValueError(f"{file} has {value!r} as a text about picture {image}, but a text must be a string.")
     try:
         return as_sentence(value)
     except ValueError as error:
@@ -189,7 +189,7 @@ def _box(corner_and_size: Any, file: str, image: Any) -> list[float]:
     numbers = corner_and_size if isinstance(corner_and_size, list) else []
     if len(numbers) != 4 or not all(isinstance(number, int | float) for number in numbers):
         raise ValueError(
-            f"{file} has {corner_and_size!r} as a box of picture {image}, which is no [x, y, width, height]."
+            f"{file} has {corner_and_size!r} as a box of picture {image}, which is not [x, y, width, height]."
         )
     x, y, width, height = map(float, numbers)
     return [x, y, x + width, y + height]

@@ -13,13 +13,13 @@ TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|[\[{]|[\]}]')
 def read_json(path: str) -> Any:
     """
     Raises:
-        ValueError: for a file that is no JSON, or nested too deeply, with its name.
+        ValueError: for a file that is not valid JSON, or nested too deeply, with its name.
     """
     with open(path, encoding="utf-8-sig") as file:
         try:
             return parse_json(file.read())
         except ValueError as error:
-            raise ValueError(f"{path} is no JSON: {error}.") from error
+            raise ValueError(f"{path} is not valid JSON: {error}.") from error
 
 
 def read_json_lines(path: str) -> list[Any]:
@@ -27,7 +27,7 @@ def read_json_lines(path: str) -> list[Any]:
     One value a line, empty lines passed over.
 
     Raises:
-        ValueError: for a line that is no JSON, or nested too deeply, with its number.
+        ValueError: for a line that is not valid JSON, or nested too deeply, with its number.
     """
     rows = []
     with open(path, "rb") as file:
@@ -35,12 +35,12 @@ def read_json_lines(path: str) -> list[Any]:
             try:
                 rows += [parse_json(line.decode("utf-8-sig"))] if line.strip() else []
             except ValueError as error:
-                raise ValueError(f"Line {number} of {path} is no JSON: {error}.") from error
+                raise ValueError(f"Line {number} of {path} is not valid JSON: {error}.") from error
     return rows
 
 
 def parse_json(text: str) -> Any:
-    """Raises ValueError for what is no JSON, or nested too deeply for those who read it after us."""
+    """Parses a text. Raises ValueError for invalid JSON, and for JSON nested too deeply for other readers."""
     if text.count("[") + text.count("{") > MAX_DEPTH:
         depth = 0
         for match in TOKEN.finditer(text):
@@ -60,9 +60,9 @@ def check_json_row(text: str, name: str) -> None:
         half = error.object[error.start]
         raise ValueError(f"{name} holds half a surrogate pair, which is no character: {half!r}. Drop it.") from error
     except ValueError as error:
-        raise ValueError(f"{name} is no JSON: {error}.") from error
+        raise ValueError(f"{name} is not valid JSON: {error}.") from error
     if not isinstance(row, dict):
-        raise ValueError(f"{name} is no object with columns: {text[:40].strip()}.")
+        raise ValueError(f"{name} is not an object with columns: {text[:40].strip()}.")
 
 
 def no_such_split(path: str, asked: Sequence[str] | None, there: set[str]) -> ValueError:

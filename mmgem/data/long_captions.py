@@ -24,8 +24,8 @@ def read_long_captions(path: str, splits: Sequence[str] | None = None) -> dict[s
         None where the file or folder is of another kind.
 
     Raises:
-        ValueError: for what is no JSON or text, where DOCCI's file has none of `splits`, and for two pictures of one
-            name.
+        ValueError: for anything that is not valid JSON or text, where DOCCI's file has none of `splits`, and for two
+            pictures of one name.
     """
     if os.path.isdir(path):
         return _read_folder(path)

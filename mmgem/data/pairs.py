@@ -159,10 +159,10 @@ def digest(content: bytes) -> int:
 
 def as_captions(value: Any) -> list[str]:
     """
-    One caption or a list of them, as sentences, without the empty ones.
+    Returns one caption or a list of captions as sentences, without empty ones.
 
     Raises:
-        ValueError: for anything that is no text, and for a list written out as one.
+        ValueError: for a value that is not text, and for a list written as text.
     """
     values = value if isinstance(value, list | tuple) else [value]
     if wrong := [item for item in values if not isinstance(item, str | None)]:

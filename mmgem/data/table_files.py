@@ -135,7 +135,7 @@ def _check_json(path: str) -> None:
     if text.lstrip().startswith("["):
         rows = read_json(path)
         if wrong := [i for i, row in enumerate(rows) if not isinstance(row, dict)]:
-            raise ValueError(f"Row {wrong[0]} of {path} is no object with columns: {str(rows[wrong[0]])[:40]}.")
+            raise ValueError(f"Row {wrong[0]} of {path} is not an object with columns: {str(rows[wrong[0]])[:40]}.")
     else:
         with contextlib.suppress(ValueError):
             read_json(path)

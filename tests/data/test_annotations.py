@@ -75,7 +75,7 @@ def test_doccis_splits(folder):
     assert len(read(folder, lines, name="docci_descriptions.jsonlines")) == 3
     with pytest.raises(ValueError, match="no split val or qual_dev; it has test, train"):
         read(folder, lines, ("val", "qual_dev"), name="docci_descriptions.jsonlines")
-    with pytest.raises(ValueError, match=r"Line 5 of .*docci_descriptions\.jsonlines is no JSON"):
+    with pytest.raises(ValueError, match=r"Line 5 of .*docci_descriptions\.jsonlines is not valid JSON"):
         read(folder, lines + "\n{", name="docci_descriptions.jsonlines")
 
 
@@ -139,18 +139,18 @@ def test_an_empty_folder_is_none_of_them(folder):
 def test_faults_name_the_file_and_the_picture(folder):
     (folder / "dci").mkdir()
     (folder / "dci" / "b.json").write_bytes(b'{"image": "\xff"}')
-    with pytest.raises(ValueError, match=r"dci/b\.json is no JSON"):
+    with pytest.raises(ValueError, match=r"dci/b\.json is not valid JSON"):
         read_annotations([str(folder / "dci")], [str(folder / "images")])
-    with pytest.raises(ValueError, match=r"file\.json is no JSON: it is nested more than 100 deep"):
+    with pytest.raises(ValueError, match=r"file\.json is not valid JSON: it is nested more than 100 deep"):
         read(folder, "[" * 100_000)
     with pytest.raises(ValueError, match="none of COCO's"):
         read(folder, '{"a": 1}\n{"a": 2}', name="other.jsonl")
     images = [{"id": 7, "file_name": "a.jpg"}]
-    with pytest.raises(ValueError, match=r"has 5 as a text about picture 7, which is none"):
+    with pytest.raises(ValueError, match=r"has 5 as a text about picture 7, but a text must be a string"):
         read(folder, {"images": images, "annotations": [{"image_id": 7, "caption": 5}]})
     coco = {"images": images, "categories": [{"id": 1, "name": "dog"}, {"id": 2, "name": 5}]}
     for bbox in ([], [1, 2, 3], [1, 2, 3, "4"], None):
-        with pytest.raises(ValueError, match=r"file\.json has .* as a box of picture 7, which is no \[x, y, width"):
+        with pytest.raises(ValueError, match=r"file\.json has .* as a box of picture 7, which is not \[x, y, width"):
             read(folder, {**coco, "annotations": [{"image_id": 7, "category_id": 1, "bbox": bbox}]})
     with pytest.raises(ValueError, match=r"has 5 as a text about picture 7"):
         read(folder, {**coco, "annotations": [{"image_id": 7, "category_id": 2, "bbox": [1, 2, 3, 4]}]})
@@ -165,5 +165,5 @@ def test_faults_name_the_file_and_the_picture(folder):
     with pytest.raises(ValueError, match=r"caption/a\.txt is no text"):
         read_annotations([str(folder / "caption")], [str(folder / "images")])
     images = [{"filename": "a.jpg", "split": "test", "sentences": [{"raw": {"a": 1}}]}]
-    with pytest.raises(ValueError, match=r"as a text about picture a\.jpg, which is none"):
+    with pytest.raises(ValueError, match=r"as a text about picture a\.jpg, but a text must be a string"):
         read(folder, {"images": images})

@@ -190,7 +190,7 @@ def test_ids_of_one_dataset_are_not_those_of_the_other(annotations):
 def test_files_that_are_something_else_are_named(annotations, tmp_path):
     folder, files = annotations
     images = [str(folder / "images")]
-    for content, message in (("[1, 2", "no JSON"), ("{}", "none of COCO"), ("[]", "none of COCO")):
+    for content, message in (("[1, 2", "not valid JSON"), ("{}", "none of COCO"), ("[]", "none of COCO")):
         (tmp_path / "other.json").write_text(content)
         with pytest.raises(ValueError, match=f"other.json.*{message}"):
             read_annotations([str(tmp_path / "other.json")], images)

@@ -40,22 +40,22 @@ FAULTS = {
     "header.csv": (b"image,caption\n", r"header\.csv has no rows"),
     "bad.jsonl": (
         b'{"image": "a", "caption": "b"}\n\n{"image": \n',
-        r"Line 3 of .*bad\.jsonl is no JSON: Expecting value",
+        r"Line 3 of .*bad\.jsonl is not valid JSON: Expecting value",
     ),
-    "list.jsonl": (b'["a"]\n', r"Line 1 of .*list\.jsonl is no object with columns"),
+    "list.jsonl": (b'["a"]\n', r"Line 1 of .*list\.jsonl is not an object with columns"),
     "half.jsonl": (b'{"image": "a", "caption": "\\ud83d"}\n', r"Line 1 of .*half\.jsonl holds half a surrogate pair"),
     "latin.jsonl": ('{"caption": "café"}\n'.encode("cp1252"), r"Line 1 of .*latin\.jsonl is not in UTF-8"),
     "empty.jsonl": (b"", r"empty\.jsonl is empty"),
     "blank.jsonl": (b"\n \n", r"blank\.jsonl has no rows"),
     "deep.jsonl": (
         f'{{"image": "a", "caption": "b"}}\n{{"image": "a", "x": {DEEP}}}\n'.encode(),
-        r"Line 2 of .*deep\.jsonl is no JSON: it is nested more than 100 deep at character 119",
+        r"Line 2 of .*deep\.jsonl is not valid JSON: it is nested more than 100 deep at character 119",
     ),
     "deep.json": (
         f'[{{"image": "a", "x": {DEEP}}}]'.encode(),
-        r"deep\.json is no JSON: it is nested more than 100 deep",
+        r"deep\.json is not valid JSON: it is nested more than 100 deep",
     ),
-    "rows.json": (b'[{"image": "a"}, 3]', r"Row 1 of .*rows\.json is no object with columns: 3"),
+    "rows.json": (b'[{"image": "a"}, 3]', r"Row 1 of .*rows\.json is not an object with columns: 3"),
     "number.json": (b"3", r"number\.json could not be read as json"),
     "bad.parquet": (b"PAR1 nothing", r"bad\.parquet could not be read as parquet: ArrowInvalid: Parquet magic bytes"),
 }
@@ -204,7 +204,7 @@ def test_nothing_to_evaluate_on_is_said(tmp_path, caplog):
 def test_a_dataset_that_cannot_be_read_says_why(tmp_path):
     name = write_dataset(tmp_path / "data", "train", "test")
     (tmp_path / "data" / "test_rows.jsonl").write_text("{")
-    with pytest.raises(ValueError, match=r"Line 1 of .*data/test_rows\.jsonl is no JSON"):
+    with pytest.raises(ValueError, match=r"Line 1 of .*data/test_rows\.jsonl is not valid JSON"):
         load_pairs(DataArguments(dataset_name=name), 32, seed=0)
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "train.parquet").write_bytes(b"PAR1 nothing")
@@ -232,7 +232,7 @@ def test_json_with_a_mark_and_json_that_is_nested_deeply(tmp_path):
     (tmp_path / "a.jsonl").write_text('\ufeff{"a": 1}\n\n{"a": 2}\n', encoding="utf-8")
     assert read_json_lines(str(tmp_path / "a.jsonl")) == [{"a": 1}, {"a": 2}]
     (tmp_path / "a.jsonl").write_text(f"{{}}\n{DEEP}\n")
-    with pytest.raises(ValueError, match=r"Line 2 of .*a\.jsonl is no JSON: it is nested more than 100 deep"):
+    with pytest.raises(ValueError, match=r"Line 2 of .*a\.jsonl is not valid JSON: it is nested more than 100 deep"):
         read_json_lines(str(tmp_path / "a.jsonl"))
     content["annotations"][0]["caption"] = "\ud83d"
     (tmp_path / "coco.json").write_text(json.dumps(content))

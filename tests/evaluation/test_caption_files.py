@@ -65,7 +65,7 @@ def test_bad_files_name_the_offender(tmp_path, caplog):
     path = tmp_path / "captions.json"
     path.write_text("[{")
     for read in (read_caption_results, read_caption_references):
-        with pytest.raises(ValueError, match=r"captions\.json is no JSON"):
+        with pytest.raises(ValueError, match=r"captions\.json is not valid JSON"):
             read(str(path))
     path.write_text('[{"image_id": 7, "caption": "a"}, {"image_id": "7", "caption": "b"}]')
     with pytest.raises(ValueError, match="several captions for 1 pictures, such as image_id 7"):

@@ -190,11 +190,11 @@ def test_files_that_are_none_are_named_alike(processor, tmp_path, name):
 @pytest.mark.parametrize(
     ("image", "message"),
     [
-        (None, "NoneType is no image; pass a PIL image"),
+        (None, "NoneType is not an image; pass a PIL image"),
         ({"a": 1}, "the dict has neither bytes nor a path, but a"),
         ({"bytes": None, "path": None}, "the dict has neither bytes nor a path"),
-        (3, "int is no image"),
-        (np.array(["a"]), "ndarray is no image"),
+        (3, "int is not an image"),
+        (np.array(["a"]), "ndarray is not an image"),
     ],
 )
 def test_what_is_no_image_is_named(processor, image, message):
