@@ -38,7 +38,7 @@ class LanguageModelSide:
     def loss(self, batch: dict[str, Any]) -> torch.Tensor:
         inputs = {name: batch[name] for name in MODEL_INPUTS if name in batch}
         outputs = self.model(**inputs, return_loss=False, logits_to_keep=1)
-        embeds = outputs.text_embeds, outputs.image_embeds
+        embeds = outputs.text_embeds[batch["text_index"]], outputs.image_embeds
         return contrastive_loss(*embeds, outputs.logit_scale, pair_ids=batch["pair_ids"])
 
     def embed_texts(self, texts: list[str], length: int) -> torch.Tensor:

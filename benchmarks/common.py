@@ -65,7 +65,7 @@ def joint_losses(model: MMGEMModel, batch: dict) -> tuple[torch.Tensor, torch.Te
     """L_Emb and L_Gen of a collator's batch."""
     inputs = {name: batch[name] for name in MODEL_INPUTS if name in batch}
     outputs = model(**inputs, return_loss=False, logits_to_keep=1)
-    embeds = outputs.text_embeds, outputs.image_embeds
+    embeds = outputs.text_embeds[batch["text_index"]], outputs.image_embeds
     contrastive = contrastive_loss(*embeds, outputs.logit_scale, pair_ids=batch["pair_ids"])
     return contrastive, outputs.caption_loss
 

@@ -122,7 +122,8 @@ def make_step(model: Any, batch: dict[str, Any], optimizer: torch.optim.Optimize
     def forward(inputs: dict[str, Any]) -> Any:
         with autocast:
             outputs = model(**{name: inputs[name] for name in MODEL_INPUTS if name in inputs}, return_loss=False)
-        return (outputs.text_embeds, outputs.image_embeds, outputs.logit_scale), outputs.caption_loss
+        texts = outputs.text_embeds[inputs["text_index"]]
+        return (texts, outputs.image_embeds, outputs.logit_scale), outputs.caption_loss
 
     def step() -> None:
         if "mini_batches" in batch:

@@ -32,8 +32,8 @@ class PairCollator:
         mini_batch_size: cuts the batch into parts for the gradient cache; 0 leaves it whole.
 
     Packing puts sequences where they fit. Images come in the order of their captions. `text_positions` `(B,)` are the
-    places of [EMB] in `input_ids.flatten()`, in the order of the images, and `label_positions` those of all labels:
-    the model need not search for them. `pair_ids` `(B, 2)`, in the order of the images, are hashes of each pair's
+    places of [EMB] in `input_ids.flatten()`, and `label_positions` those of all labels: the model need not search for
+    them. `text_index` `(B,)` says which of the sentences, in this order, belongs to each image. `pair_ids` `(B, 2)`, in the order of the images, are hashes of each pair's
     caption and image, by which equal ones are known. With `mini_batch_size`, the list `mini_batches` holds a batch for
     each part, in which `sentences` are the inputs that embed its texts alone.
 
@@ -144,8 +144,8 @@ class PairCollator:
                 start = end
                 last[i] = r * width + end - 1
             position_ids[r, start:] = torch.arange(width - start)
-        positions = torch.tensor([last[i] for i in texts], dtype=torch.long)
-        tensors = {"input_ids": input_ids, "text_positions": positions}
+        positions, order = torch.tensor([last[i] for i in texts], dtype=torch.long).sort()
+        tensors = {"input_ids": input_ids, "text_positions": positions, "text_index": order.argsort()}
         # From restarting positions, and no mask, transformers makes the block-diagonal mask itself.
         tensors.update({"position_ids": position_ids} if self.pack_length else {"attention_mask": attention_mask})
         label_positions = labels.flatten().ne(-100).nonzero()[:, 0]

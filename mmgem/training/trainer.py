@@ -203,6 +203,8 @@ class MMGEMTrainer(Trainer):
         model_inputs = {name: inputs[name] for name in MODEL_INPUTS if name in inputs}
         outputs = model(**model_inputs, num_items_in_batch=num_items_in_batch, return_loss=False, logits_to_keep=1)
         texts, images = outputs.text_embeds, outputs.image_embeds
+        if texts is not None:
+            texts = texts[inputs["text_index"]]
         if "region_mask" in inputs:
             images = images[inputs["region_mask"]]
         self._logit_scale = outputs.logit_scale.detach() if self.args.objective != "caption" else None

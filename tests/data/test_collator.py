@@ -85,8 +85,9 @@ def sequences_of(batch, pad):
 
 
 def texts_of(batch, emb):
-    """The words in front of each [EMB] that `text_positions` names, in its order."""
-    row, end = batch["text_positions"] // 64, batch["text_positions"] % 64
+    """The words in front of each [EMB] that `text_positions` names, in the order of the images."""
+    positions = batch["text_positions"][batch["text_index"]]
+    row, end = positions // 64, positions % 64
     assert batch["input_ids"][row, end].eq(emb).all()
     start = end - batch["position_ids"][row, end]
     return [batch["input_ids"][r, s + 1 : e].tolist() for r, s, e in zip(row, start, end)]
@@ -123,7 +124,8 @@ def test_packed_losses_and_gradients_equal_the_padded_ones(processor, objective,
         output = model(**{name: batch[name] for name in MODEL_INPUTS if name in batch})
         losses = [] if objective == "contrastive" else [output.caption_loss]
         if objective != "caption":
-            losses.append(contrastive_loss(output.text_embeds, output.image_embeds, output.logit_scale))
+            texts = output.text_embeds[batch["text_index"]]
+            losses.append(contrastive_loss(texts, output.image_embeds, output.logit_scale))
         loss = torch.stack(losses).sum()
         loss.backward()
         gradient = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
