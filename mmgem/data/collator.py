@@ -33,9 +33,10 @@ class PairCollator:
 
     Packing puts sequences where they fit. Images come in the order of their captions. `text_positions` `(B,)` are the
     places of [EMB] in `input_ids.flatten()`, and `label_positions` those of all labels: the model need not search for
-    them. `text_index` `(B,)` says which of the sentences, in this order, belongs to each image. `pair_ids` `(B, 2)`, in the order of the images, are hashes of each pair's
-    caption and image, by which equal ones are known. With `mini_batch_size`, the list `mini_batches` holds a batch for
-    each part, in which `sentences` are the inputs that embed its texts alone.
+    them. `text_index` `(B,)` says which of the sentences, in this order, belongs to each image. `pair_ids` `(B, 2)`,
+    in the order of the images, are hashes of each pair's caption and image, by which equal ones are known. With
+    `mini_batch_size`, the list `mini_batches` holds a batch for each part, in which `sentences` are the inputs that
+    embed its texts alone.
 
     A batch also counts what the Trainer reports: `truncated` (captions over `max_length`) and `bad` (index and reason
     of unreadable examples). Of a stream it has the `position` behind its last example.
