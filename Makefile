@@ -51,9 +51,7 @@ endef
 check: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	rm -rf build/types
-	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --target build/types .
-	cd build/types && MYPYPATH=. ../../$(BIN)/mypy --config-file ../../pyproject.toml -p mmgem
+	$(BIN)/mypy -p mmgem
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

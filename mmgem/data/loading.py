@@ -7,8 +7,8 @@ from typing import Any
 import datasets
 from transformers.utils import logging
 
-from ..training.arguments import DataArguments
 from .annotations import read_annotations
+from .arguments import DataArguments
 from .pairs import PairDataset
 from .regions import RegionDataset
 from .scenes import ScenesDataset
