@@ -32,10 +32,6 @@ class DataArguments:
         metadata={"help": "A string, or a list of strings: one is drawn per step, all count in evaluation."},
     )
     max_length: int = field(default=50, metadata={"help": "Tokens per text, BOS and [EMB] included."})
-    packing: bool = field(
-        default=True, metadata={"help": "Pack sequences into rows without padding; false gives each a padded row."}
-    )
-    pack_length: int = field(default=128, metadata={"help": "Length of the packed rows."})
     max_train_samples: int | None = field(default=None, metadata={"help": "Use that many (scenes: draws 20,000)."})
     max_eval_samples: int | None = field(default=None, metadata={"help": "Use that many (scenes: draws 500)."})
     augmentation_scale: float = field(
@@ -63,9 +59,6 @@ class DataArguments:
             "covers it. Pictures without regions always do."
         },
     )
-    max_bad_fraction: float = field(
-        default=0.01, metadata={"help": "Stop when more than this share of the training set cannot be read."}
-    )
 
     def __post_init__(self) -> None:
         sources = (self.dataset_name, self.train_file, self.train_shards, self.train_annotations)
@@ -91,7 +84,5 @@ class DataArguments:
                 raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}.")
         if self.shuffle_window < 1:
             raise ValueError(f"shuffle_window must be 1 or more, got {self.shuffle_window}.")
-        if not 0 <= self.max_bad_fraction <= 1:
-            raise ValueError(f"max_bad_fraction must lie in [0, 1], got {self.max_bad_fraction}.")
         if not 0 < self.augmentation_scale <= 1:
             raise ValueError(f"augmentation_scale must lie in (0, 1], got {self.augmentation_scale}.")

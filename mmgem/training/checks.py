@@ -1,20 +1,104 @@
-"""What is refused before a run starts, because it would train on something else than it says."""
+"""Options and models that would train on something else than they say, refused before a run starts."""
 
 import os
+from dataclasses import fields
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 
 from ..modeling_mmgem import MMGEMModel
-from .arguments import MMGEMTrainingArguments
+
+
+# Optimizers that transformers does not have: names of classes of pytorch-optimizer.
+PYTORCH_OPTIMIZERS = {"lamb": "Lamb", "soap": "SOAP"}
+
+_EVALUATION = "each evaluation goes through the whole held-out set and computes retrieval and L_Gen"
+_BATCHES = "equal batches keep the number of negatives equal"
+_FULL_EVALUATION = "evaluation runs in the precision of training; python -m mmgem.evaluation has --dtype"
+_PUSH = "train.py pushes the finished run once, with its evaluation"
+_DEVICES = "several devices train by DistributedDataParallel or FSDP2"
+_DO_EVALUATE = "train.py trains, and evaluates where there is held-out data; python -m mmgem.evaluation evaluates"
+
+# Options of transformers' TrainingArguments that would have no effect here, or another than they say, and why. Any
+# other value than the default of MMGEMTrainingArguments is refused.
+UNSUPPORTED = {
+    "label_smoothing_factor": "L_Gen has no label smoothing",
+    "optim_target_modules": "optimizers that treat some modules otherwise (GaLore, APOLLO) are not supported",
+    "bf16_full_eval": _FULL_EVALUATION,
+    "fp16_full_eval": _FULL_EVALUATION,
+    "use_liger_kernel": "Liger has no kernels for MM-GEM",
+    "liger_kernel_config": "Liger has no kernels for MM-GEM",
+    "use_cache": "training does not use a key-value cache",
+    "auto_find_batch_size": f"{_BATCHES}; --mini_batch_size lowers the memory instead",
+    "include_num_input_tokens_seen": "padding of packed rows would count; the log has samples_per_second",
+    "prediction_loss_only": _EVALUATION,
+    "eval_do_concat_batches": _EVALUATION,
+    "eval_use_gather_object": _EVALUATION,
+    "eval_accumulation_steps": _EVALUATION,
+    "include_for_metrics": _EVALUATION,
+    "batch_eval_metrics": _EVALUATION,
+    "label_names": _EVALUATION,
+    "enable_jit_checkpoint": "train.py would evaluate the interrupted run as if it were finished; use --save_steps",
+    "hub_strategy": _PUSH,
+    "hub_always_push": _PUSH,
+    "parallelism_config": _DEVICES,
+    "deepspeed": _DEVICES,
+    "do_train": "train.py always trains; python -m mmgem.evaluation evaluates without training",
+    "do_eval": _DO_EVALUATE,
+    "do_predict": _DO_EVALUATE,
+    "dataloader_drop_last": _BATCHES,
+    "dataloader_persistent_workers": "workers learn of the next epoch, which chooses captions, when they start",
+    "dataloader_in_order": "a resumed run would skip other batches than those it was trained on",
+    "remove_unused_columns": "the collator chooses the columns",
+    "length_column_name": "packing makes rows of equal length",
+}
+
+
+def refuse_unsupported(args: Any) -> None:
+    """
+    Checks training arguments as they were given, before transformers derives others from them.
+
+    Raises:
+        ValueError: naming the first option that is not supported, and why.
+    """
+    defaults = {field.name: field.default for field in fields(args)}
+    for name, reason in UNSUPPORTED.items():
+        also_off = False if defaults[name] == "no" else None  # the command line's parser reads "no" as False
+        if getattr(args, name) not in (defaults[name], also_off, None, []):
+            raise ValueError(f"{name} is not supported: {reason}. Leave out --{name}.")
+    if args.train_sampling_strategy not in ("random", "sequential"):
+        raise ValueError(
+            f"train_sampling_strategy {args.train_sampling_strategy!r} is not supported: packing makes rows of equal "
+            "length. Choose random or sequential."
+        )
+    for name in ("neftune_noise_alpha", "torch_empty_cache_steps"):
+        if getattr(args, name) is not None and args.mini_batch_size:
+            raise ValueError(f"{name} is not supported beside mini_batch_size. Leave out one of the two.")
+    if args.neftune_noise_alpha is not None and args.stage != "1":
+        raise ValueError("neftune_noise_alpha is for stage 1: stage 2 keeps the language model in eval mode.")
+
+
+def refuse_unsupported_loaders(args: Any) -> None:
+    """
+    Checks `accelerator_config` once transformers has read it.
+
+    Raises:
+        ValueError: for batches that accelerate would divide among processes.
+    """
+    for name in ("split_batches", "dispatch_batches"):
+        if getattr(args.accelerator_config, name):
+            raise ValueError(
+                f"accelerator_config's {name} is not supported: per_device_train_batch_size is the batch of each "
+                "process, which reads its own examples. Leave it out."
+            )
 
 
 @torch.no_grad()
 def check_packing(model: MMGEMModel, accelerator: Accelerator) -> None:
     """
-    Two sequences in one row must not see each other. Some language models, and flash attention where there are
-    several rows, pay no heed to positions that restart.
+    Checks that two sequences in one row do not see each other. Some language models, and flash attention with several
+    rows, ignore positions that restart.
 
     Raises:
         ValueError: where they do, with the remedy.
@@ -65,12 +149,12 @@ def check_positions(model: MMGEMModel, longest: int) -> None:
         )
 
 
-def check_parallelism(args: MMGEMTrainingArguments, fsdp: Any = None, deepspeed: bool = False) -> None:
+def check_parallelism(args: Any, fsdp: Any = None, deepspeed: bool = False, lora: bool = False) -> None:
     """
-    Refuses what would not train on the gradients of the whole batch, or not at all. `fsdp` is Accelerate's plugin.
+    Checks that the processes of a run train on the gradients of the whole batch. `fsdp` is Accelerate's plugin.
 
     Raises:
-        ValueError: naming it, with the remedy.
+        ValueError: naming what prevents it, with the remedy.
     """
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if started > args.world_size:
@@ -83,25 +167,27 @@ def check_parallelism(args: MMGEMTrainingArguments, fsdp: Any = None, deepspeed:
             f"This one process sees {args.n_gpu} GPUs, and would split each batch without its negatives; start one "
             "process per GPU (accelerate launch), or set CUDA_VISIBLE_DEVICES."
         )
+    if args.world_size > 1 and not args.average_tokens_across_devices:
+        raise ValueError("Captions are averaged over the tokens of all processes: keep average_tokens_across_devices.")
     if deepspeed:
         raise ValueError("DeepSpeed is not supported; several GPUs train by DistributedDataParallel or FSDP2.")
-    if fsdp and fsdp.fsdp_version == 1:
+    if not fsdp:
+        return
+    if fsdp.fsdp_version == 1:
         raise ValueError(
             "FSDP 1 makes one vector of all parameters; set fsdp_version: 2 (configs/accelerate/fsdp.yaml)."
         )
-    if fsdp and args.kept_optimizer:
+    if args.optim in PYTORCH_OPTIMIZERS:
         raise ValueError(
-            f"{args.kept_optimizer} looks at whole matrices, of which each process has a part under FSDP; choose "
+            f"{args.optim} looks at whole matrices, of which each process has a part under FSDP; choose "
             "--optim adamw_torch, or DistributedDataParallel."
         )
-    if fsdp and args.eval_strategy != "no":
+    if args.eval_strategy != "no":
         raise ValueError("Under FSDP there is no evaluation while training; pass --eval_strategy no.")
-    if fsdp and "FULL" not in str(fsdp.state_dict_type):
+    if "FULL" not in str(fsdp.state_dict_type):
         raise ValueError(
             f"fsdp_state_dict_type {fsdp.state_dict_type} would write no model that can be loaded; choose "
             "FULL_STATE_DICT."
         )
-    if fsdp and args.lora_rank:
+    if lora:
         raise ValueError("LoRA's weights are merged where they are whole: train it without FSDP.")
-    if args.world_size > 1 and not args.average_tokens_across_devices:
-        raise ValueError("Captions are averaged over the tokens of all processes: keep average_tokens_across_devices.")
