@@ -3,7 +3,7 @@
 import importlib.util
 import math
 import os
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, dataclass, fields
 from typing import Literal
 
 from transformers import TrainingArguments
@@ -11,7 +11,7 @@ from transformers import TrainingArguments
 from ..data.arguments import DataArguments
 from ..data.json_files import parse_json
 from ..evaluation.arguments import EvaluationArguments
-from ..options import checked_token, parse_options
+from ..options import checked_token, option, parse_options
 from .checks import PYTORCH_OPTIMIZERS, refuse_unsupported, refuse_unsupported_loaders
 
 
@@ -31,33 +31,21 @@ MINIMA = {
 class ModelArguments:
     """Where the model comes from: an MM-GEM checkpoint, checkpoints of two towers, or configurations."""
 
-    init_from: str | None = field(
-        default=None, metadata={"help": "MM-GEM checkpoint (folder or Hub id) to go on from, on new data."}
+    init_from: str | None = option(None, "MM-GEM checkpoint (folder or Hub id) to go on from, on new data.")
+    vision_model_name_or_path: str | None = option(
+        None, "CLIP, SigLIP, DINOv2 or ViT checkpoint for the vision tower."
     )
-    vision_model_name_or_path: str | None = field(
-        default=None, metadata={"help": "CLIP, SigLIP, DINOv2 or ViT checkpoint for the vision tower."}
+    text_model_name_or_path: str | None = option(None, "Causal language model checkpoint.")
+    vision_config: dict | str | None = option(None, "From scratch: settings of the vision tower (JSON).")
+    text_config: dict | str | None = option(None, "From scratch: settings of the language model (JSON).")
+    vocab_size: int = option(None, "From scratch: size of the BPE trained on the captions; 4096 by default.")
+    image_size: int | None = option(None, "Pixels per side; position embeddings are interpolated where it is new.")
+    attn_implementation: str | None = option(
+        None, "Attention of both towers: sdpa (default), eager, flash_attention_2, …"
     )
-    text_model_name_or_path: str | None = field(default=None, metadata={"help": "Causal language model checkpoint."})
-    vision_config: dict | str | None = field(
-        default=None, metadata={"help": "From scratch: settings of the vision tower (JSON)."}
-    )
-    text_config: dict | str | None = field(
-        default=None, metadata={"help": "From scratch: settings of the language model (JSON)."}
-    )
-    vocab_size: int = field(  # type: ignore[assignment]  # None until __post_init__: not given
-        default=None, metadata={"help": "From scratch: size of the BPE trained on the captions; 4096 by default."}
-    )
-    image_size: int | None = field(
-        default=None, metadata={"help": "Pixels per side; position embeddings are interpolated where it is new."}
-    )
-    attn_implementation: str | None = field(
-        default=None, metadata={"help": "Attention of both towers: sdpa (default), eager, flash_attention_2, …"}
-    )
-    projection_dim: int = field(  # type: ignore[assignment]  # None until __post_init__: not given
-        default=None, metadata={"help": "D, the size of the embedding space of a new model; 512 by default."}
-    )
-    region_grid_size: int | None = field(
-        default=None, metadata={"help": "k: a region becomes k x k visual tokens; by default the checkpoint's own."}
+    projection_dim: int = option(None, "D, the size of the embedding space of a new model; 512 by default.")
+    region_grid_size: int | None = option(
+        None, "k: a region becomes k x k visual tokens; by default the checkpoint's own."
     )
 
     def __post_init__(self) -> None:
@@ -100,23 +88,12 @@ def _as_mapping(value: dict | str | None, name: str) -> dict:
 class DryRunArguments:
     """What `--dry_run` estimates for, from configurations alone: it reads neither weights nor data."""
 
-    dry_run_devices: int = field(default=1, metadata={"help": "Devices of the run; the batch size is that of each."})
-    dry_run_memory: float | None = field(
-        default=None, metadata={"help": "GiB of each device, to warn by; this machine's by default."}
-    )
-    dry_run_tflops: float | None = field(
-        default=None, metadata={"help": "Peak of each device in TFLOP/s; measured on this machine by default."}
-    )
-    dry_run_mfu: float = field(
-        default=0.4, metadata={"help": "Share of the peak that training reaches, what is computed twice included."}
-    )
-    dry_run_sharded: bool = field(
-        default=False,
-        metadata={"help": "Weights, gradients and optimiser divided among the devices, as FSDP does."},
-    )
-    dry_run_caption_tokens: int = field(
-        default=20, metadata={"help": "Tokens of an average caption, BOS and [EMB] included."}
-    )
+    dry_run_devices: int = option(1, "Devices of the run; the batch size is that of each.")
+    dry_run_memory: float | None = option(None, "GiB of each device, to warn by; this machine's by default.")
+    dry_run_tflops: float | None = option(None, "Peak of each device in TFLOP/s; measured on this machine by default.")
+    dry_run_mfu: float = option(0.4, "Share of the peak that training reaches, what is computed twice included.")
+    dry_run_sharded: bool = option(False, "Weights, gradients and optimiser divided among the devices, as FSDP does.")
+    dry_run_caption_tokens: int = option(20, "Tokens of an average caption, BOS and [EMB] included.")
 
 
 @dataclass
@@ -126,77 +103,52 @@ class MMGEMTrainingArguments(TrainingArguments):
     stage 1, and of the adapter in stage 2.
     """
 
-    stage: Literal["1", "region-caption", "region-retrieval"] = field(
-        default="1",
-        metadata={
-            "help": "1 trains everything on images with captions. Stage 2 trains an adapter on regions, beside the "
-            "frozen model of --init_from: h3 and soft prompts (region-caption) or h4 (region-retrieval)."
-        },
+    stage: Literal["1", "region-caption", "region-retrieval"] = option(
+        "1",
+        "1 trains everything on images with captions. Stage 2 trains an adapter on regions, beside the frozen "
+        "model of --init_from: h3 and soft prompts (region-caption) or h4 (region-retrieval).",
     )
-    dry_run: bool = field(
-        default=False, metadata={"help": "Print parameters, memory per device and cost of a step, and stop."}
+    dry_run: bool = option(False, "Print parameters, memory per device and cost of a step, and stop.")
+    cache_features: bool = option(
+        False, "Stage 2: run the ViT once over all images, and read its features from a file."
     )
-    cache_features: bool = field(
-        default=False,
-        metadata={"help": "Stage 2: run the ViT once over all images, and read its features from a file."},
-    )
-    packing: bool = field(
-        default=True,
-        metadata={"help": "Stage 1: pack sequences into rows without padding; false gives each a padded row."},
-    )
-    pack_length: int = field(default=128, metadata={"help": "Length of the packed rows."})
-    max_bad_fraction: float = field(
-        default=0.01, metadata={"help": "Stop when more than this share of the training set cannot be read."}
-    )
+    packing: bool = option(True, "Stage 1: pack sequences into rows without padding; false gives each a padded row.")
+    pack_length: int = option(128, "Length of the packed rows.")
+    max_bad_fraction: float = option(0.01, "Stop when more than this share of the training set cannot be read.")
 
-    optim: str = field(
-        default="adamw_torch",
-        metadata={"help": "'lamb' or 'soap' (from pytorch-optimizer), or any of transformers' OptimizerNames."},
+    optim: str = option(
+        "adamw_torch", "'lamb' or 'soap' (from pytorch-optimizer), or any of transformers' OptimizerNames."
     )
-    objective: Literal["joint", "contrastive", "caption"] = field(
-        default="joint", metadata={"help": "L_Emb + L_Gen, or one alone (the paper's ablation)."}
+    objective: Literal["joint", "contrastive", "caption"] = option(
+        "joint", "L_Emb + L_Gen, or one alone (the paper's ablation)."
     )
-    caption_loss_weight: float = field(
-        default=1.0,
-        metadata={
-            "help": "L = L_Emb + this x L_Gen. The paper adds them; its L_Gen is a mean per token, so raise it where "
-            "captions matter and the language model starts from scratch."
-        },
+    caption_loss_weight: float = option(
+        1.0,
+        "L = L_Emb + this x L_Gen. The paper adds them; its L_Gen is a mean per token, so raise it where captions "
+        "matter and the language model starts from scratch.",
     )
-    mini_batch_size: int = field(
-        default=0,
-        metadata={
-            "help": "Gradient cache: each device's batch goes through the model in parts of this size, at "
-            "their memory, with the contrastive loss and its gradient of the whole; 0: off."
-        },
+    mini_batch_size: int = option(
+        0,
+        "Gradient cache: each device's batch goes through the model in parts of this size, at their memory, with "
+        "the contrastive loss and its gradient of the whole; 0: off.",
     )
-    projection_lr_multiplier: float = field(
-        default=10.0, metadata={"help": "Learning rate of projections and logit_scale over the backbones'."}
+    projection_lr_multiplier: float = option(10.0, "Learning rate of projections and logit_scale over the backbones'.")
+    lora_rank: int = option(
+        0,
+        "Train LoRA matrices of this rank beside the language model's, its new tokens' rows and the projections, "
+        "and nothing else; 0: everything. What is saved in the end is one plain model.",
     )
-    lora_rank: int = field(
-        default=0,
-        metadata={
-            "help": "Train LoRA matrices of this rank beside the language model's, its new tokens' rows and the "
-            "projections, and nothing else; 0: everything. What is saved in the end is one plain model."
-        },
-    )
-    lora_alpha: int | None = field(default=None, metadata={"help": "LoRA's scale; twice the rank by default."})
-    freeze: list[str] = field(
-        default_factory=list,
-        metadata={"help": "Parameters not to train: names or beginnings of names, such as vision_model."},
-    )
+    lora_alpha: int | None = option(None, "LoRA's scale; twice the rank by default.")
+    freeze: list[str] = option([], "Parameters not to train: names or beginnings of names, such as vision_model.")
     # transformers' options with another default; UNSUPPORTED in checks.py says why no other value is accepted.
-    hub_strategy: str = field(default="end", metadata={"help": "The finished run is pushed, with its evaluation."})
-    do_train: bool = field(default=True, metadata={"help": "train.py always trains."})
-    dataloader_drop_last: bool = field(default=True, metadata={"help": "Every batch has the same size."})
-    remove_unused_columns: bool = field(default=False, metadata={"help": "The collator chooses the columns."})
+    hub_strategy: str = option("end", "The finished run is pushed, with its evaluation.")
+    do_train: bool = option(True, "train.py always trains.")
+    dataloader_drop_last: bool = option(True, "Every batch has the same size.")
+    remove_unused_columns: bool = option(False, "The collator chooses the columns.")
 
-    caption_samples: int = field(
-        default=500, metadata={"help": "Images to caption in the final evaluation; 0 for none."}
-    )
-    evaluation_config: str | None = field(
-        default=None,
-        metadata={"help": "Stage 1: options of `python -m mmgem.evaluation` (YAML), to run too at each evaluation."},
+    caption_samples: int = option(500, "Images to caption in the final evaluation; 0 for none.")
+    evaluation_config: str | None = option(
+        None, "Stage 1: options of `python -m mmgem.evaluation` (YAML), to run too at each evaluation."
     )
 
     def __post_init__(self) -> None:
@@ -240,10 +192,10 @@ class MMGEMTrainingArguments(TrainingArguments):
             )
         if not 0 <= self.max_bad_fraction <= 1:
             raise ValueError(f"max_bad_fraction must lie in [0, 1], got {self.max_bad_fraction}.")
-        for option in fields(self):
-            value = getattr(self, option.name)
+        for field in fields(self):
+            value = getattr(self, field.name)
             if isinstance(value, float) and not 0 <= value < math.inf:
-                raise ValueError(f"{option.name} must be a finite number of 0 or more, got {value}.")
+                raise ValueError(f"{field.name} must be a finite number of 0 or more, got {value}.")
         for name, minimum in MINIMA.items():
             if getattr(self, name) is not None and getattr(self, name) < minimum:
                 raise ValueError(f"{name} must be {minimum} or more, got {getattr(self, name)}.")

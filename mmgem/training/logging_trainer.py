@@ -55,8 +55,6 @@ class LoggingTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds both losses, tau, samples per second and the share of time spent waiting for data."""
-        if "train_runtime" in logs:
-            self._time_by_steady_clock(logs)
         if "loss" in logs and self._sums:
             logs.update({name: total / self._steps_since_log for name, total in self._mean_sums().items()})
             self._steps_since_log = 0
@@ -74,16 +72,7 @@ class LoggingTrainer(Trainer):
             self._start_interval()
         super().log(logs, start_time)
 
-    def _time_by_steady_clock(self, logs: dict[str, float]) -> None:
-        """Corrects Trainer's times, for which it reads the system clock: that may be set while it trains."""
-        seconds = time.perf_counter() - self._started
-        for name in ("train_samples_per_second", "train_steps_per_second"):
-            if name in logs:
-                logs[name] = round(logs[name] * logs["train_runtime"] / seconds, 3)
-        logs["train_runtime"] = round(seconds, 4)
-
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        self._started = time.perf_counter()
         self._resumed_from = None if resume_from_checkpoint is None else str(resume_from_checkpoint)
         return super().train(resume_from_checkpoint, *args, **kwargs)
 

@@ -16,7 +16,6 @@ from ..data.region_collator import RegionCollator
 from ..data.regions import RegionDataset
 from ..evaluation.regions import evaluate_regions
 from ..modeling_mmgem import MMGEMModel, contrastive_loss
-from ..processing import MMGEMProcessor
 from .adapters import add_region_adapter
 from .arguments import MMGEMTrainingArguments, data_seed
 from .checkpoints import CheckpointError
@@ -53,13 +52,13 @@ class RegionTrainer(MMGEMTrainer):
         drawn = {"max_regions": 16, "whole_image_weight": 0.2} if is_training else {}  # as train.py's defaults
         return RegionDataset(table, **columns, **drawn, seed=data_seed(args))  # type: ignore[arg-type]
 
-    def make_trainable(self, model: MMGEMModel, args: MMGEMTrainingArguments, processor: MMGEMProcessor) -> PeftModel:
+    def make_trainable(self, model: MMGEMModel, args: MMGEMTrainingArguments) -> PeftModel:
         if args.activation_checkpointing:
             refuse_dropout(model)
-        return add_region_adapter(model, args.stage, processor.region_grid_size)
+        return add_region_adapter(model, args.stage, self.processing_class.region_grid_size)
 
-    def make_collator(self, processor: MMGEMProcessor, args: MMGEMTrainingArguments) -> RegionCollator:
-        return RegionCollator(processor, args.objective)
+    def make_collator(self, args: MMGEMTrainingArguments) -> RegionCollator:
+        return RegionCollator(self.processing_class, args.objective)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """[`MMGEMTrainer.train`]; with `cache_features` the patch features lie in a file until it ends."""
@@ -69,16 +68,11 @@ class RegionTrainer(MMGEMTrainer):
         path = os.path.join(str(self.args.output_dir), "patch_features.bin")
         dataset: Any = self.train_dataset
         collator: Any = self.data_collator
+        quiet, batch_size = bool(self.args.disable_tqdm), self.args.per_device_eval_batch_size
+        loader = {"batch_size": batch_size, "num_workers": self.args.dataloader_num_workers}
         try:
             self.train_dataset, bad = cache_features(  # type: ignore[assignment]
-                self._base(),
-                dataset,
-                collator,
-                self.accelerator,
-                path,
-                bool(self.args.disable_tqdm),
-                batch_size=self.args.per_device_eval_batch_size,
-                num_workers=self.args.dataloader_num_workers,
+                self._base(), dataset, collator, self.accelerator, path, quiet, **loader
             )
             self.counts.add_bad(bad)
             return super().train(*args, **kwargs)

@@ -25,7 +25,6 @@ from ..modeling_mmgem import MMGEMModel, contrastive_loss
 from ..processing import MMGEMProcessor
 from .adapters import add_lora, lora_config
 from .arguments import MMGEMTrainingArguments, data_seed
-from .callbacks import TrainingCallback
 from .checkpoints import (
     RunSettings,
     TrainingStopped,
@@ -40,7 +39,7 @@ from .gradient_cache import Embeddings, cached_backward, refuse_dropout
 from .logging_trainer import LoggingTrainer
 from .stages import check_optimizer, freeze_parameters, make_optimizer
 from .stream_progress import StreamProgress
-from .train_data import ExampleCounts, for_process
+from .train_data import ExampleCounts, TrainingCallback, for_process
 
 
 logger = logging.get_logger(__name__)
@@ -109,7 +108,7 @@ class MMGEMTrainer(LoggingTrainer):
         if peft_config is not None and args.lora_rank:
             raise ValueError("peft_config and lora_rank both ask for LoRA. Leave out lora_rank.")
         self.peft_config = peft_config or lora_config(args)
-        trained = self.make_trainable(model, args, processing_class)
+        trained = self.make_trainable(model, args)
         check_precision(trained)
         if args.mini_batch_size:
             refuse_dropout(trained)
@@ -120,7 +119,7 @@ class MMGEMTrainer(LoggingTrainer):
         super().__init__(
             model=trained,
             args=args,
-            data_collator=self.make_collator(processing_class, args),
+            data_collator=self.make_collator(args),
             train_dataset=train_data,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
@@ -145,17 +144,15 @@ class MMGEMTrainer(LoggingTrainer):
         table = checked_table(table, names, ("image_column", "caption_column"), limit=None)
         return PairDataset(table, **self.columns, seed=data_seed(args))  # type: ignore[arg-type]
 
-    def make_trainable(
-        self, model: MMGEMModel, args: MMGEMTrainingArguments, processor: MMGEMProcessor
-    ) -> MMGEMModel | PeftModel:
+    def make_trainable(self, model: MMGEMModel, args: MMGEMTrainingArguments) -> MMGEMModel | PeftModel:
         """Freezes what this stage does not train; returns the model, or PEFT's around it."""
         lora = None if self.peft_config is None else add_lora(model, self.peft_config)
         freeze_parameters(model, args.objective, args.freeze)
         return model if lora is None else lora
 
-    def make_collator(self, processor: MMGEMProcessor, args: MMGEMTrainingArguments) -> PairCollator:
+    def make_collator(self, args: MMGEMTrainingArguments) -> PairCollator:
         pack_length = args.pack_length if args.packing else 0
-        return PairCollator(processor, args.objective, pack_length, args.mini_batch_size)
+        return PairCollator(self.processing_class, args.objective, pack_length, args.mini_batch_size)
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:

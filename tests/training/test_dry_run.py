@@ -133,9 +133,7 @@ def test_says_when_it_will_not_fit_without_data_or_a_gpu(tmp_path, monkeypatch, 
     command = ["train.py", "--train_shards", "not/there.tar", *TOWERS, "--output_dir", str(tmp_path / "none")]
     command += ["--bf16", "true", "--dry_run", "--dry_run_memory", "0.001", "--dry_run_tflops", "1"]
     monkeypatch.setattr("sys.argv", command)
-    with pytest.raises(SystemExit) as end:
-        runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
-    assert not end.value.code
+    runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
     output = capsys.readouterr().out
     assert "It will not fit" in output and "steps per day at 40% of 1.00 TFLOP/s" in output
     assert not (tmp_path / "none").exists()
