@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from transformers.utils import logging
 from yaml import YAMLError
 
-from ..loading import load_checkpoint
+from ..loading import load_checkpoint, weights_revision
 from ..modeling_mmgem import MMGEMModel
 from ..modeling_mmgem.adapters_mmgem import REGION_ADAPTERS
 from ..processing import MMGEMProcessor
@@ -78,16 +78,16 @@ def export(
         loaded, processor = _load(source)
         for kind, path in list(found.items()):
             _check_files(path)
+            if fault := _fault_of_base(path, source):
+                if adapters is not None:
+                    raise ValueError(f"{fault} Train it again, or export the base that it was trained on.")
+                logger.warning(f"{fault} It is left out.")
+                del found[kind]
+                continue
             try:
                 loaded.load_adapter(str(path), adapter_name=kind)
             except UNREADABLE as error:
                 raise ValueError(f"The adapter {path} could not be loaded: {error}") from error
-            except ValueError as error:  # trained on another base
-                if adapters is not None:
-                    raise
-                logger.warning(f"{path} is left out. {error}")
-                del found[kind]
-                continue
             _write_adapter(path, folder / kind, repo_id)
             if kind == "region-caption":
                 grid_size = loaded.region_grid_size
@@ -192,13 +192,24 @@ def _check_files(adapter: Path) -> None:
             raise ValueError(f"The adapter {adapter} has no {name}.")
 
 
+def _fault_of_base(adapter: Path, base: Path) -> str | None:
+    """Says that an adapter was trained on other weights than those of `base`; None if it was trained on these."""
+    revision = read_json(adapter / "adapter_config.json").get("revision")
+    is_digest = isinstance(revision, str) and revision.startswith("sha256:")
+    if not is_digest or revision == weights_revision(str(base)):
+        return None
+    return f"The adapter {adapter} was trained on other weights than those in {base}."
+
+
 def _write_adapter(source: Path, folder: Path, repo_id: str) -> None:
     """The adapter's weights as they are, and a configuration that names its base by where it will lie."""
     folder.mkdir()
     for name in ADAPTER_FILES:
         shutil.copyfile(source / name, folder / name)
-    base = {"base_model_class": "AutoModel", "parent_library": "transformers"}
-    add_to_json(folder / "adapter_config.json", {"base_model_name_or_path": repo_id, "auto_mapping": base})
+    mapping = read_json(source / "adapter_config.json").get("auto_mapping") or {}
+    mapping |= {"base_model_class": "AutoModel", "parent_library": "transformers"}
+    base = {"base_model_name_or_path": repo_id, "revision": None, "auto_mapping": mapping}
+    add_to_json(folder / "adapter_config.json", base)
 
 
 def _copy_pictures(sources: dict[str, Path], folder: Path) -> list[str]:

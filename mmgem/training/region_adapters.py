@@ -2,6 +2,7 @@
 
 from peft import LoraConfig, PeftModel
 
+from ..loading import weights_revision
 from ..modeling_mmgem import MMGEMModel
 from ..modeling_mmgem.adapters_mmgem import REGION_ADAPTERS
 from .lora import add_adapter
@@ -23,6 +24,7 @@ def add_region_adapter(model: MMGEMModel, stage: str, grid_size: int) -> PeftMod
         modules_to_save=list(REGION_ADAPTERS[stage]),
         # With a task_type, PeftModel.save_pretrained keeps `auto_mapping` instead of writing its own.
         task_type="FEATURE_EXTRACTION",
+        revision=weights_revision(model.name_or_path),
         auto_mapping={**mapping, "region_grid_size": grid_size} if stage == "region-caption" else mapping,
     )
     return add_adapter(model, config)
