@@ -1,4 +1,4 @@
-"""Captions: `generate` for prompts of pictures and of regions."""
+"""Captions: `generate` for prompts of images and of regions."""
 
 from typing import Any
 
@@ -14,11 +14,11 @@ from .vision_mmgem import EncodedImages
 
 logger = logging.get_logger(__name__)
 
-MAX_ROWS = 256  # captions that are written at a time
+MAX_ROWS = 256  # captions that are generated at a time
 
 
 class CaptionGenerationMixin(GenerationMixin):
-    """transformers' `generate`, the pictures being encoded once, before beams and samples multiply the rows."""
+    """transformers' `generate`, which encodes images once, before beams and samples multiply the rows."""
 
     @torch.no_grad()
     def generate(  # type: ignore[override]
@@ -133,7 +133,7 @@ def _owners(images: EncodedImages) -> torch.Tensor:
 
 
 def _pad_left(input_ids: torch.Tensor, attention_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Captions go on at the right end, where transformers' pipelines have the padding of a batch of prompts."""
+    """Moves padding to the left: captions continue at the right end, where transformers' pipelines have padding."""
     padding = attention_mask.flip(-1).long().argmax(-1, keepdim=True)
     length = input_ids.shape[1]
     places = (torch.arange(length, device=input_ids.device) - padding) % length

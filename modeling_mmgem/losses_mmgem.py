@@ -52,8 +52,8 @@ def contrastive_loss(
 
     With the embeddings gathered from all processes (with gradient) as `all_*`, the local rows stand against all
     columns; averaged over processes of equal batch size this is the loss, and its gradient, of one process that holds
-    the whole batch. A large matrix of similarities never exists whole: it comes in blocks of rows, computed once more
-    in the backward pass.
+    the whole batch. A large matrix of similarities never exists whole: it is computed in blocks of rows, and again in
+    the backward pass.
 
     Args:
         text_embeds, image_embeds (`torch.FloatTensor` of shape `(N, D)`): unit norm, row i belongs to row i.
@@ -61,8 +61,8 @@ def contrastive_loss(
         all_text_embeds, all_image_embeds (`torch.FloatTensor` of shape `(M, D)`, *optional*): the columns.
         offset (`int`): column of the first local row.
         pair_ids (`torch.LongTensor` of shape `(N, K)`, *optional*): K numbers by which the pairs are known, such as
-            hashes of caption and picture. Another column that shares one of them with the row is no negative, and left
-            out.
+            hashes of caption and image. A column of another pair that shares one of them with the row is left out,
+            because it is no negative.
         all_pair_ids (`torch.LongTensor` of shape `(M, K)`, *optional*): those of the columns.
 
     Returns:
@@ -138,11 +138,11 @@ def caption_loss(
     Args:
         logits (`torch.FloatTensor` of shape `(N, vocab_size)`): predictions of the tokens in `targets`.
         targets (`torch.LongTensor` of shape `(N,)`): the tokens that follow.
-        num_items_in_batch (`int` or scalar tensor, *optional*): divides the sum instead of N, where the mean runs
-            over more than this call sees (gradient accumulation, several processes).
+        num_items_in_batch (`int` or scalar tensor, *optional*): divides the sum instead of N, if the mean runs over
+            more than this call sees (gradient accumulation, several processes).
 
     Returns:
-        `torch.FloatTensor`, scalar, in nats per token; 0 (with a graph) where there is no target.
+        `torch.FloatTensor`, scalar, in nats per token; 0 (with a graph) without targets.
     """
     total = F.cross_entropy(logits.float(), targets, reduction="sum")
     return total / (max(len(targets), 1) if num_items_in_batch is None else num_items_in_batch)

@@ -49,7 +49,7 @@ class RegionTrainer(MMGEMTrainer):
             refuse_dropout(model)
         super().__init__(model, args, processor, train_dataset, eval_dataset, **kwargs)
         # A checkpoint holds the adapter alone, so it is resumed on the weights that it was trained on.
-        self._settings["base_revision"] = self.model.peft_config["default"].revision
+        self._settings["base_revision"] = self._base().peft_config["default"].revision
 
     def make_trainable(self, model: MMGEMModel, args: MMGEMTrainingArguments, processor: MMGEMProcessor) -> PeftModel:
         return add_region_adapter(model, args.stage, processor.region_grid_size)
