@@ -128,6 +128,17 @@ def similarity_logits(queries: torch.Tensor, keys: torch.Tensor, logit_scale: to
         return logit_scale.to(dtype) * queries.to(dtype) @ keys.to(dtype).T
 
 
+def scale_logits(logits: torch.Tensor, text_config: Any) -> torch.Tensor:
+    """Next-token scores `(…, vocab_size)`, scaled as Granite (division), Cohere (factor) and Gemma2 (soft cap) do."""
+    if getattr(text_config, "logits_scaling", None) is not None:
+        logits = logits / text_config.logits_scaling
+    if getattr(text_config, "logit_scale", None) is not None:
+        logits = logits * text_config.logit_scale
+    if (cap := getattr(text_config, "final_logit_softcapping", None)) is not None:
+        logits = cap * torch.tanh(logits / cap)
+    return logits
+
+
 def caption_loss(
     logits: torch.Tensor, targets: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None
 ) -> torch.Tensor:
@@ -187,4 +198,11 @@ def caption_loss_of_states(
     return torch.stack([checkpoint(loss, *part, use_reentrant=False) for part in parts]).sum()
 
 
-__all__ = ["LogitScale", "caption_loss", "caption_loss_of_states", "contrastive_loss", "similarity_logits"]
+__all__ = [
+    "LogitScale",
+    "caption_loss",
+    "caption_loss_of_states",
+    "contrastive_loss",
+    "scale_logits",
+    "similarity_logits",
+]

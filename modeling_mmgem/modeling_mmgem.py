@@ -40,7 +40,7 @@ from .inputs_mmgem import (
     soft_prompt_index,
 )
 from .loading_mmgem import CheckedLoadingMixin
-from .losses_mmgem import LogitScale, caption_loss_of_states, contrastive_loss, similarity_logits
+from .losses_mmgem import LogitScale, caption_loss_of_states, contrastive_loss, scale_logits, similarity_logits
 from .outputs_mmgem import CACHE_NAME, MMGEMOutput, TrainingInputs
 from .pipelines_mmgem import RegionCaptioningPipeline
 from .pooling_mmgem import PoolAggregator
@@ -365,10 +365,10 @@ class MMGEMModel(CheckedLoadingMixin, RegionAdapterMixin, EmbeddingMixin, Captio
             "logits_per_image": logits_per_text.T,
         }
         if return_loss:
-            if len(image_embeds) != len(text_embeds):
+            texts, images = len(text_embeds), len(image_embeds)
+            if texts != images:
                 raise ValueError(
-                    f"return_loss pairs text i with image i, but there are {len(text_embeds)} texts and "
-                    f"{len(image_embeds)} images."
+                    f"return_loss pairs text i with image i, but there are {texts} texts and {images} images."
                 )
             output["contrastive_loss"] = contrastive_loss(*embeds)
         return output
@@ -384,29 +384,16 @@ class MMGEMModel(CheckedLoadingMixin, RegionAdapterMixin, EmbeddingMixin, Captio
         """L_Gen with labels (equation 3), and next-token scores, which training with labels leaves out."""
         output = {}
         if labels is not None:
+            vocab_size = self.config.text_config.vocab_size
             output["caption_loss"] = caption_loss_of_states(
-                hidden_states,
-                labels,
-                self._logits,
-                self.config.text_config.vocab_size,
-                label_positions,
-                num_items_in_batch,
+                hidden_states, labels, self._logits, vocab_size, label_positions, num_items_in_batch
             )
         if labels is None or not self.training:
             output["logits"] = self._logits(slice_logits_to_keep(hidden_states, logits_to_keep))
         return output
 
     def _logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Next-token scores, scaled as Granite (division), Cohere (factor) and Gemma2 (soft cap) do."""
-        config = self.config.text_config
-        logits = self.lm_head(hidden_states)
-        if getattr(config, "logits_scaling", None) is not None:
-            logits = logits / config.logits_scaling
-        if getattr(config, "logit_scale", None) is not None:
-            logits = logits * config.logit_scale
-        if (cap := getattr(config, "final_logit_softcapping", None)) is not None:
-            logits = cap * torch.tanh(logits / cap)
-        return logits
+        return scale_logits(self.lm_head(hidden_states), self.config.text_config)
 
 
 # The pipeline is imported so that its file is saved with this one: `custom_pipelines` of a Hub folder names it.
