@@ -18,7 +18,6 @@ from ..evaluation.regions import evaluate_regions
 from ..modeling_mmgem import MMGEMModel, contrastive_loss
 from .adapters import add_region_adapter
 from .arguments import MMGEMTrainingArguments, data_seed
-from .checkpoints import CheckpointError
 from .distributed import gather_ragged
 from .feature_cache import cache_features
 from .gradient_cache import refuse_dropout
@@ -45,6 +44,8 @@ class RegionTrainer(MMGEMTrainer):
     def __init__(self, *args: Any, regions_column: str = "regions", **kwargs: Any):
         self.regions_column = regions_column
         super().__init__(*args, **kwargs)
+        # A checkpoint holds the adapter only, so a run resumes on the weights that the adapter was trained on.
+        self._settings["base_revision"] = self._base().peft_config["default"].revision
 
     def wrap_table(self, table: datasets.Dataset, args: MMGEMTrainingArguments, is_training: bool) -> RegionDataset:
         columns = {**self.columns, "regions_column": self.regions_column}
@@ -80,15 +81,6 @@ class RegionTrainer(MMGEMTrainer):
             self.train_dataset = dataset
             with suppress(FileNotFoundError):
                 os.remove(path)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        """Loads the adapter, if the checkpoint's adapter was trained on this base."""
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        try:
-            for module in (self._base().soft_prompts, self._base().region_projection):
-                self._base().check_base_of(module)
-        except ValueError as error:
-            raise CheckpointError(f"{resume_from_checkpoint} cannot be resumed: {error}") from error
 
     def compute_loss(self, model: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
         """The loss, with the frozen base in eval mode: dropout applies to trained modules only."""

@@ -70,7 +70,7 @@ def real_step(processor, args):
 def test_memory_and_operations_of_a_real_step(processor, tmp_path, monkeypatch, options, packing):
     if options.pop("logits_in_parts", False):
         limit = 3 * 127 * len(processor.tokenizer)
-        monkeypatch.setattr("mmgem.modeling_mmgem.modeling_mmgem.MAX_LOGITS", limit)
+        monkeypatch.setattr("mmgem.modeling_mmgem.losses_mmgem.MAX_LOGITS", limit)
     options |= {"per_device_train_batch_size": BATCH, "max_steps": 1, "packing": packing}
     args = training_arguments(tmp_path, **options)
     peak, flops, tokens, longest = real_step(processor, args)
