@@ -13,46 +13,36 @@ from ..modeling_mmgem import MMGEMModel
 # Optimizers that transformers does not have: names of classes of pytorch-optimizer.
 PYTORCH_OPTIMIZERS = {"lamb": "Lamb", "soap": "SOAP"}
 
-_EVALUATION = "each evaluation goes through the whole held-out set and computes retrieval and L_Gen"
-_BATCHES = "equal batches keep the number of negatives equal"
-_FULL_EVALUATION = "evaluation runs in the precision of training; python -m mmgem.evaluation has --dtype"
-_PUSH = "train.py pushes the finished run once, with its evaluation"
-_DEVICES = "several devices train by DistributedDataParallel or FSDP2"
-_DO_EVALUATE = "train.py trains, and evaluates where there is held-out data; python -m mmgem.evaluation evaluates"
-
-# Options of transformers' TrainingArguments that would have no effect here, or another than they say, and why. Any
-# other value than the default of MMGEMTrainingArguments is refused.
-UNSUPPORTED = {
-    "label_smoothing_factor": "L_Gen has no label smoothing",
-    "optim_target_modules": "optimizers that treat some modules otherwise (GaLore, APOLLO) are not supported",
-    "bf16_full_eval": _FULL_EVALUATION,
-    "fp16_full_eval": _FULL_EVALUATION,
-    "use_liger_kernel": "Liger has no kernels for MM-GEM",
-    "liger_kernel_config": "Liger has no kernels for MM-GEM",
-    "use_cache": "training does not use a key-value cache",
-    "auto_find_batch_size": f"{_BATCHES}; --mini_batch_size lowers the memory instead",
-    "include_num_input_tokens_seen": "padding of packed rows would count; the log has samples_per_second",
-    "prediction_loss_only": _EVALUATION,
-    "eval_do_concat_batches": _EVALUATION,
-    "eval_use_gather_object": _EVALUATION,
-    "eval_accumulation_steps": _EVALUATION,
-    "include_for_metrics": _EVALUATION,
-    "batch_eval_metrics": _EVALUATION,
-    "label_names": _EVALUATION,
-    "enable_jit_checkpoint": "train.py would evaluate the interrupted run as if it were finished; use --save_steps",
-    "hub_strategy": _PUSH,
-    "hub_always_push": _PUSH,
-    "parallelism_config": _DEVICES,
-    "deepspeed": _DEVICES,
-    "do_train": "train.py always trains; python -m mmgem.evaluation evaluates without training",
-    "do_eval": _DO_EVALUATE,
-    "do_predict": _DO_EVALUATE,
-    "dataloader_drop_last": _BATCHES,
-    "dataloader_persistent_workers": "workers learn of the next epoch, which chooses captions, when they start",
-    "dataloader_in_order": "a resumed run would skip other batches than those it was trained on",
-    "remove_unused_columns": "the collator chooses the columns",
-    "length_column_name": "packing makes rows of equal length",
+# Options of transformers' TrainingArguments that would have no effect here, or another than they say, by the reason.
+# Any other value than the default of MMGEMTrainingArguments is refused.
+_UNSUPPORTED_BY_REASON = {
+    "L_Gen has no label smoothing": ["label_smoothing_factor"],
+    "optimizers that treat some modules otherwise (GaLore, APOLLO) are not supported": ["optim_target_modules"],
+    "Liger has no kernels for MM-GEM": ["use_liger_kernel", "liger_kernel_config"],
+    "training does not use a key-value cache": ["use_cache"],
+    "equal batches keep the number of negatives equal": ["dataloader_drop_last"],
+    "equal batches keep the number of negatives equal; --mini_batch_size lowers the memory": ["auto_find_batch_size"],
+    "padding of packed rows would count; the log has samples_per_second": ["include_num_input_tokens_seen"],
+    "packing makes rows of equal length": ["length_column_name"],
+    "the collator chooses the columns": ["remove_unused_columns"],
+    "workers learn of the next epoch, which chooses captions, when they start": ["dataloader_persistent_workers"],
+    "a resumed run would skip other batches than those it was trained on": ["dataloader_in_order"],
+    "several devices train by DistributedDataParallel or FSDP2": ["parallelism_config", "deepspeed"],
+    "train.py always trains; python -m mmgem.evaluation evaluates without training": ["do_train"],
+    "train.py evaluates where there is held-out data, and so does python -m mmgem.evaluation": [
+        *("do_eval", "do_predict"),
+    ],
+    "train.py would evaluate the interrupted run as if it were finished; use --save_steps": ["enable_jit_checkpoint"],
+    "train.py pushes the finished run once, with its evaluation": ["hub_strategy", "hub_always_push"],
+    "evaluation runs in the precision of training; python -m mmgem.evaluation has --dtype": [
+        *("bf16_full_eval", "fp16_full_eval"),
+    ],
+    "each evaluation goes through the whole held-out set and computes retrieval and L_Gen": [
+        *("prediction_loss_only", "eval_do_concat_batches", "eval_use_gather_object", "eval_accumulation_steps"),
+        *("include_for_metrics", "batch_eval_metrics", "label_names"),
+    ],
 }
+UNSUPPORTED = {name: reason for reason, names in _UNSUPPORTED_BY_REASON.items() for name in names}
 
 
 def refuse_unsupported(args: Any) -> None:

@@ -72,10 +72,6 @@ class LoggingTrainer(Trainer):
             self._start_interval()
         super().log(logs, start_time)
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        self._resumed_from = None if resume_from_checkpoint is None else str(resume_from_checkpoint)
-        return super().train(resume_from_checkpoint, *args, **kwargs)
-
     def _mean_sums(self) -> dict[str, float]:
         """
         Returns the sums of the losses since the last log, averaged over processes.

@@ -281,7 +281,7 @@ class MMGEMTrainer(LoggingTrainer):
             TrainingStopped: where training diverged, or an evaluation failed.
             BadDataError: for too many unreadable examples.
         """
-        checkpoint = checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir)
+        checkpoint = self._resumed_from = checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir)
         if checkpoint is not None:
             check_settings(checkpoint, self._settings)
             if self.progress is not None:
