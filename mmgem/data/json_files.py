@@ -1,8 +1,7 @@
-"""JSON that others wrote."""
+"""JSON from users and other programs."""
 
 import json
 import re
-from collections.abc import Sequence
 from typing import Any
 
 
@@ -63,8 +62,3 @@ def check_json_row(text: str, name: str) -> None:
         raise ValueError(f"{name} is not valid JSON: {error}.") from error
     if not isinstance(row, dict):
         raise ValueError(f"{name} is not an object with columns: {text[:40].strip()}.")
-
-
-def no_such_split(path: str, asked: Sequence[str] | None, there: set[str]) -> ValueError:
-    """What to raise for a file without the splits that were asked for."""
-    return ValueError(f"{path} has no split {' or '.join(asked or ())}; it has {', '.join(sorted(there))}.")

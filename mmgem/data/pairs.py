@@ -1,4 +1,4 @@
-"""Pictures with captions, from any table that `datasets` reads, as examples for training and evaluation."""
+"""Images with captions, from any table that `datasets` reads, as examples for training and evaluation."""
 
 import contextlib
 import copy
@@ -29,19 +29,19 @@ class BadDataError(ValueError):
 
 class PairDataset(torch.utils.data.Dataset):
     """
-    Map-style pairs. Example i is `{"image": RGB picture, "image_id": hash of its file (of its
+    Map-style pairs. Example i is `{"image": RGB image, "image_id": hash of its file (of its
     pixels, where there is no file), "caption": str, "captions": [str, …], "bad": {index: reason}}`.
 
-    Where a picture has several captions, `caption` is one of them, drawn anew each epoch. Whatever is random (the
+    Where an image has several captions, `caption` is one of them, drawn anew each epoch. Whatever is random (the
     caption, augmentation) is a function of (seed, epoch, index) alone, so a resumed run sees what the uninterrupted
     one saw. An example that cannot be read is replaced by the next that can; `bad` holds those that were passed over,
     for the Trainer to count.
 
     Args:
         table: rows with the two columns; anything with `len` and integer indexing, such as `datasets.Dataset`.
-        image_column: PIL pictures, `{"bytes", "path"}`, bytes, or paths (relative ones from `root`).
+        image_column: PIL images, `{"bytes", "path"}`, bytes, or paths (relative ones from `root`).
         caption_column: a string, or a list of strings.
-        augmentation_scale: least fraction of the picture's area that a random crop keeps; 1 takes the whole picture.
+        augmentation_scale: least fraction of the image's area that a random crop keeps; 1 takes the whole image.
         seed: of everything random.
         root: folder of relative image paths.
     """
@@ -62,8 +62,8 @@ class PairDataset(torch.utils.data.Dataset):
         self.augmentation_scale = augmentation_scale
         self.seed = seed
         self.root = root
-        self.max_captions: int | None = None  # that count of each picture
-        self.missing = 0  # pictures that annotations name, and that are not there
+        self.max_captions: int | None = None  # that count of each image
+        self.missing = 0  # images that annotations name, and that are not there
         self.least_side = 0  # pixels that the image processor needs of each side; 0 decodes whatever there is
         # Shared with the loader's worker processes, which are started before the epoch is known.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
@@ -82,7 +82,7 @@ class PairDataset(torch.utils.data.Dataset):
         self._epoch.fill_(epoch)
 
     def captions(self) -> list[list[str]]:
-        """Every example's captions, without decoding a picture; none of an example whose captions cannot be read."""
+        """Every example's captions, without decoding an image; none of an example whose captions cannot be read."""
         values = list(self.table[self.caption_column])
         captions = []
         for row in self.rows:
@@ -93,7 +93,7 @@ class PairDataset(torch.utils.data.Dataset):
         return captions
 
     def some_pictures(self, number: int = 256) -> Iterator[Image.Image]:
-        """Pictures spread evenly over the dataset, one at a time."""
+        """Images spread evenly over the dataset, one at a time."""
         for index in np.linspace(0, len(self) - 1, min(number, len(self))).astype(int):
             yield self[int(index)]["image"]
 
@@ -120,7 +120,7 @@ class PairDataset(torch.utils.data.Dataset):
 
     def picture(self, index: int) -> Image.Image:
         """
-        The picture of example `index` alone, whole, whether it has a caption or not.
+        The image of example `index` alone, whole, whether it has a caption or not.
 
         Raises:
             BadDataError: as [`read`].
@@ -201,7 +201,7 @@ def augmented_image(
     content: bytes | Image.Image, augmentation_scale: float, least_side: int, rng: np.random.Generator
 ) -> Image.Image:
     """
-    The decoded picture, or a random crop of at least `augmentation_scale` of its area. A JPEG is decoded at a half, a
+    The decoded image, or a random crop of at least `augmentation_scale` of its area. A JPEG is decoded at a half, a
     quarter or an eighth of its size where that leaves the smallest crop `least_side` pixels per side.
     """
     smallest = math.sqrt(augmentation_scale / MAX_STRETCH) if augmentation_scale < 1 else 1.0
@@ -212,14 +212,14 @@ def augmented_image(
 def decoded(content: bytes | Image.Image, least_side: int = 0) -> Image.Image:
     """[`open_image`], decoded; a JPEG, with `least_side`, no larger than it must be for that many pixels per side."""
     image = open_image(content)
-    if least_side and image is not content:  # a picture of the caller's keeps its size
+    if least_side and image is not content:  # an image of the caller's keeps its size
         image.draft(None, (least_side, least_side))  # type: ignore[arg-type]
     image.load()
     return image
 
 
 def random_crop(image: Image.Image, scale: float, rng: np.random.Generator) -> Image.Image:
-    """A random part of the picture: at least `scale` of its area, stretched by 4:3 at most against the whole."""
+    """A random part of the image: at least `scale` of its area, stretched by 4:3 at most against the whole."""
     area, ratio = rng.uniform(scale, 1), np.exp(rng.uniform(-1, 1) * np.log(MAX_STRETCH))
     width = min(1.0, float(np.sqrt(area * ratio))) * image.width
     height = min(1.0, float(np.sqrt(area / ratio))) * image.height

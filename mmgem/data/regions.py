@@ -1,4 +1,4 @@
-"""Pictures with regions that are described, as examples for stage 2 and its evaluation."""
+"""Images with regions that are described, as examples for stage 2 and its evaluation."""
 
 import copy
 from contextlib import suppress
@@ -15,21 +15,21 @@ from .pairs import PairDataset, as_captions, decoded, digest, encoded
 
 class RegionDataset(PairDataset):
     """
-    Map-style pictures with regions. Example i is that of a [`PairDataset`], with `"boxes"`, `[x0, y0, x1, y1]` in
-    pixels of the original picture, its `"size"` (width, height), and `"phrases"`, one per box, beside it. `captions`
+    Map-style images with regions. Example i is that of a [`PairDataset`], with `"boxes"`, `[x0, y0, x1, y1]` in
+    pixels of the original image, its `"size"` (width, height), and `"phrases"`, one per box, beside it. `captions`
     may be empty.
 
     In training it holds what one step sees: at most `max_regions` regions, drawn anew each epoch, and with probability
-    `whole_image_weight` one of the captions, for the region that covers the picture (that is our reading of how the
-    paper mixes both). A picture without regions always comes with a caption. Regions without area, or of which nothing
+    `whole_image_weight` one of the captions, for the region that covers the image (that is our reading of how the
+    paper mixes both). An image without regions always comes with a caption. Regions without area, or of which nothing
     is to be seen, are left out; `left_out` is their number.
 
     Args:
         table, image_column, caption_column, seed, root: as of [`PairDataset`]; the column of captions may be missing.
-        regions_column: a list of `{"box", "phrase"}` per picture, `[x0, y0, x1, y1]` in pixels of the picture as its
+        regions_column: a list of `{"box", "phrase"}` per image, `[x0, y0, x1, y1]` in pixels of the image as its
             file has it, upright; or what `datasets` makes of that, a mapping of two lists. Columns `width` and
             `height`, where there are any, say for which size the boxes are meant.
-        max_regions: of a picture in a step; 0 gives all, in their order and without captions, for evaluation.
+        max_regions: of an image in a step; 0 gives all, in their order and without captions, for evaluation.
         whole_image_weight: see above.
     """
 
@@ -51,13 +51,13 @@ class RegionDataset(PairDataset):
         self.whole_image_weight = whole_image_weight
 
     def captions(self) -> list[list[str]]:
-        """Every picture's captions; none where there is no such column."""
+        """Every image's captions; none where there is no such column."""
         if self.caption_column not in getattr(self.table, "column_names", [self.caption_column]):
             return [[] for _ in self.rows]
         return super().captions()
 
     def whole(self, image_processor: Any) -> "RegionDataset":
-        """The same pictures at full size with all their regions, as an evaluation sees them."""
+        """The same images at full size with all their regions, as an evaluation sees them."""
         chosen = copy.copy(self)
         chosen.least_side, chosen.max_regions, chosen.image_processor = 0, 0, image_processor
         return chosen
@@ -84,7 +84,7 @@ class RegionDataset(PairDataset):
         stated = (int(columns.get("width") or width), int(columns.get("height") or height))
         if stated != (width, height):
             raise ValueError(
-                f"its regions are given for a picture of {stated[0]} x {stated[1]} pixels, but the file has "
+                f"its regions are given for an image of {stated[0]} x {stated[1]} pixels, but the file has "
                 f"{width} x {height}"
             )
         image = to_rgb(picture)
@@ -147,8 +147,8 @@ def as_regions(value: Any) -> list[tuple[list[float], str]]:
 
 def regions_inside(example: dict[str, Any], image_processor: Any = None) -> list[tuple[int, list[float]]]:
     """
-    Of an example's boxes those that have an area inside their picture, and inside what the image processor's centre
-    crop leaves of it: their indices, and where they lie in pixels of `pixel_values` (of the picture, without one).
+    Of an example's boxes those that have an area inside their image, and inside what the image processor's centre
+    crop leaves of it: their indices, and where they lie in pixels of `pixel_values` (of the image, without one).
     """
     width, height = example["size"]
     geometry = geometry_of(image_processor, width, height) if image_processor else Geometry.identity(width, height)

@@ -1,4 +1,4 @@
-"""Pictures with captions from tar shards in img2dataset's layout (LAION, COYO), as an endless stream."""
+"""Images with captions from tar shards in img2dataset's layout (LAION, COYO), as an endless stream."""
 
 import copy
 import itertools
@@ -156,18 +156,18 @@ class ShardStream(torch.utils.data.IterableDataset):
         captions = captions_of(sample, self.caption_column)
         content = next((sample.members[name] for name in PICTURES if name in sample.members), None)
         if content is None:
-            raise BadSampleError(f"no picture: only {', '.join(sample.members)}")
+            raise BadSampleError(f"no image: only {', '.join(sample.members)}")
         try:
             image = augmented_image(content, self.augmentation_scale, self.least_side, rng)
         except Image.DecompressionBombError as error:
             raise BadSampleError(f"too many pixels: {error}") from error
         except Exception as error:  # Pillow's readers raise whatever they stumble over
-            raise BadSampleError(f"unreadable picture: {type(error).__name__}: {error}") from error
+            raise BadSampleError(f"unreadable image: {type(error).__name__}: {error}") from error
         caption = captions[rng.integers(len(captions))]
         return {"image": image, "image_id": digest(content), "caption": caption, "captions": captions}
 
     def captions(self, limit: int = 10_000) -> list[list[str]]:
-        """The captions of the first samples, without decoding a picture."""
+        """The captions of the first samples, without decoding an image."""
         captions = []
         for sample in itertools.islice(self._first_samples(), limit):
             try:
@@ -177,7 +177,7 @@ class ShardStream(torch.utils.data.IterableDataset):
         return captions
 
     def some_pictures(self, number: int = 256) -> Iterator[Image.Image]:
-        """The first pictures that can be read."""
+        """The first images that can be read."""
         rng = np.random.default_rng(self.seed)
         for sample in self._first_samples():
             try:

@@ -19,8 +19,8 @@ def evaluate_adapter(
 ) -> tuple[dict[str, float], dict[str, Any]]:
     """
     The metrics of [`evaluate_regions`] for stage 1, under names that begin with `stage_1_`, and with the adapter. For
-    "region-retrieval", also retrieval of the whole pictures that have captions by these (with regions or without),
-    once without a box (`whole_picture_…`, which no adapter changes) and once with the box that covers the picture,
+    "region-retrieval", also retrieval of the whole images that have captions by these (with regions or without),
+    once without a box (`whole_picture_…`, which no adapter changes) and once with the box that covers the image,
     through h4 (`whole_box_…`; the paper's path for long captions).
 
     Args:
@@ -58,7 +58,7 @@ def _captioned_pictures(dataset: RegionDataset) -> PairDataset:
 def stage_1(model: MMGEMModel, processor: MMGEMProcessor) -> Iterator[MMGEMProcessor]:
     """
     Switches adapters off for a while, where there are any, and gives a processor whose region prompts are stage 1's:
-    one visual token and one [CAP], as of a whole picture. It has never seen 64 of them, and would be worse than it is.
+    one visual token and one [CAP], as of a whole image. It has never seen 64 of them, and would be worse than it is.
     """
     own_processor = copy.copy(processor)
     own_processor.num_soft_prompts = 1

@@ -33,9 +33,9 @@ class EvaluationArguments:
         },
     )
     image_folders: list[str] = field(
-        default_factory=list, metadata={"help": "Where the pictures of the annotations lie."}
+        default_factory=list, metadata={"help": "Where the images of the annotations lie."}
     )
-    image_column: str = field(default="image", metadata={"help": "Pictures, bytes or paths."})
+    image_column: str = field(default="image", metadata={"help": "Images, bytes or paths."})
     caption_column: str = field(default="caption", metadata={"help": "A string, or a list of strings: all count."})
     long_caption_column: str = field(
         default=LONG_CAPTION_COLUMN,
@@ -45,7 +45,7 @@ class EvaluationArguments:
     regions_column: str = field(default="regions", metadata={"help": "For regions: lists of {box, phrase}."})
     captions_per_image: int = field(
         default=5,
-        metadata={"help": "For retrieval: the first so many of a picture."},
+        metadata={"help": "For retrieval: the first so many of an image."},
     )
     class_names: list[str] | None = field(
         default=None, metadata={"help": "For classification: names of the classes, where the data does not name them."}
@@ -60,10 +60,10 @@ class EvaluationArguments:
     max_lengths: list[int] = field(
         default_factory=lambda: [*MAX_LENGTHS], metadata={"help": "For long_text: tokens that captions are cut to."}
     )
-    caption_samples: int | None = field(default=None, metadata={"help": "Caption so many pictures; all by default."})
+    caption_samples: int | None = field(default=None, metadata={"help": "Caption so many images; all by default."})
     num_beams: int = field(default=1, metadata={"help": "For captioning: beams; 1: the most probable word by word."})
     draws: int = field(
-        default=0, metadata={"help": "Draw so many captions of each picture, and let the model choose; 0: do not."}
+        default=0, metadata={"help": "Draw so many captions of each image, and let the model choose; 0: do not."}
     )
     caption_results: str | None = field(
         default=None,
@@ -73,14 +73,14 @@ class EvaluationArguments:
         default=None, metadata={"help": "COCO's, NoCaps' or Karpathy's reference file (with --split)."}
     )
     caption_subset: bool = field(
-        default=False, metadata={"help": "Score the pictures that caption_results has, not all of caption_references."}
+        default=False, metadata={"help": "Score the images that caption_results has, not all of caption_references."}
     )
     max_samples: int | None = field(default=None, metadata={"help": "Use the first so many (scenes: 500)."})
     max_length: int | None = field(default=None, metadata={"help": "Tokens per text; the processor's own by default."})
-    batch_size: int = field(default=64, metadata={"help": "Pictures, or texts, at a time."})
+    batch_size: int = field(default=64, metadata={"help": "Images, or texts, at a time."})
     dtype: Literal["float32", "bfloat16", "float16"] = field(default="float32", metadata={"help": "Of the weights."})
     seed: int = field(default=0, metadata={"help": "Of captions that are drawn."})
-    output_dir: str = field(default="outputs/evaluation", metadata={"help": "For results.json, report.md, pictures."})
+    output_dir: str = field(default="outputs/evaluation", metadata={"help": "For results.json, report.md, images."})
 
     def __post_init__(self) -> None:
         for option in fields(self):
@@ -104,7 +104,7 @@ class EvaluationArguments:
         if sum(source is not None for source in sources) != (0 if suite_alone else 1):
             raise ValueError("Give dataset_name, data_file or annotations, one of the three.")
         if self.annotations and not self.image_folders:
-            raise ValueError("Annotations name pictures only; say where these lie with --image_folders.")
+            raise ValueError("Annotations name images only; say where these lie with --image_folders.")
         for name, least in {"batch_size": 1, "captions_per_image": 1, "num_beams": 1, "draws": 0}.items():
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be {least} or more, got {getattr(self, name)}.")

@@ -49,14 +49,14 @@ def cider_d(candidates: Sequence[str], references: Sequence[Sequence[str]]) -> t
     CIDEr-D (Vedantam et al., 2015): n = 1 to 4, sigma = 6, counts clipped, document frequencies from these references.
 
     Args:
-        candidates: one caption per picture.
-        references: per picture its reference captions.
+        candidates: one caption per image.
+        references: per image its reference captions.
 
     Returns:
-        mean over the pictures and the score of each, on coco-caption's scale (0 to 10; papers print it x 100).
+        mean over the images and the score of each, on coco-caption's scale (0 to 10; papers print it x 100).
 
     Raises:
-        ValueError: for lists of different length, empty ones, or a picture without a reference; for a single picture,
+        ValueError: for lists of different length, empty ones, or an image without a reference; for a single image,
             of which it is undefined.
     """
     _check(candidates, references)
@@ -67,11 +67,11 @@ def cider_d(candidates: Sequence[str], references: Sequence[Sequence[str]]) -> t
 
 def best_constant_caption(references: Sequence[Sequence[str]]) -> tuple[str, float]:
     """
-    The one reference that, given to every picture, has the highest mean CIDEr-D: what a model must beat that looks at
-    its picture.
+    The one reference that, given to every image, has the highest mean CIDEr-D: what a model must beat that looks at
+    its image.
 
     Args:
-        references: per picture its reference captions.
+        references: per image its reference captions.
 
     Returns:
         the caption and its mean CIDEr-D.
@@ -139,7 +139,7 @@ def rouge_l(candidates: Sequence[str], references: Sequence[Sequence[str]]) -> t
     and best recall over the references.
 
     Returns:
-        mean over the pictures and the score of each, 0 to 1.
+        mean over the images and the score of each, 0 to 1.
 
     Raises:
         ValueError: as [`cider_d`].
@@ -228,7 +228,7 @@ def _weighting(references: Sequence[Sequence[str]]) -> tuple[Callable[[str], Vec
 
 
 def _similarity(candidate: Vector, references: Sequence[Vector]) -> float:
-    """CIDEr-D of one candidate with one picture's references, 0 to 10."""
+    """CIDEr-D of one candidate with one image's references, 0 to 10."""
     weights, norms, length = candidate
     total = 0.0
     for other_weights, other_norms, other_length in references:
@@ -245,9 +245,9 @@ def _similarity(candidate: Vector, references: Sequence[Vector]) -> float:
 def _check(candidates: Sequence[object], references: Sequence[Sequence[str]]) -> None:
     if not candidates or len(candidates) != len(references):
         raise ValueError(
-            f"There are {len(candidates)} candidates and references for {len(references)} pictures; one caption per "
-            "picture, and at least one, is needed."
+            f"There are {len(candidates)} candidates and references for {len(references)} images; one caption per "
+            "image, and at least one, is needed."
         )
     for i, of_image in enumerate(references):
         if not of_image:
-            raise ValueError(f"references[{i}] is empty; every picture needs a reference.")
+            raise ValueError(f"references[{i}] is empty; every image needs a reference.")

@@ -1,4 +1,4 @@
-"""Zero-shot classification: the class whose sentences lie nearest to the picture (Radford et al., 2021)."""
+"""Zero-shot classification: the class whose sentences lie nearest to the image (Radford et al., 2021)."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -27,15 +27,15 @@ def classification_metrics(
 ) -> dict[str, float]:
     """
     Args:
-        scores (`torch.Tensor` of shape `(N, C)`): of each picture for each class, such as cosines or probabilities.
+        scores (`torch.Tensor` of shape `(N, C)`): of each image for each class, such as cosines or probabilities.
         labels (`torch.LongTensor` of shape `(N,)`): the right classes.
         seed: of the bootstrap.
         tie: scores that differ by no more are equal.
 
     Returns:
-        `top1` and `top5` (with more than five classes) as fractions of the pictures, where a class as near as the
+        `top1` and `top5` (with more than five classes) as fractions of the images, where a class as near as the
         right one counts as nearer; `mean_per_class`, the mean of the classes' own top1; and `top1_low` and
-        `top1_high`, between which 95 % of 1,000 bootstrap resamples of the pictures have their top1.
+        `top1_high`, between which 95 % of 1,000 bootstrap resamples of the images have their top1.
 
     Raises:
         ValueError: for scores that are not finite, or a label that is no class.
@@ -43,12 +43,12 @@ def classification_metrics(
     scores, labels = scores.cpu(), labels.cpu()
     bad = (~scores.isfinite()).any(-1).nonzero().flatten().tolist()
     if bad:
-        raise ValueError(f"The scores of {len(bad)} of {len(scores)} pictures, first of number {bad[0]}, hold NaN.")
+        raise ValueError(f"The scores of {len(bad)} of {len(scores)} images, first of number {bad[0]}, hold NaN.")
     wrong = ((labels < 0) | (labels >= scores.shape[1])).nonzero().flatten().tolist()
     if len(labels) != len(scores) or not len(scores) or wrong:
-        found = f"; label {int(labels[wrong[0]])} of picture {wrong[0]} is none" if wrong else ""
+        found = f"; label {int(labels[wrong[0]])} of image {wrong[0]} is none" if wrong else ""
         raise ValueError(
-            f"{len(scores)} pictures need as many labels, of {scores.shape[1]} classes; there are "
+            f"{len(scores)} images need as many labels, of {scores.shape[1]} classes; there are "
             f"{len(labels)}{found}."
         )
     own = scores.gather(1, labels[:, None])
@@ -101,18 +101,18 @@ def evaluate_classification(
     batch_size: int = 64,
 ) -> tuple[dict[str, float], dict[str, Any]]:
     """
-    [`classification_metrics`] of the pictures of `dataset` that can be read, `labels[i]` being the class of picture i.
+    [`classification_metrics`] of the images of `dataset` that can be read, `labels[i]` being the class of image i.
     Classes of one name are one class, unlike in CLIP's evaluation: of the two "sunglasses" of ImageNet, it takes the
     second for wrong.
 
     Returns:
-        the metrics, and `indices` of the pictures that count, their `labels` and the classes `predicted`, by the
+        the metrics, and `indices` of the images that count, their `labels` and the classes `predicted`, by the
         `class_names` that are left.
     """
     if wrong := [i for i, label in enumerate(labels) if label is None or not 0 <= label < len(class_names)]:
         raise ValueError(
             f"{len(wrong)} of {len(labels)} labels are no class from 0 to {len(class_names) - 1}, such as "
-            f"{labels[wrong[0]]} of picture {wrong[0]}."
+            f"{labels[wrong[0]]} of image {wrong[0]}."
         )
     first = {name: i for i, name in reversed(list(enumerate(class_names)))}
     if len(first) < len(class_names):

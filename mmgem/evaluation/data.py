@@ -30,7 +30,7 @@ SCENE_TEMPLATES = ("a small {}", "a large {}")
 
 @dataclass
 class LabelledPictures:
-    """Pictures with the numbers of their classes."""
+    """Images with the numbers of their classes."""
 
     name: str
     dataset: PairDataset
@@ -44,7 +44,7 @@ def load_pairs(
     arguments: EvaluationArguments, image_size: int, long: bool = False, max_captions: int | None = None
 ) -> PairDataset:
     """
-    Pictures with their captions (of each the first `max_captions`), the long ones where there are such and they are
+    Images with their captions (of each the first `max_captions`), the long ones where there are such and they are
     asked for.
 
     Raises:
@@ -66,7 +66,7 @@ def load_pairs(
 
 
 def load_regions(arguments: EvaluationArguments, image_size: int) -> RegionDataset:
-    """Pictures with all their regions. Raises as [`load_pairs`]."""
+    """Images with all their regions. Raises as [`load_pairs`]."""
     rows, root, missing = _load_table(arguments, image_size)
     if isinstance(rows, datasets.Dataset):
         rows = checked_table(rows, arguments, ("image_column", "regions_column"), arguments.max_samples)
@@ -78,7 +78,7 @@ def load_regions(arguments: EvaluationArguments, image_size: int) -> RegionDatas
 
 def load_labelled(arguments: EvaluationArguments, image_size: int) -> list[LabelledPictures]:
     """
-    Pictures to classify: those of the dataset, or of each dataset of `classification_suite`.
+    Images to classify: those of the dataset, or of each dataset of `classification_suite`.
 
     Raises:
         ValueError: as [`load_pairs`], with the place of the entry in the suite.
@@ -156,7 +156,7 @@ def _labelled(name: str, arguments: EvaluationArguments, image_size: int) -> Lab
 
 
 def _load_table(arguments: EvaluationArguments, image_size: int) -> tuple[Any, str, int]:
-    """Rows, the folder of the pictures that they name by relative paths, and how many pictures are not there."""
+    """Rows, the folder of the images that they name by relative paths, and how many images are not there."""
     if arguments.dataset_name == "scenes":
         return ScenesDataset(arguments.split, arguments.max_samples or 500, image_size), "", 0
     if arguments.dataset_name is not None:

@@ -27,8 +27,8 @@ def dense_captioning_map(
     do not count, so figures do not compare with published ones; they do with each other.
 
     Args:
-        predictions: per picture `{"box": [x0, y0, x1, y1], "caption", "score"}`, the score saying how sure it is.
-        references: per picture `{"box", "phrase"}`.
+        predictions: per image `{"box": [x0, y0, x1, y1], "caption", "score"}`, the score saying how sure it is.
+        references: per image `{"box", "phrase"}`.
 
     Returns:
         `dense_captioning_map`, and `dense_captioning_ap_iou_{threshold}`, the mean over the thresholds of language.
@@ -38,21 +38,21 @@ def dense_captioning_map(
             without area.
     """
     if len(predictions) != len(references):
-        raise ValueError(f"There are predictions for {len(predictions)} pictures, references for {len(references)}.")
+        raise ValueError(f"There are predictions for {len(predictions)} images, references for {len(references)}.")
     for kind, pictures in {"prediction": predictions, "reference": references}.items():
         for picture, of_picture in enumerate(pictures):
             for box in (region["box"] for region in of_picture):
                 if not np.isfinite(box).all() or box[2] <= box[0] or box[3] <= box[1]:
-                    raise ValueError(f"A {kind} for picture {picture} has the box {list(box)}, which has no area.")
+                    raise ValueError(f"A {kind} for image {picture} has the box {list(box)}, which has no area.")
     merged = [_merged(of_picture) for of_picture in references]
     total = sum(map(len, merged))
     if not total:
-        raise ValueError("No picture has a reference, so there is nothing to find.")
+        raise ValueError("No image has a reference, so there is nothing to find.")
     candidates: list[tuple[int, float, float, tuple[int, int]]] = []
     for picture, (found, targets) in enumerate(zip(predictions, merged)):
         for prediction in found:
             if not np.isfinite(prediction["score"]):
-                raise ValueError(f"A prediction for picture {picture} has the score {prediction['score']}.")
+                raise ValueError(f"A prediction for image {picture} has the score {prediction['score']}.")
             overlaps = [box_iou(prediction["box"], box) for box, _ in targets]
             overlap, language, target = max(overlaps, default=0.0), 0.0, -1
             if overlap > 0:

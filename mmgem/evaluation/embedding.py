@@ -70,7 +70,7 @@ def batches_by_length(lengths: Sequence[int], batch_size: int, max_tokens: int |
 def embed_pictures(
     model: MMGEMModel, processor: MMGEMProcessor, pictures: Sequence[Any], whole_image_box: bool = False
 ) -> torch.Tensor:
-    """`(N, D)` of opened pictures, unit norm, float32, on the CPU; with `whole_image_box` through h4."""
+    """`(N, D)` of opened images, unit norm, float32, on the CPU; with `whole_image_box` through h4."""
     boxes = [[[0, 0, *picture.size]] for picture in pictures] if whole_image_box else None
     inputs = processor(images=list(pictures), boxes=boxes, return_tensors="pt").to(model.device)
     return model.get_embedding(**inputs).float().cpu().view(len(pictures), -1)
@@ -110,8 +110,8 @@ def embed_dataset(
     whole_image_box: bool = False,
 ) -> tuple[list[int], torch.Tensor]:
     """
-    The pictures that can be read and have a caption, by their indices, and their embeddings `(N, D)`, by all processes
-    together. With `whole_image_box` a picture is the region that covers it, through h4.
+    The images that can be read and have a caption, by their indices, and their embeddings `(N, D)`, by all processes
+    together. With `whole_image_box` an image is the region that covers it, through h4.
 
     Raises:
         BadDataError: where none can be read.
@@ -129,7 +129,7 @@ def embed_each(
     read: Callable[[int], Any],
     whole_image_box: bool = False,
 ) -> tuple[list[int], torch.Tensor]:
-    """As [`embed_dataset`], of the pictures that `read` gives for their indices."""
+    """As [`embed_dataset`], of the images that `read` gives for their indices."""
     indices: list[int] = []
     embeds = [torch.zeros(0, model.config.projection_dim)]
     reasons: list[str] = []
@@ -145,7 +145,7 @@ def embed_each(
         if pictures:
             embeds.append(embed_pictures(model, processor, pictures, whole_image_box))
     indices, images = _usable(indices, reasons, dataset), gather_rows(torch.cat(embeds))
-    check_finite(images, [f"picture {i}" for i in indices])
+    check_finite(images, [f"image {i}" for i in indices])
     return indices, images
 
 
@@ -180,7 +180,7 @@ def embed_pairs(
     whole_image_box: bool = False,
 ) -> dict[str, Any]:
     """
-    `image_embeds` of the pictures that can be read (`indices`), `text_embeds` of their captions, and `text_to_image`,
+    `image_embeds` of the images that can be read (`indices`), `text_embeds` of their captions, and `text_to_image`,
     which says which belong together.
     """
     indices, images = embed_dataset(model, processor, dataset, batch_size, whole_image_box)

@@ -26,7 +26,7 @@ def evaluate_model(
     caption_samples: int = 0,
 ) -> tuple[dict[str, float], dict[str, Any]]:
     """
-    [`evaluate_retrieval`] and [`evaluate_captions`] in one. Pictures that cannot be read, or have no caption, are left
+    [`evaluate_retrieval`] and [`evaluate_captions`] in one. Images that cannot be read, or have no caption, are left
     out. Where there are several processes, all must call it; each does its part, and gets the whole.
 
     Returns:
@@ -44,7 +44,7 @@ def evaluate_model(
 def evaluate_retrieval(
     model: MMGEMModel, processor: MMGEMProcessor, dataset: PairDataset, batch_size: int = 64
 ) -> tuple[dict[str, float], dict[str, Any]]:
-    """[`retrieval_metrics`] of all pictures and all their captions, and what [`embed_pairs`] gives."""
+    """[`retrieval_metrics`] of all images and all their captions, and what [`embed_pairs`] gives."""
     with evaluating(model):
         outputs = embed_pairs(model, processor, dataset, batch_size)
     return retrieval_metrics(outputs["text_embeds"], outputs["image_embeds"], outputs["text_to_image"]), outputs
@@ -59,8 +59,8 @@ def evaluate_captions(
     **generation: Any,
 ) -> tuple[dict[str, float], dict[str, Any]]:
     """
-    Held-out L_Gen over all captions, and the metrics of captions of the first `caption_samples` pictures (0: none),
-    greedy unless `generation` says otherwise, which are among the outputs as `captions`. Every picture must be
+    Held-out L_Gen over all captions, and the metrics of captions of the first `caption_samples` images (0: none),
+    greedy unless `generation` says otherwise, which are among the outputs as `captions`. Every image must be
     readable: select those that are.
     """
     with evaluating(model):
@@ -101,7 +101,7 @@ def generate_captions(
     batch_size: int,
     **generation: Any,
 ) -> list[str]:
-    """Captions of the first `count` pictures; greedy unless `generation` says otherwise."""
+    """Captions of the first `count` images; greedy unless `generation` says otherwise."""
     options = {"do_sample": False, "max_new_tokens": processor.max_length, **generation}
     captions: list[str] = []
     for examples in _batches(dataset, own_part(count), batch_size):
@@ -114,12 +114,12 @@ def generate_captions(
 def caption_metrics(captions: list[str], dataset: PairDataset) -> dict[str, float]:
     """
     CIDEr-D, BLEU-1 to 4, ROUGE-L, how many captions are distinct, how many empty, and object F1 on scenes.
-    `caption_cider_shuffled`, these captions given to other pictures, and `caption_cider_constant`, the best caption
-    for all, say what CIDEr is worth here; of a single picture all three are left out.
+    `caption_cider_shuffled`, these captions given to other images, and `caption_cider_constant`, the best caption
+    for all, say what CIDEr is worth here; of a single image all three are left out.
     """
     references = dataset.captions()[: len(captions)]
     order, other = np.random.default_rng(0).permutation(len(captions)), np.empty(len(captions), dtype=int)
-    other[order] = np.roll(order, 1)  # one ring, so that no picture keeps its own
+    other[order] = np.roll(order, 1)  # one ring, so that no image keeps its own
     metrics: dict[str, float] = {}
     if has_cider(references):
         metrics = {

@@ -30,13 +30,13 @@ def evaluate_long_text(
     Retrieval with the captions of `dataset` cut to each of `max_lengths` tokens.
 
     Args:
-        whole_image_box: also with every picture as the region that covers it, through h4: the paper's path for long
+        whole_image_box: also with every image as the region that covers it, through h4: the paper's path for long
             captions once "region-retrieval" is loaded.
 
     Returns:
         `long_text_{max_length}_…` as of [`retrieval_metrics`], with `_whole_box` behind the length for that path;
-        `long_text_{max_length}_R@1_{words}_words`, text to picture among all pictures, for the captions of so many
-        words; `long_text_{max_length}_cut`, the share of captions that were cut. And `indices` of the pictures that
+        `long_text_{max_length}_R@1_{words}_words`, text to image among all images, for the captions of so many
+        words; `long_text_{max_length}_cut`, the share of captions that were cut. And `indices` of the images that
         count, and the `words` of each caption.
     """
     with evaluating(model):

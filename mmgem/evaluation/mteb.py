@@ -26,7 +26,7 @@ from .embedding import embed_pictures, embed_texts
 
 class MMGEMEncoder(AbsEncoder):
     """
-    Texts and pictures to one space; an input that has both becomes the mean of its two embeddings, of unit norm again.
+    Texts and images to one space; an input that has both becomes the mean of its two embeddings, of unit norm again.
     No instructions: the model knows none.
 
     Args:
@@ -92,6 +92,6 @@ class MMGEMEncoder(AbsEncoder):
             if "image" in batch:
                 parts.append(embed_pictures(self.model, self.processor, batch["image"]))
             if not parts:
-                raise ValueError(f"MM-GEM embeds text and pictures; this batch has {', '.join(batch)}.")
+                raise ValueError(f"MM-GEM embeds text and images; this batch has {', '.join(batch)}.")
             embeds.append(normalize(torch.stack(parts).mean(0), dim=-1))
         return torch.cat(embeds).numpy()

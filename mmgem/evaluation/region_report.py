@@ -43,7 +43,7 @@ def region_section(
         ]
     else:
         pictures = {"heat_maps.png": heat_sheet(dataset, outputs, model, processor)}
-        lines += ["", "A sentence, the picture with its box, and where stage 1 and the adapter see what it says."]
+        lines += ["", "A sentence, the image with its box, and where stage 1 and the adapter see what it says."]
     return Section(HEADINGS[stage], metrics, lines, pictures)
 
 
@@ -60,7 +60,7 @@ def add_to_report_of_base(base: str, output_dir: str, section: Section) -> None:
 
 
 def region_sheet(dataset: RegionDataset, outputs: dict[str, Any], count: int = 10) -> Image.Image:
-    """Pictures with their boxes, and beside them what was written about each."""
+    """Images with their boxes, and beside them what was written about each."""
     pictures: dict[int, list[int]] = {}
     for i, region in enumerate(outputs["stage_2"]):
         pictures.setdefault(region["index"], []).append(i)
@@ -87,7 +87,7 @@ def region_sheet(dataset: RegionDataset, outputs: dict[str, Any], count: int = 1
 def heat_sheet(
     dataset: RegionDataset, outputs: dict[str, Any], model: MMGEMModel, processor: MMGEMProcessor, count: int = 10
 ) -> Image.Image:
-    """Sentences with their picture and box, and the heat maps of stage 1 and of the adapter."""
+    """Sentences with their image and box, and the heat maps of stage 1 and of the adapter."""
     regions = outputs["stage_2"]
     chosen = torch.linspace(0, len(regions) - 1, min(count, len(regions))).long().tolist()
     width, height = 3 * (CELL + 8) + 16, CELL + 2 * LINE + 8
@@ -106,7 +106,7 @@ def heat_sheet(
 
 
 def with_boxes(image: Image.Image, boxes: list[list[float]]) -> Image.Image:
-    """The picture, enlarged where it is small, with coloured frames."""
+    """The image, enlarged where it is small, with coloured frames."""
     scale = max(1.0, CELL / max(image.size))
     size = (round(image.width * scale), round(image.height * scale))
     drawn = image.resize(size, Image.Resampling.BICUBIC)
@@ -119,7 +119,7 @@ def with_boxes(image: Image.Image, boxes: list[list[float]]) -> Image.Image:
 
 def draw_heat_map(image: Image.Image, heat: torch.Tensor, processor: MMGEMProcessor) -> Image.Image:
     """
-    A heat map of [`heat_map`] over the picture, from blue (its least value) to yellow (its largest). What the image
+    A heat map of [`heat_map`] over the image, from blue (its least value) to yellow (its largest). What the image
     processor cuts away stays grey.
     """
     geometry = geometry_of(processor.image_processor, *image.size)

@@ -27,7 +27,7 @@ def evaluate_regions(
     model: MMGEMModel, processor: MMGEMProcessor, dataset: RegionDataset, stage: str, batch_size: int = 64
 ) -> tuple[dict[str, float], dict[str, Any]]:
     """
-    What a stage is for, with whichever adapters are active. Pictures that cannot be read, and regions that the centre
+    What a stage is for, with whichever adapters are active. Images that cannot be read, and regions that the centre
     crop cuts away, are left out, which is logged.
 
     - "region-retrieval": R@k of each region's phrase among all distinct phrases and the other way round, where any
@@ -35,7 +35,7 @@ def evaluate_regions(
       (Zhang et al., 2016, but without their tolerance of 15 pixels, and over all regions, not by category): how often
       the patch most similar to a phrase (each of those within 1e-6 of it) lies, with its centre, in a box that it
       describes (is the one nearest to the box's centre, where it holds none), beside `pointing_game_chance`, the share
-      of the picture that they cover.
+      of the image that they cover.
     - "region-caption": CIDEr-D of greedy captions, the share that equals the phrase exactly, and dense captioning's
       mean average precision for these boxes ([`dense_captioning_map`]; the boxes being given, only language counts),
       ranked by how near the model embeds its caption to the region; on scenes also how often size, colour and shape
@@ -90,7 +90,7 @@ def caption_regions(
 def embed_regions(
     model: MMGEMModel, processor: MMGEMProcessor, images: list[Any], boxes: list[list[list[float]]]
 ) -> torch.Tensor:
-    """`(N, D)` of all boxes of all pictures, unit norm, float32, on the CPU."""
+    """`(N, D)` of all boxes of all images, unit norm, float32, on the CPU."""
     inputs = processor(images=images, boxes=boxes, return_tensors="pt").to(model.device)
     return model.get_embedding(**inputs)[inputs["region_mask"]].float().cpu()
 
@@ -149,7 +149,7 @@ def _retrieve_regions(
     check_finite(phrase_embeds, phrases)
     number = {phrase: i for i, phrase in enumerate(phrases)}
     of_region = torch.tensor([number[region["phrase"]] for region in regions])
-    # A region has one right phrase, a phrase any number of right regions: as texts and pictures elsewhere.
+    # A region has one right phrase, a phrase any number of right regions: as texts and images elsewhere.
     ranks = retrieval_metrics(region_embeds, phrase_embeds, of_region, ks=(1, 5))
     metrics = {
         name.replace("text_to_image", "region_to_phrase").replace("image_to_text", "phrase_to_region"): value
@@ -187,7 +187,7 @@ def patches_inside(model: MMGEMModel, inputs: Any) -> torch.Tensor:
 def heat_map(model: MMGEMModel, processor: MMGEMProcessor, image: Any, sentence: str) -> torch.Tensor:
     """
     Where the model sees what a sentence says: its cosine similarity with every patch through h1 and h4, `(rows,
-    columns)` float32, of the part of the picture that the image processor keeps. Stage 1 has learned no more than the
+    columns)` float32, of the part of the image that the image processor keeps. Stage 1 has learned no more than the
     mean over all patches; "region-retrieval" has learned parts.
     """
     pixels = processor(images=[image], return_tensors="pt").to(model.device)["pixel_values"]
@@ -210,10 +210,10 @@ def _batches(
         try:
             example = {**dataset.read(index), "index": index}
         except BadDataError as error:
-            faults.append(f"picture {index} ({error})")
+            faults.append(f"image {index} ({error})")
             continue
         if example["left_out"]:
-            faults.append(f"{example['left_out']} regions of picture {index}, of which nothing is to be seen")
+            faults.append(f"{example['left_out']} regions of image {index}, of which nothing is to be seen")
         batch.append(example)
         if len(batch) == batch_size:
             yield batch
@@ -226,9 +226,9 @@ def _gathered(regions: list[dict[str, Any]], faults: list[str], dataset: RegionD
     """Those of all processes."""
     regions, faults = gather_parts(regions), gather_parts(faults)
     if not regions:
-        raise BadDataError(f"None of the {len(dataset)} pictures to evaluate on has a region to be seen: {faults[0]}.")
+        raise BadDataError(f"None of the {len(dataset)} images to evaluate on has a region to be seen: {faults[0]}.")
     if faults and process()[0] == 0:
-        logger.warning_once(f"{len(faults)} of {len(dataset)} pictures are left out, or regions of them: {faults[0]}.")
+        logger.warning_once(f"{len(faults)} of {len(dataset)} images are left out, or regions of them: {faults[0]}.")
     return regions
 
 
@@ -241,11 +241,11 @@ def _regions(examples: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _names(regions: list[dict[str, Any]]) -> list[str]:
-    return [f"region {region['box']} of picture {region['index']}" for region in regions]
+    return [f"region {region['box']} of image {region['index']}" for region in regions]
 
 
 def _same_phrase(regions: list[dict[str, Any]], inside: torch.Tensor) -> torch.Tensor:
-    """`(N, P)`: the union of the boxes of one picture that share a phrase."""
+    """`(N, P)`: the union of the boxes of one image that share a phrase."""
     union: dict[tuple[int, str], torch.Tensor] = {}
     keys = [(region["index"], region["phrase"]) for region in regions]
     for key, patches in zip(keys, inside):

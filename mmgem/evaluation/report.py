@@ -1,4 +1,4 @@
-"""results.json, report.md and its pictures."""
+"""results.json, report.md and its images."""
 
 import json
 import os
@@ -16,7 +16,7 @@ from .._version import __version__
 from ..data.pairs import PairDataset
 
 
-CELL = 168  # pixels per side of a picture on a sheet
+CELL = 168  # pixels per side of an image on a sheet
 LINE = 14
 GREEN, GREY, BLACK = (20, 120, 40), (110, 110, 110), (20, 20, 20)
 
@@ -24,7 +24,7 @@ GREEN, GREY, BLACK = (20, 120, 40), (110, 110, 110), (20, 20, 20)
 @dataclass
 class Section:
     """
-    A part of a report: figures, what there is to read (lines of Markdown), pictures by the names of their files, and
+    A part of a report: figures, what there is to read (lines of Markdown), images by the names of their files, and
     how many examples counted and were left out.
     """
 
@@ -35,14 +35,14 @@ class Section:
     sizes: dict[str, int] = field(default_factory=dict)
 
     def text(self, folder: str = "") -> str:
-        """Markdown; the pictures lie in `folder`."""
+        """Markdown; the images lie in `folder`."""
         shown = [f"![]({os.path.join(folder, name)})" for name in self.pictures]
         return "\n".join([f"## {self.heading}", "", *self.lines, "", *(line for p in shown for line in (p, ""))])
 
 
 def write_report(output_dir: str, title: str, sections: Sequence[Section], setting: dict[str, Any]) -> str:
     """
-    Writes `results.json` (the metrics of all sections and the setting), `report.md`, and the pictures; returns the
+    Writes `results.json` (the metrics of all sections and the setting), `report.md`, and the images; returns the
     report's path.
 
     Args:
@@ -90,7 +90,7 @@ def pair_sections(metrics: dict[str, float], outputs: dict[str, Any], dataset: P
     readable = dataset.select(outputs["indices"])
     of_captions = {name: value for name, value in metrics.items() if name.startswith("caption_")}
     of_search = {name: value for name, value in metrics.items() if name not in of_captions}
-    lines = [*table(of_search), "", "The five nearest pictures of each sentence; green is the right one."]
+    lines = [*table(of_search), "", "The five nearest images of each sentence; green is the right one."]
     sections = [Section("Search", of_search, lines, {"retrieval.png": retrieval_sheet(readable, outputs)})]
     lines, pictures = table(of_captions), {}
     if outputs.get("captions"):
@@ -119,7 +119,7 @@ def current_commit() -> str | None:
 
 
 def caption_sheet(dataset: PairDataset, captions: list[str], count: int = 16, columns: int = 4) -> Image.Image:
-    """Pictures with a reference and the caption generated."""
+    """Images with a reference and the caption generated."""
     count = min(count, len(captions))
     rows = -(-count // columns)
     width, height = CELL + 72, CELL + 8 * LINE
@@ -134,7 +134,7 @@ def caption_sheet(dataset: PairDataset, captions: list[str], count: int = 16, co
 
 
 def retrieval_sheet(dataset: PairDataset, outputs: dict[str, Any], count: int = 8, nearest: int = 5) -> Image.Image:
-    """Sentences, one of every few pictures, with their nearest pictures."""
+    """Sentences, one of every few images, with their nearest images."""
     texts, images, owners = outputs["text_embeds"], outputs["image_embeds"], outputs["text_to_image"]
     count, nearest = min(count, len(texts)), min(nearest, len(images))
     queries = torch.linspace(0, len(texts) - 1, count).long().tolist()
@@ -157,7 +157,7 @@ def retrieval_sheet(dataset: PairDataset, outputs: dict[str, Any], count: int = 
 def class_sheet(
     dataset: PairDataset, outputs: dict[str, Any], class_names: Sequence[str], count: int = 18, columns: int = 6
 ) -> Image.Image:
-    """Pictures, one of every few, with the class that each was taken for (green where right) and its own."""
+    """Images, one of every few, with the class that each was taken for (green where right) and its own."""
     count = min(count, len(dataset))
     width, height = CELL + 12, CELL + 3 * LINE + 8
     sheet = Image.new("RGB", (columns * width + 8, -(-count // columns) * height + 8), "white")
@@ -172,7 +172,7 @@ def class_sheet(
 
 
 def paste(sheet: Image.Image, image: Image.Image, left: int, top: int) -> None:
-    """The whole picture, scaled to fit a cell and centred in it."""
+    """The whole image, scaled to fit a cell and centred in it."""
     scale = CELL / max(image.size)
     size = (max(round(image.width * scale), 1), max(round(image.height * scale), 1))
     resized = image.resize(size, Image.Resampling.BICUBIC)

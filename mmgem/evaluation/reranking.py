@@ -1,4 +1,4 @@
-"""Captions that the model chooses itself: of several that it writes, the one that it embeds nearest to the picture."""
+"""Captions that the model chooses itself: of several that it writes, the one that it embeds nearest to the image."""
 
 import math
 from typing import Any
@@ -23,8 +23,8 @@ def draw_captions(
     **generation: Any,
 ) -> list[list[tuple[str, float]]]:
     """
-    Of each of the first `count` pictures `draws` captions, each with its cosine with the picture (-1 for an empty
-    one), the nearest first. What is drawn depends on the seed and the picture's number alone, so pictures come one by
+    Of each of the first `count` images `draws` captions, each with its cosine with the image (-1 for an empty
+    one), the nearest first. What is drawn depends on the seed and the image's number alone, so images come one by
     one.
 
     Args:
@@ -43,7 +43,7 @@ def draw_captions(
         written = sorted({caption for caption in captions if caption})
         cosines = dict(zip(written, (embed_texts(model, processor, written, draws) @ own).tolist()))
         if not all(map(math.isfinite, cosines.values())):
-            raise ValueError(f"The embeddings of picture {i} or of a caption drawn of it hold NaN.")
+            raise ValueError(f"The embeddings of image {i} or of a caption drawn of it hold NaN.")
         ranked = [(caption, cosines.get(caption, -1.0)) for caption in captions]
         drawn.append(sorted(ranked, key=lambda item: -item[1]))
     return gather_parts(drawn)
@@ -59,7 +59,7 @@ def evaluate_reranking(
     **generation: Any,
 ) -> tuple[dict[str, float], list[list[tuple[str, float]]]]:
     """
-    CIDEr-D of the caption nearest to its picture (`caption_cider_reranked`) beside the mean of all that were drawn
+    CIDEr-D of the caption nearest to its image (`caption_cider_reranked`) beside the mean of all that were drawn
     (`caption_cider_drawn`), which is what one draw is worth, and the best that a choice could reach
     (`caption_cider_drawn_best`); and what [`draw_captions`] gives.
     """
@@ -68,7 +68,7 @@ def evaluate_reranking(
     references = dataset.captions()[: len(drawn)]
     if not has_cider(references, "drawn captions"):
         return {}, drawn
-    # The nearest first: place k holds the caption of each picture that is its k-th nearest.
+    # The nearest first: place k holds the caption of each image that is its k-th nearest.
     by_place = torch.tensor([cider_d([of[k][0] for of in drawn], references)[1].tolist() for k in range(draws)])
     metrics = {
         "caption_cider_reranked": by_place[0].mean().item(),

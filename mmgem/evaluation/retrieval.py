@@ -1,4 +1,4 @@
-"""Retrieval between texts and pictures: R@k and the median rank, both ways."""
+"""Retrieval between texts and images: R@k and the median rank, both ways."""
 
 from collections.abc import Sequence
 
@@ -26,8 +26,8 @@ def retrieval_metrics(
 
     Args:
         text_embeds (`torch.Tensor` of shape `(T, D)`), image_embeds (`torch.Tensor` of shape `(N, D)`): unit norm.
-        text_to_image (`torch.LongTensor` of shape `(T,)` or `(M, 2)`): the picture that each text describes; or, where
-            texts have several, all right pairs of text and picture.
+        text_to_image (`torch.LongTensor` of shape `(T,)` or `(M, 2)`): the image that each text describes; or, where
+            texts have several, all right pairs of text and image.
         ks: ranks to report recall at. One for which there are too few items says nothing, and is left out.
         chunk_size: queries and items at a time: beside the embeddings, memory is its square.
 
@@ -37,7 +37,7 @@ def retrieval_metrics(
 
     Raises:
         ValueError: for embeddings that are not finite (a NaN would rank first) or not of unit norm, or a text or
-            picture without another that is right.
+            image without another that is right.
     """
     texts, images = text_embeds.float(), image_embeds.to(text_embeds.device).float()
     for side, embeds in (("text", texts), ("image", images)):
@@ -57,9 +57,9 @@ def retrieval_metrics(
     pairs = text_to_image.to(texts.device)
     if pairs.ndim == 1:
         if len(pairs) != len(texts):
-            raise ValueError(f"text_to_image names a picture for {len(pairs)} of {len(texts)} texts.")
+            raise ValueError(f"text_to_image names an image for {len(pairs)} of {len(texts)} texts.")
         pairs = torch.stack([torch.arange(len(pairs), device=pairs.device), pairs], 1)
-    for side, column, embeds in (("text", 0, texts), ("picture", 1, images)):
+    for side, column, embeds in (("text", 0, texts), ("image", 1, images)):
         _check_named(side, pairs[:, column], len(embeds))
     metrics = {}
     for direction, queries, items, right in (

@@ -33,7 +33,7 @@ from .sharing import process
 def run_tasks(model: MMGEMModel, processor: MMGEMProcessor, arguments: EvaluationArguments) -> list[Section]:
     """
     A section for each of `arguments.tasks`, with its metrics. Where there are several processes, all must call it;
-    each does its part of embedding and writing, and gets all the figures; pictures are drawn by the first.
+    each does its part of embedding and writing, and gets all the figures; images are drawn by the first.
 
     Args:
         model: with the adapters that `arguments` name loaded under the names of their stages, as [`load_model`] does.
@@ -91,7 +91,7 @@ def retrieval(model: MMGEMModel, processor: MMGEMProcessor, arguments: Evaluatio
     metrics, outputs = evaluate_retrieval(model, processor, dataset, arguments.batch_size)
     readable = dataset.select(outputs["indices"])
     lines = [f"{_counted(readable, dataset)}, {len(outputs['text_embeds'])} captions.", "", *table(metrics)]
-    lines += ["", "The five nearest pictures of each sentence; green is the right one."]
+    lines += ["", "The five nearest images of each sentence; green is the right one."]
     pictures = {"retrieval.png": retrieval_sheet(readable, outputs)} if _is_first() else {}
     return Section("Retrieval", metrics, lines, pictures, _sizes(readable, dataset))
 
@@ -116,7 +116,7 @@ def classification(model: MMGEMModel, processor: MMGEMProcessor, arguments: Eval
             section.pictures[file] = class_sheet(readable, outputs, outputs["class_names"])
     if len(main) > 1:
         section.metrics["classification_mean"] = sum(main) / len(main)
-    section.lines += [*table(section.metrics), "", "What each picture was taken for; grey: what it is."]
+    section.lines += [*table(section.metrics), "", "What each image was taken for; grey: what it is."]
     return section
 
 
@@ -145,7 +145,7 @@ def captioning(model: MMGEMModel, processor: MMGEMProcessor, arguments: Evaluati
     how = "most probable word by word" if arguments.num_beams == 1 else f"with {arguments.num_beams} beams"
     lines += [f"Grey: a reference. Black: written by the model, {how}."]
     if drawn:
-        lines += ["", f"Of {arguments.draws} captions drawn of a picture, the nearest to it and the furthest:", ""]
+        lines += ["", f"Of {arguments.draws} captions drawn of an image, the nearest to it and the furthest:", ""]
         lines += ["| nearest | | furthest | |", "|---|---|---|---|"]
         for (near, nearest), (far, furthest) in ([of[0], of[-1]] for of in drawn[:8]):
             lines.append(f"| {_escaped(near)} | {nearest:.2f} | {_escaped(far)} | {furthest:.2f} |")
@@ -165,7 +165,7 @@ def long_text(model: MMGEMModel, processor: MMGEMProcessor, arguments: Evaluatio
         f"{_counted(readable, dataset)}, {len(words)} captions of {min(words)} to {max(words)} words, on average "
         f"{sum(words) / len(words):.0f}.",
         "",
-        f"| cut to | that many are | pictures | {' | '.join(names)} |",
+        f"| cut to | that many are | images | {' | '.join(names)} |",
         "|---" * (3 + len(names)) + "|",
     ]
     for length in arguments.max_lengths:
@@ -228,7 +228,7 @@ def _stages(model: MMGEMModel) -> list[str]:
 
 
 def _sizes(used: PairDataset, dataset: PairDataset) -> dict[str, int]:
-    """Of what the data names, how many pictures count; the others cannot be read, or are not there."""
+    """Of what the data names, how many images count; the others cannot be read, or are not there."""
     return {"size": len(used), "left_out": len(dataset) - len(used) + dataset.missing}
 
 
@@ -239,7 +239,7 @@ def _region_sizes(regions: list[dict[str, Any]], dataset: RegionDataset) -> dict
 
 def _counted(used: PairDataset, dataset: PairDataset) -> str:
     left_out = _sizes(used, dataset)["left_out"]
-    return f"{len(used)} pictures" + (f" ({left_out} more are left out)" if left_out else "")
+    return f"{len(used)} images" + (f" ({left_out} more are left out)" if left_out else "")
 
 
 def _column(dataset: Any, name: str, count: int) -> list[Any]:
@@ -257,7 +257,7 @@ def _image_ids(dataset: Any, count: int) -> list[str]:
     for image, times in Counter(ids).most_common(1):
         if times > 1:
             raise ValueError(
-                f"The annotations have {times} pictures of the id {image}; evaluate their files by turns."
+                f"The annotations have {times} images of the id {image}; evaluate their files by turns."
             )
     return ids
 

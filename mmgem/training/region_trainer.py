@@ -9,7 +9,7 @@ import torch.distributed as dist
 from peft import PeftModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from ..data.region_collator import RegionCollator
+from ..data.collator import RegionCollator
 from ..data.regions import RegionDataset
 from ..evaluation.regions import evaluate_regions
 from ..modeling_mmgem import MMGEMModel, contrastive_loss

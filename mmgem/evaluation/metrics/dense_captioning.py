@@ -18,8 +18,8 @@ class DenseCaptioning(evaluate.Metric):
             description=self.__doc__,
             citation="",
             inputs_description=(
-                "predictions: of each picture, boxes [x0, y0, x1, y1] with a caption and a score. references: of each "
-                "picture, boxes with a phrase."
+                "predictions: of each image, boxes [x0, y0, x1, y1] with a caption and a score. references: of each "
+                "image, boxes with a phrase."
             ),
             features=datasets.Features({"predictions": predictions, "references": references}),
         )

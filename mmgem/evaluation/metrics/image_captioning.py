@@ -15,7 +15,7 @@ class ImageCaptioning(evaluate.Metric):
             description=self.__doc__,
             citation="",
             inputs_description=(
-                f"predictions: a caption of each picture. references: its references. Cut into words by {TOKENIZER}; "
+                f"predictions: a caption of each image. references: its references. Cut into words by {TOKENIZER}; "
                 "a character of a script without spaces is a word."
             ),
             features=datasets.Features({"predictions": text, "references": datasets.List(text)}),

@@ -17,8 +17,8 @@ class ImageTextRetrieval(evaluate.Metric):
             description=self.__doc__,
             citation="",
             inputs_description=(
-                "predictions: the embedding of each text, of unit norm. references: the number of the picture that it "
-                "describes, or a list of them. image_embeds: the embeddings of the pictures, of unit norm."
+                "predictions: the embedding of each text, of unit norm. references: the number of the image that it "
+                "describes, or a list of them. image_embeds: the embeddings of the images, of unit norm."
             ),
             features=[
                 datasets.Features({"predictions": embedding, "references": right})

@@ -17,7 +17,7 @@ class ZeroShotClassification(evaluate.Metric):
             description=self.__doc__,
             citation="",
             inputs_description=(
-                "predictions: the scores of all classes for each picture. references: the number of the right class."
+                "predictions: the scores of all classes for each image. references: the number of the right class."
             ),
             features=datasets.Features(features),
         )
