@@ -122,7 +122,13 @@ def _paths_by_name(folders: Sequence[str]) -> dict[str, str]:
 
 
 def _add(record: Record, path: str, rows: dict[str, dict[str, Any]], file: str) -> None:
-    empty = {**dict.fromkeys(FEATURES), "image": path, "caption": [], "long_caption": [], "regions": []}
+    empty: dict[str, Any] = {
+        **dict.fromkeys(FEATURES),
+        "image": path,
+        "caption": [],
+        "long_caption": [],
+        "regions": [],
+    }
     row = rows.setdefault(path, empty)
     row.update({name: value for name, value in record.known.items() if value is not None})
     image = record.known.get("image_id", record.name)

@@ -136,9 +136,9 @@ def _train_and_held_out(
 def _load_tables(arguments: DataArguments, image_size: int, seed: int) -> tuple[Table, Table | None]:
     if arguments.dataset_name in BUILT_IN:
         draw = BUILT_IN[arguments.dataset_name]
-        train = draw("train", arguments.max_train_samples or 20_000, image_size, seed)
+        train = Table(draw("train", arguments.max_train_samples or 20_000, image_size, seed))
         # The held-out images are the same whatever the training seed.
-        return Table(train), Table(draw("test", arguments.max_eval_samples or 500, image_size))
+        return train, Table(draw("test", arguments.max_eval_samples or 500, image_size))
     if arguments.dataset_name is not None:
         splits = load_named(arguments.dataset_name, arguments.dataset_config_name)
         if "train" not in splits:

@@ -43,7 +43,9 @@ def read_caption_results(path: str) -> dict[str, str]:
         raise ValueError(f"{path} is no list of image_id and caption, as COCO's result files are.")
     duplicates = [image for image, count in Counter(str(row["image_id"]) for row in rows).items() if count > 1]
     if duplicates:
-        raise ValueError(f"{path} has several captions for {len(duplicates)} images, such as image_id {duplicates[0]}.")
+        raise ValueError(
+            f"{path} has several captions for {len(duplicates)} images, such as image_id {duplicates[0]}."
+        )
     if wrong := [row["image_id"] for row in rows if not isinstance(row["caption"], str)]:
         raise ValueError(f"{path} has no text as the caption of image_id {wrong[0]}.")
     return {str(row["image_id"]): row["caption"] for row in rows}

@@ -44,6 +44,22 @@ def has_cider(references: Sequence[object], of: str = "these captions") -> bool:
     return len(references) != 1
 
 
+def caption_scores(
+    candidates: Sequence[str], references: Sequence[Sequence[str]], of: str = "these captions"
+) -> dict[str, float]:
+    """
+    `caption_cider` (if it is defined: see [`has_cider`]), `caption_bleu1` to 4 and `caption_rouge_l`.
+
+    Raises:
+        ValueError: as [`cider_d`].
+    """
+    return {
+        **({"caption_cider": cider_d(candidates, references)[0]} if has_cider(references, of) else {}),
+        **{f"caption_bleu{n}": value for n, value in enumerate(bleu(candidates, references), 1)},
+        "caption_rouge_l": rouge_l(candidates, references)[0],
+    }
+
+
 def cider_d(candidates: Sequence[str], references: Sequence[Sequence[str]]) -> tuple[float, np.ndarray]:
     """
     CIDEr-D (Vedantam et al., 2015): n = 1 to 4, sigma = 6, counts clipped, document frequencies from these references.

@@ -12,8 +12,8 @@ from ..data.pairs import PairDataset
 from ..modeling_mmgem import MMGEMModel
 from ..processing import MMGEMProcessor
 from ..processing.tokenization_mmgem import as_sentence
-from .embedding import embed_all_texts, embed_each, evaluating
-from .retrieval import TIE
+from .embedding import embed_all_texts, embed_dataset, evaluating
+from .retrieval import TIE, check_finite
 
 
 logger = logging.get_logger(__name__)
@@ -41,15 +41,12 @@ def classification_metrics(
         ValueError: for scores that are not finite, or a label that is no class.
     """
     scores, labels = scores.cpu(), labels.cpu()
-    bad = (~scores.isfinite()).any(-1).nonzero().flatten().tolist()
-    if bad:
-        raise ValueError(f"The scores of {len(bad)} of {len(scores)} images, first of number {bad[0]}, hold NaN.")
+    check_finite(scores, [f"image {i}" for i in range(len(scores))], "rows of scores")
     wrong = ((labels < 0) | (labels >= scores.shape[1])).nonzero().flatten().tolist()
     if len(labels) != len(scores) or not len(scores) or wrong:
         found = f"; label {int(labels[wrong[0]])} of image {wrong[0]} is none" if wrong else ""
         raise ValueError(
-            f"{len(scores)} images need as many labels, of {scores.shape[1]} classes; there are "
-            f"{len(labels)}{found}."
+            f"{len(scores)} images need as many labels, of {scores.shape[1]} classes; there are {len(labels)}{found}."
         )
     own = scores.gather(1, labels[:, None])
     rank = (scores >= own - tie).sum(1)
@@ -122,7 +119,7 @@ def evaluate_classification(
     class_names = [class_names[i] for i in sorted(first.values())]
     with evaluating(model):
         classes = class_embeddings(model, processor, class_names, templates, batch_size)
-        indices, images = embed_each(model, processor, dataset, batch_size, dataset.picture)
+        indices, images = embed_dataset(model, processor, dataset, batch_size, read=dataset.picture)
     all_scores = images @ classes.T
     right = torch.tensor([labels[i] for i in indices])
     metrics = classification_metrics(all_scores, right, tie=TIE)

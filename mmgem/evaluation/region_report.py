@@ -1,4 +1,4 @@
-"""An adapter beside the stage 1 that it was trained on, to look at: figures, captioned regions, heat maps."""
+"""The report of an adapter beside its stage 1: figures, captioned regions, heat maps."""
 
 import os
 import re
@@ -13,7 +13,19 @@ from ..processing import MMGEMProcessor
 from ..processing.regions_mmgem import geometry_of
 from .adapters import stage_1
 from .regions import heat_map
-from .report import BLACK, CELL, GREEN, GREY, LINE, Section, paste, table, write_text
+from .report import (
+    BLACK,
+    CELL,
+    GREEN,
+    GREY,
+    LINE,
+    Section,
+    empty_sheet,
+    evenly_spaced,
+    paste,
+    table,
+    write_text,
+)
 
 
 BOX_COLOURS = ("#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#008080", "#9a6324", "#808000")
@@ -48,7 +60,10 @@ def region_section(
 
 
 def add_to_report_of_base(base: str, output_dir: str, section: Section) -> None:
-    """Where the adapter's folder lies in that of its base: to the base's report, or in place of an earlier run's."""
+    """
+    Adds the section to the report of the base if the adapter's folder is inside the base's, replacing that of an
+    earlier run.
+    """
     report, folder = os.path.join(base, "report.md"), os.path.relpath(output_dir, base)
     if not os.path.isfile(report) or folder.startswith(os.pardir):
         return
@@ -61,15 +76,12 @@ def add_to_report_of_base(base: str, output_dir: str, section: Section) -> None:
 
 def region_sheet(dataset: RegionDataset, outputs: dict[str, Any], count: int = 10) -> Image.Image:
     """Images with their boxes, and beside them what was written about each."""
-    pictures: dict[int, list[int]] = {}
+    by_image: dict[int, list[int]] = {}
     for i, region in enumerate(outputs["stage_2"]):
-        pictures.setdefault(region["index"], []).append(i)
-    chosen = list(pictures.items())[:count]
-    width, height = CELL + 320, CELL + 16
-    sheet = Image.new("RGB", (2 * width, -(-len(chosen) // 2) * height), "white")
+        by_image.setdefault(region["index"], []).append(i)
+    sheet, corners = empty_sheet(min(count, len(by_image)), 2, CELL + 320, CELL + 16)
     draw = ImageDraw.Draw(sheet)
-    for cell, (index, regions) in enumerate(chosen):
-        left, top = cell % 2 * width + 8, cell // 2 * height + 8
+    for (left, top), (index, regions) in zip(corners, by_image.items()):
         regions = regions[: len(BOX_COLOURS) // 2]
         boxes = [outputs["stage_2"][i]["box"] for i in regions]
         paste(sheet, with_boxes(dataset.read(index)["image"], boxes), left, top)
@@ -77,10 +89,10 @@ def region_sheet(dataset: RegionDataset, outputs: dict[str, Any], count: int = 1
         for colour, i in zip(BOX_COLOURS, regions):
             before, after = outputs["stage_1"][i]["caption"], outputs["stage_2"][i]
             draw.rectangle((left + CELL + 8, below + 2, left + CELL + 14, below + 3 * LINE - 4), fill=colour)
-            below = write_text(sheet, after["phrase"], left + CELL + 20, below, GREY, 44, 1)
-            below = write_text(sheet, before or "(nothing)", left + CELL + 20, below, BLACK, 44, 1)
             right = GREEN if after["caption"] == after["phrase"] else BLACK
-            below = write_text(sheet, after["caption"] or "(nothing)", left + CELL + 20, below, right, 44, 1)
+            texts = ((after["phrase"], GREY), (before or "(nothing)", BLACK), (after["caption"] or "(nothing)", right))
+            for text, text_colour in texts:
+                below = write_text(sheet, text, left + CELL + 20, below, text_colour, 44, 1)
     return sheet
 
 
@@ -89,19 +101,16 @@ def heat_sheet(
 ) -> Image.Image:
     """Sentences with their image and box, and the heat maps of stage 1 and of the adapter."""
     regions = outputs["stage_2"]
-    chosen = torch.linspace(0, len(regions) - 1, min(count, len(regions))).long().tolist()
-    width, height = 3 * (CELL + 8) + 16, CELL + 2 * LINE + 8
-    sheet = Image.new("RGB", (2 * width, -(-len(chosen) // 2) * height), "white")
-    for cell, i in enumerate(chosen):
-        left, top = cell % 2 * width + 8, cell // 2 * height + 4
-        image, phrase, box = dataset.read(regions[i]["index"])["image"], regions[i]["phrase"], regions[i]["box"]
+    chosen = [regions[i] for i in evenly_spaced(count, len(regions))]
+    sheet, corners = empty_sheet(len(chosen), 2, 3 * (CELL + 8) + 16, CELL + 2 * LINE + 8)
+    for region, (left, top) in zip(chosen, corners):
+        image, phrase, box = dataset.read(region["index"])["image"], region["phrase"], region["box"]
         write_text(sheet, f"{phrase}   (box, stage 1, with the adapter)", left, top, BLACK, 80, 1)
-        paste(sheet, with_boxes(image, [box]), left, top + LINE + 4)
         with stage_1(model, processor):
             before = heat_map(model, processor, image, phrase)
-        for column, heat in enumerate((before, heat_map(model, processor, image, phrase)), 1):
-            heated = draw_heat_map(image, heat, processor)
-            paste(sheet, with_boxes(heated, [box]), left + column * (CELL + 8), top + LINE + 4)
+        heats = (before, heat_map(model, processor, image, phrase))
+        for column, shown in enumerate((image, *(draw_heat_map(image, heat, processor) for heat in heats))):
+            paste(sheet, with_boxes(shown, [box]), left + column * (CELL + 8), top + LINE + 4)
     return sheet
 
 
@@ -127,13 +136,11 @@ def draw_heat_map(image: Image.Image, heat: torch.Tensor, processor: MMGEMProces
     small = Image.fromarray((255 * heat).round().to(torch.uint8).numpy())
     window = [round(side / scale) for side, scale in zip(geometry.window, geometry.scale)]
     corner = [round(offset / scale) for offset, scale in zip(geometry.offset, geometry.scale)]
-    grey = image.convert("L").convert("RGB")
+    size = (max(window[0], 1), max(window[1], 1))
     colours = ImageOps.colorize(
-        small.resize((max(window[0], 1), max(window[1], 1)), Image.Resampling.BICUBIC),
-        black="#10106a",
-        mid="#d8452f",
-        white="#ffec66",
+        small.resize(size, Image.Resampling.BICUBIC), black="#10106a", mid="#d8452f", white="#ffec66"
     )
+    grey = image.convert("L").convert("RGB")
     heated = grey.copy()
     heated.paste(colours, (corner[0], corner[1]))
     return Image.blend(grey, heated, 0.6)

@@ -6,29 +6,30 @@ from typing import Any
 
 import torch
 from torch.nn.functional import normalize
-from transformers.utils import logging
 
-from ..data.pairs import BadDataError
 from ..data.regions import RegionDataset
-from ..data.scenes import COLOURS, SHAPES, SIZES, ScenesDataset
 from ..modeling_mmgem import MMGEMModel
 from ..processing import MMGEMProcessor
 from .captioning import cider_d, has_cider
 from .dense_captioning import dense_captioning_map
-from .embedding import check_finite, embed_texts, evaluating
-from .retrieval import TIE, retrieval_metrics
-from .sharing import gather_parts, gather_rows, own_part, process
-
-
-logger = logging.get_logger(__name__)
+from .embedding import (
+    caption_cosines,
+    embed_texts,
+    evaluating,
+    gather_readable,
+    readable_batches,
+    write_captions,
+)
+from .retrieval import TIE, check_finite, retrieval_metrics
+from .sharing import gather_parts, gather_rows
 
 
 def evaluate_regions(
     model: MMGEMModel, processor: MMGEMProcessor, dataset: RegionDataset, stage: str, batch_size: int = 64
 ) -> tuple[dict[str, float], dict[str, Any]]:
     """
-    What a stage is for, with whichever adapters are active. Images that cannot be read, and regions that the centre
-    crop cuts away, are left out, which is logged.
+    Evaluates what a stage is for, with whichever adapters are active. Images that cannot be read, and regions that the
+    centre crop cuts away, are left out, which is logged.
 
     - "region-retrieval": R@k of each region's phrase among all distinct phrases and the other way round, where any
       region with that phrase is right (an item as near as the right one counts as nearer); and the pointing game
@@ -38,10 +39,9 @@ def evaluate_regions(
       of the image that they cover.
     - "region-caption": CIDEr-D of greedy captions, the share that equals the phrase exactly, and dense captioning's
       mean average precision for these boxes ([`dense_captioning_map`]; the boxes being given, only language counts),
-      ranked by how near the model embeds its caption to the region; on scenes also how often size, colour and shape
-      are named right.
+      ranked by how near the model embeds its caption to the region; and the metrics that the dataset brings.
 
-    Where there are several processes, all must call it.
+    If there are several processes, all must call it.
 
     Returns:
         the metrics, fractions except CIDEr, and what they come from, per region in the order of the dataset: `index`
@@ -50,7 +50,7 @@ def evaluate_regions(
     with evaluating(model):
         if stage == "region-caption":
             regions = caption_regions(model, processor, dataset, batch_size)
-            metrics = region_caption_metrics(regions, isinstance(dataset.table, ScenesDataset))
+            metrics = region_caption_metrics(regions, dataset)
         else:
             metrics, regions = _retrieve_regions(model, processor, dataset, batch_size)
     return metrics, {"regions": regions}
@@ -64,24 +64,20 @@ def caption_regions(
     `{"index", "box", "phrase", "caption", "score"}` of every region; greedy unless `generation` says otherwise. The
     score is the cosine of the caption's embedding with the region's (-1 for an empty caption).
     """
-    options = {"do_sample": False, "max_new_tokens": processor.max_length, **generation}
     processor = copy.copy(processor)
     processor.region_grid_size = model.region_grid_size
     regions: list[dict[str, Any]] = []
     faults: list[str] = []
     for examples in _batches(dataset, processor, batch_size, faults):
         images, boxes = [e["image"] for e in examples], [e["boxes"] for e in examples]
-        inputs = processor(images=images, boxes=boxes, task="region-caption", return_tensors="pt").to(model.device)
-        ids = model.generate(**inputs, **options)
-        captions = [text.strip() for text in processor.batch_decode(ids, skip_special_tokens=True)]
-        embeds = embed_regions(model, processor, images, boxes)
-        written = sorted({caption for caption in captions if caption})
-        texts = dict(zip(written, embed_texts(model, processor, written, batch_size)))
+        inputs = processor(images=images, boxes=boxes, task="region-caption", return_tensors="pt")
+        captions = write_captions(model, processor, inputs, **generation)
+        scores = caption_cosines(model, processor, captions, list(embed_regions(model, processor, images, boxes)))
         regions += [
-            {**region, "caption": caption, "score": float(texts[caption] @ embed) if caption else -1.0}
-            for region, caption, embed in zip(_regions(examples), captions, embeds, strict=True)
+            {**region, "caption": caption, "score": score}
+            for region, caption, score in zip(_regions(examples), captions, scores, strict=True)
         ]
-    regions = _gathered(regions, faults, dataset)
+    regions = gather_readable(regions, faults, dataset, "images or regions of them")
     check_finite(torch.tensor([[region["score"]] for region in regions]), _names(regions))
     return regions
 
@@ -95,24 +91,20 @@ def embed_regions(
     return model.get_embedding(**inputs)[inputs["region_mask"]].float().cpu()
 
 
-def region_caption_metrics(regions: list[dict[str, Any]], are_scenes: bool) -> dict[str, float]:
+def region_caption_metrics(regions: list[dict[str, Any]], dataset: RegionDataset) -> dict[str, float]:
     """See [`evaluate_regions`]; `regions` as [`caption_regions`] returns them."""
-    pairs = [(region["caption"], region["phrase"]) for region in regions]
-    metrics = {
-        "region_caption_exact": _share(caption == phrase for caption, phrase in pairs),
-    }
-    captions, phrases = [caption for caption, _ in pairs], [[phrase] for _, phrase in pairs]
-    if has_cider(phrases, "a single region"):
-        metrics["region_caption_cider"] = cider_d(captions, phrases)[0]
-    if are_scenes:
-        vocabulary = {"size": {*SIZES}, "colour": {*COLOURS}, "shape": {*SHAPES}}
-        for name, words in vocabulary.items():
-            named = ([set(text.split()) & words for text in pair] for pair in pairs)
-            metrics[f"region_caption_{name}"] = _share(caption == phrase for caption, phrase in named)
-    by_picture: dict[int, list[dict[str, Any]]] = {}
+    captions, phrases = [region["caption"] for region in regions], [region["phrase"] for region in regions]
+    exact = sum(caption == phrase for caption, phrase in zip(captions, phrases))
+    metrics = {"region_caption_exact": exact / len(regions)}
+    references = [[phrase] for phrase in phrases]
+    if has_cider(references, "a single region"):
+        metrics["region_caption_cider"] = cider_d(captions, references)[0]
+    if own_metrics := getattr(dataset.table, "region_caption_metrics", None):
+        metrics.update(own_metrics(captions, phrases))
+    by_image: dict[int, list[dict[str, Any]]] = {}
     for region in regions:
-        by_picture.setdefault(region["index"], []).append(region)
-    dense = dense_captioning_map(list(by_picture.values()), list(by_picture.values()))
+        by_image.setdefault(region["index"], []).append(region)
+    dense = dense_captioning_map(list(by_image.values()), list(by_image.values()))
     return {**metrics, "dense_captioning_map": dense["dense_captioning_map"]}
 
 
@@ -141,7 +133,7 @@ def _retrieve_regions(
         hits = (right | ~is_highest).all(1)
         shares = right.float().mean(1).tolist()
         regions += [{**region, "hit": bool(hit), "share": share} for region, hit, share in zip(batch, hits, shares)]
-    regions = _gathered(regions, faults, dataset)
+    regions = gather_readable(regions, faults, dataset, "images or regions of them")
     texts = dict(gather_parts(texts.items()))
     phrases = sorted(texts)
     region_embeds, phrase_embeds = gather_rows(torch.cat(embeds)), torch.stack([texts[p] for p in phrases])
@@ -155,7 +147,7 @@ def _retrieve_regions(
         name.replace("text_to_image", "region_to_phrase").replace("image_to_text", "phrase_to_region"): value
         for name, value in ranks.items()
     }
-    metrics["pointing_game"] = _share(region["hit"] for region in regions)
+    metrics["pointing_game"] = sum(region["hit"] for region in regions) / len(regions)
     metrics["pointing_game_chance"] = sum(region.pop("share") for region in regions) / len(regions)
     return metrics, regions
 
@@ -205,31 +197,15 @@ def _batches(
     left out is added to `faults`.
     """
     dataset = dataset.whole(processor.image_processor)
-    batch = []
-    for index in own_part(len(dataset)):
-        try:
-            example = {**dataset.read(index), "index": index}
-        except BadDataError as error:
-            faults.append(f"image {index} ({error})")
-            continue
+
+    def read(index: int) -> dict[str, Any]:
+        example = dataset.read(index)
         if example["left_out"]:
-            faults.append(f"{example['left_out']} regions of image {index}, of which nothing is to be seen")
-        batch.append(example)
-        if len(batch) == batch_size:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
+            faults.append(f"{example['left_out']} regions of image {index}, outside of it or of the centre crop")
+        return {**example, "index": index}
 
-
-def _gathered(regions: list[dict[str, Any]], faults: list[str], dataset: RegionDataset) -> list[dict[str, Any]]:
-    """Those of all processes."""
-    regions, faults = gather_parts(regions), gather_parts(faults)
-    if not regions:
-        raise BadDataError(f"None of the {len(dataset)} images to evaluate on has a region to be seen: {faults[0]}.")
-    if faults and process()[0] == 0:
-        logger.warning_once(f"{len(faults)} of {len(dataset)} images are left out, or regions of them: {faults[0]}.")
-    return regions
+    for _, examples in readable_batches(dataset, read, batch_size, faults):
+        yield examples
 
 
 def _regions(examples: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -251,8 +227,3 @@ def _same_phrase(regions: list[dict[str, Any]], inside: torch.Tensor) -> torch.T
     for key, patches in zip(keys, inside):
         union[key] = union[key] | patches if key in union else patches
     return torch.stack([union[key] for key in keys])
-
-
-def _share(truths: Any) -> float:
-    values = list(truths)
-    return sum(values) / len(values)

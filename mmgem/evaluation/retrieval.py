@@ -41,12 +41,7 @@ def retrieval_metrics(
     """
     texts, images = text_embeds.float(), image_embeds.to(text_embeds.device).float()
     for side, embeds in (("text", texts), ("image", images)):
-        bad = (~embeds.isfinite()).any(-1).nonzero().flatten().tolist()
-        if bad:
-            raise ValueError(
-                f"{len(bad)} of {len(embeds)} {side} embeddings hold NaN or infinity, the first is number {bad[0]}; "
-                "nothing can be ranked."
-            )
+        check_finite(embeds, [f"{side} {i}" for i in range(len(embeds))])
         norms = embeds.norm(dim=-1)
         wrong = ((norms - 1).abs() > NORM_TOLERANCE).nonzero().flatten().tolist()
         if wrong:
@@ -101,6 +96,16 @@ def best_ranks(
             nearer[here[:, 0] - start, here[:, 1] - begin] = False
             ranks[start:end] += nearer.sum(1)
     return ranks
+
+
+def check_finite(values: torch.Tensor, names: Sequence[str], kind: str = "embeddings") -> None:
+    """Raises ValueError for rows of `values` `(N, …)` that hold NaN or infinity, with the name of the first."""
+    bad = (~values.isfinite()).any(-1).nonzero().flatten().tolist()
+    if bad:
+        raise ValueError(
+            f"{len(bad)} of {len(values)} {kind} hold NaN or infinity, the first that of {names[bad[0]]!r}; the model "
+            "diverged, or its dtype is too small for it."
+        )
 
 
 def _check_named(side: str, numbers: torch.Tensor, size: int) -> None:

@@ -150,7 +150,9 @@ def test_faults_name_the_file_and_the_picture(folder):
         read(folder, {"images": images, "annotations": [{"image_id": 7, "caption": 5}]})
     coco = {"images": images, "categories": [{"id": 1, "name": "dog"}, {"id": 2, "name": 5}]}
     for bbox in ([], [1, 2, 3], [1, 2, 3, "4"], None):
-        with pytest.raises(ValueError, match=r"file\.json has .* as a box of image 7, but a box must be \[x, y, width"):
+        with pytest.raises(
+            ValueError, match=r"file\.json has .* as a box of image 7, but a box must be \[x, y, width"
+        ):
             read(folder, {**coco, "annotations": [{"image_id": 7, "category_id": 1, "bbox": bbox}]})
     with pytest.raises(ValueError, match=r"has 5 as a text about image 7"):
         read(folder, {**coco, "annotations": [{"image_id": 7, "category_id": 2, "bbox": [1, 2, 3, 4]}]})
