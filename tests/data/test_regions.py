@@ -12,9 +12,9 @@ import torch
 from PIL import Image
 
 from mmgem.data.annotations import read_annotations
+from mmgem.data.collator import RegionCollator
 from mmgem.data.loading import load_pairs
 from mmgem.data.pairs import BadDataError, PairDataset
-from mmgem.data.collator import RegionCollator
 from mmgem.data.regions import RegionDataset, as_regions
 from mmgem.data.scenes import ScenesDataset
 from mmgem.processing.tokenization_mmgem import CAP_TOKEN, EMB_TOKEN, IMAGE_TOKEN

@@ -80,10 +80,9 @@ def test_bad_files_name_the_offender(tmp_path, caplog):
     with pytest.raises(ValueError, match="several images of the name 3"):
         read_caption_references(str(path))
     path.write_text('{"images": [{"id": 3}], "annotations": [{"image_id": 4, "caption": "a"}]}')
-    with pytest.raises(ValueError, match="not as COCO writes references: KeyError\\('4'\\)"):
-        read_caption_references(str(path))
+    assert read_caption_references(str(path)) == ({"3": []}, {}), "whatever is said about images that are not listed"
     path.write_text('{"images": [{"id": 3}], "annotations": [{"image_id": 3, "caption": null}]}')
-    with pytest.raises(ValueError, match="no text as a reference of image 3"):
+    with pytest.raises(ValueError, match=r"captions\.json has None as a text about image 3"):
         read_caption_references(str(path))
     with pytest.raises(ValueError, match="1 captions have no references, such as that of image_id 9"):
         score_captions({**RESULTS, "9": "a dog"}, REFERENCES)

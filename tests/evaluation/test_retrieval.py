@@ -149,7 +149,7 @@ def test_embeddings_that_are_not_finite_are_refused(value):
     texts[2, 0] = value
     with pytest.raises(ValueError, match=r"1 of 4 embeddings .* the first that of 'text 2'"):
         retrieval_metrics(texts, images, torch.arange(4))
-    with pytest.raises(ValueError, match=r"1 of 4 image embeddings .* the first is number 2"):
+    with pytest.raises(ValueError, match=r"1 of 4 embeddings .* the first that of 'image 2'"):
         retrieval_metrics(images, texts, torch.arange(4))
 
 
