@@ -1,5 +1,5 @@
 """
-MM-GEM, the Multi-Modal Generative Embedding Model: one language model that embeds sentences and captions pictures.
+MM-GEM, the Multi-Modal Generative Embedding Model: one language model that embeds sentences and captions images.
 
 Importing this package registers the model with transformers' Auto classes, and the pipeline `region-captioning`.
 """

@@ -1,14 +1,13 @@
 """MM-GEM from two checkpoints: a vision tower and a causal language model."""
 
-import copy
 from typing import Any
 
 import torch
-from torch import nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from ..configuration.configuration_mmgem import MMGEMConfig
 from ..processing.tokenization_mmgem import special_token_ids, to_mmgem_tokenizer
+from .vision_mmgem import load_vision_model, vision_config_of
 
 
 def from_vision_text_pretrained(
@@ -42,7 +41,7 @@ def from_vision_text_pretrained(
     vision_config = vision_config_of(vision)  # refuses a tower before the language model is loaded
     causal_lm = AutoModelForCausalLM.from_pretrained(text, dtype=dtype)
     dtype = causal_lm.dtype
-    vision_model = _load_vision_tower(vision, vision_config, image_size, dtype)
+    vision_model = load_vision_model(vision, vision_config, image_size, dtype)
     old_tokenizer = AutoTokenizer.from_pretrained(text)
     old_vocabulary = old_tokenizer.get_vocab()
     tokenizer = to_mmgem_tokenizer(old_tokenizer)
@@ -94,72 +93,6 @@ def configure_generation(model: Any, tokenizer: Any) -> None:
     generation.suppress_tokens = list(special_token_ids(tokenizer).values())
 
 
-def vision_config_of(vision: str) -> Any:
-    """
-    The configuration of a checkpoint's vision tower, as we use it.
-
-    Raises:
-        ValueError: for a tower that is not supported, by name.
-    """
-    from .modeling_mmgem import VISION_MODEL_TYPES
-
-    config = AutoConfig.from_pretrained(vision)
-    config = getattr(config, "vision_config", config)
-    if config.model_type not in VISION_MODEL_TYPES:
-        raise ValueError(
-            f"Vision tower '{config.model_type}' ({vision}) is not supported; choose one of "
-            f"{', '.join(VISION_MODEL_TYPES)}."
-        )
-    if config.model_type == "siglip_vision_model":
-        config.vision_use_head = False  # we pool the patches ourselves
-    return config
-
-
-def _load_vision_tower(vision: str, config: Any, image_size: int | None, dtype: torch.dtype) -> PreTrainedModel:
-    options = {"dtype": dtype, **_without_pooler(config)}
-    model, info = AutoModel.from_pretrained(vision, config=config, output_loading_info=True, **options)
-    if missing := info["missing_keys"]:
-        raise ValueError(f"{vision} lacks weights of its vision tower: {', '.join(sorted(missing)[:5])}.")
-    if image_size is None or image_size == config.image_size:
-        return model
-    return interpolate_positions(model, image_size)
-
-
-def _without_pooler(config: Any) -> dict[str, Any]:
-    """ViT's pooling head would stay unused: the patches are pooled by PoolAggregator."""
-    return {"add_pooling_layer": False} if config.model_type == "vit" else {}
-
-
-def interpolate_positions(model: PreTrainedModel, image_size: int) -> PreTrainedModel:
-    """
-    The same vision tower for pictures of another size, its position embeddings resampled as transformers does
-    (bicubic).
-
-    Raises:
-        ValueError: where `image_size` is not a multiple of the patch size.
-    """
-    config = model.config
-    if image_size % config.patch_size:
-        raise ValueError(f"image_size {image_size} is not a multiple of the tower's patch_size {config.patch_size}.")
-    new_config = copy.deepcopy(config)
-    new_config.image_size = image_size
-    resized = AutoModel.from_config(new_config, **_without_pooler(config))
-    state, shapes = model.state_dict(), resized.state_dict()
-    for name in [name for name in state if state[name].shape != shapes[name].shape]:
-        old, side = state[name], image_size // config.patch_size
-        old_side = config.image_size // config.patch_size
-        positions = old.reshape(-1, old.shape[-1])
-        prefix, grid = positions[: len(positions) - old_side**2], positions[len(positions) - old_side**2 :]
-        grid = grid.T.reshape(1, -1, old_side, old_side)
-        antialias = config.model_type == "dinov2_with_registers"  # as that tower does it itself
-        grid = nn.functional.interpolate(
-            grid, size=(side, side), mode="bicubic", align_corners=False, antialias=antialias
-        )
-        state[name] = torch.cat([prefix, grid.flatten(2)[0].T]).reshape(shapes[name].shape)
-    resized.load_state_dict(state)
-    return resized.to(model.dtype)
-
-
 def _check_language_model(causal_lm: PreTrainedModel) -> None:
     name = causal_lm.config.model_type
     if causal_lm._is_stateful:
@@ -182,4 +115,4 @@ def _add_rows(causal_lm: PreTrainedModel, vocab_size: int, known: torch.Tensor, 
             parameter.data[new_ids] = parameter.data[known].mean(0)
 
 
-__all__ = ["configure_generation", "from_vision_text_pretrained", "interpolate_positions", "vision_config_of"]
+__all__ = ["configure_generation", "from_vision_text_pretrained"]

@@ -1,4 +1,4 @@
-"""Captions: `generate` for prompts of pictures and of regions."""
+"""Captions: `generate` for prompts of images and of regions."""
 
 from typing import Any
 
@@ -7,16 +7,18 @@ from torch import nn
 from transformers import GenerationMixin
 from transformers.utils import logging
 
-from .adapters_mmgem import active_module
+from .adapters_mmgem import active_adapters_of
+from .inputs_mmgem import check_placeholders, place_visual_tokens
+from .vision_mmgem import EncodedImages
 
 
 logger = logging.get_logger(__name__)
 
-MAX_ROWS = 256  # captions that are written at a time
+MAX_ROWS = 256  # captions that are generated at a time
 
 
 class CaptionGenerationMixin(GenerationMixin):
-    """transformers' `generate`, the pictures being encoded once, before beams and samples multiply the rows."""
+    """transformers' `generate`, which encodes images once, before beams and samples multiply the rows."""
 
     @torch.no_grad()
     def generate(  # type: ignore[override]
@@ -25,114 +27,113 @@ class CaptionGenerationMixin(GenerationMixin):
         """
         Captions: [`GenerationMixin.generate`] after `<bos> <image> [CAP]`, as the processor's `task="caption"` writes
         it, or a prompt of its `task="region-caption"`. More than 256 prompts are continued in parts, so that memory
-        does not grow with the number of regions (but with `return_dict_in_generate`).
+        does not grow with the number of regions (except with `return_dict_in_generate`).
 
         Returns:
             `torch.LongTensor` of shape `(B * num_return_sequences, T)`: prompt and caption, as every decoder of the
             library; `processor.batch_decode(ids, skip_special_tokens=True)` leaves the caption.
 
         Raises:
-            ValueError: for pictures without a placeholder in `input_ids`, or with another number of them; for a
-                sentence instead of a prompt; for pictures whose features are not finite.
+            ValueError: for images without a placeholder in `input_ids`, or with another number of them; for a
+                sentence instead of a prompt; for images whose features are not finite.
         """
-        parent: Any = super()
-        picture = {name: kwargs.pop(name, None) for name in ("boxes", "masks", "region_mask")}
+        regions = {name: kwargs.pop(name, None) for name in ("boxes", "masks", "region_mask")}
         pixel_values = kwargs.pop("pixel_values", None)
         input_ids = kwargs.pop("input_ids", None) if inputs is None else inputs
+        self._check_prompts(input_ids, pixel_values)
         if pixel_values is None:
-            if input_ids is not None and bool(input_ids.eq(self.config.image_token_id).any()):
-                raise ValueError("input_ids hold <image> placeholders, but there are no pixel_values to fill them.")
-            if input_ids is not None and bool(input_ids.eq(self.config.emb_token_id).any()):
-                raise ValueError(
-                    "input_ids hold a sentence, which ends with [EMB], so that nothing goes on from it. Pass images: "
-                    'processor(images=…, task="caption").'
-                )
-            return parent.generate(input_ids, **kwargs)
-        if input_ids is None or not bool(input_ids.eq(self.config.image_token_id).any()):
-            raise ValueError(
-                "The pictures have no <image> placeholder in input_ids, so no caption would see them; use "
-                'processor(images=…, task="caption").'
-            )
+            return super().generate(input_ids, **kwargs)
         if kwargs.get("attention_mask") is not None:
             input_ids, kwargs["attention_mask"] = _pad_left(input_ids, kwargs["attention_mask"])
-        self._warn_of_prompts(input_ids, of_regions=picture["boxes"] is not None or picture["masks"] is not None)
-        features, grid = self._patch_features(pixel_values)
-        if not bool(features.isfinite().all()):
+        images = self._encode_images(pixel_values, **regions)
+        if not bool(images.features.isfinite().all()):
             raise ValueError(
                 "The features of pixel_values are NaN or infinite, so no caption could be read from them. Check "
                 "pixel_values, the weights, and whether their dtype is too small."
             )
-        at_a_time = len(input_ids) if kwargs.get("return_dict_in_generate") else MAX_ROWS
-        if len(input_ids) <= at_a_time:
-            tokens = self._visual_tokens(features, grid, **picture)
-            self._check_placeholders(input_ids, len(tokens))
-            embeds = self._place_visual_tokens(self._embed_tokens(input_ids), input_ids, tokens)
-            return parent.generate(input_ids, inputs_embeds=embeds, **kwargs)
-        owners = self._owners(len(pixel_values), **picture)
-        grid_size = 1 if picture["boxes"] is None and picture["masks"] is None else self._active_grid_size()
-        self._check_placeholders(input_ids, len(owners) * grid_size**2)
-        parts: list[Any] = []
-        for start in range(0, len(input_ids), at_a_time):
-            rows = slice(start, start + at_a_time)
+        self._warn_of_untrained_prompts(input_ids, images)
+        owners = _owners(images)
+        grid_size = self.region_grid_size if images.has_regions else 1
+        tokens = len(owners) * grid_size**2
+        check_placeholders(input_ids, tokens, self.config.image_token_id, self.config.emb_token_id)
+        rows_at_a_time = len(input_ids) if kwargs.get("return_dict_in_generate") else MAX_ROWS
+        generated: list[Any] = []
+        for start in range(0, len(input_ids), rows_at_a_time):
+            rows = slice(start, start + rows_at_a_time)
             ids = input_ids[rows]
             count = int(ids.eq(self.config.image_token_id).sum()) // grid_size**2
-            tokens = self._tokens_of(owners[:count], features, grid, picture["boxes"], picture["masks"])
+            inputs_embeds = self._build_inputs(ids, None, check=False)
+            is_all = len(ids) == len(input_ids)
+            visual_tokens = self._visual_tokens(images) if is_all else self._visual_tokens_of(images, owners[:count])
+            inputs_embeds = place_visual_tokens(inputs_embeds, ids, visual_tokens, self.config.image_token_id)
             owners = owners[count:]
-            embeds = self._place_visual_tokens(self._embed_tokens(ids), ids, tokens)
             options = {
                 name: value[rows] if torch.is_tensor(value) and value.shape[:1] == input_ids.shape[:1] else value
                 for name, value in kwargs.items()
             }
-            parts.append(parent.generate(ids, inputs_embeds=embeds, **options))
-        longest = max(part.shape[1] for part in parts)
+            generated.append(super().generate(ids, inputs_embeds=inputs_embeds, **options))
+        if len(generated) == 1:
+            return generated[0]
+        longest = max(part.shape[1] for part in generated)
         pad = self.generation_config.pad_token_id
-        return torch.cat([nn.functional.pad(part, (0, longest - part.shape[1]), value=pad) for part in parts])
+        return torch.cat([nn.functional.pad(part, (0, longest - part.shape[1]), value=pad) for part in generated])
 
-    def _warn_of_prompts(self: Any, input_ids: torch.Tensor, of_regions: bool) -> None:
-        """Where what is active was not trained for them, captions are worse than they need be."""
-        adapter = active_module(self.soft_prompts)
-        if not of_regions and adapter is not None:
+    def _check_prompts(self: Any, input_ids: torch.Tensor | None, pixel_values: torch.Tensor | None) -> None:
+        """Raises ValueError for images without placeholders, and placeholders or a sentence without images."""
+        has_placeholders = input_ids is not None and bool(input_ids.eq(self.config.image_token_id).any())
+        if pixel_values is not None and not has_placeholders:
+            raise ValueError(
+                "The images have no <image> placeholder in input_ids, so no caption would see them; use "
+                'processor(images=…, task="caption").'
+            )
+        if pixel_values is None and has_placeholders:
+            raise ValueError("input_ids hold <image> placeholders, but there are no pixel_values to fill them.")
+        if pixel_values is None and input_ids is not None and bool(input_ids.eq(self.config.emb_token_id).any()):
+            raise ValueError(
+                "input_ids hold a sentence, which ends with [EMB], so that nothing goes on from it. Pass images: "
+                'processor(images=…, task="caption").'
+            )
+
+    def _warn_of_untrained_prompts(self: Any, input_ids: torch.Tensor, images: EncodedImages) -> None:
+        """Warns if the active modules were not trained for these prompts, so that captions will be worse."""
+        is_adapted = bool(active_adapters_of(self.soft_prompts))
+        if is_adapted and not images.has_regions:
             logger.warning_once(
-                "region-caption is active, but these are whole pictures and stage 1's prompt. Caption them as the "
+                "region-caption is active, but these are whole images and stage 1's prompt. Caption them as the "
                 'region that covers them (boxes, task="region-caption"), or call model.disable_adapters() first.'
             )
-        learned = self.soft_prompts.weight if adapter is None else adapter.weight
         has_soft_prompts = int(input_ids[0].eq(self.config.cap_token_id).sum()) == self.config.num_soft_prompts
-        if of_regions and has_soft_prompts and not learned.any():
+        if images.has_regions and has_soft_prompts and not self.soft_prompts.weight.any():
             logger.warning_once(
-                "No adapter for region captions is active, and this model's soft prompts were never trained: expect "
-                "nothing of these captions. model.load_adapter(folder) loads one."
+                "No adapter for region captions is active, and this model's soft prompts were never trained: its "
+                "captions will be meaningless. Load an adapter: model.load_adapter(folder)."
             )
 
-    @staticmethod
-    def _owners(
-        pictures: int, boxes: torch.Tensor | None, masks: torch.Tensor | None, region_mask: torch.Tensor | None
-    ) -> torch.Tensor:
-        """`(N, 2)`: each prompt's picture and its region there (0 for whole pictures)."""
-        regions = boxes if masks is None else masks
-        if region_mask is None:
-            region_mask = torch.ones(pictures, 1 if regions is None else regions.shape[1], dtype=torch.bool)
-        return region_mask.nonzero()
-
-    def _tokens_of(
-        self: Any,
-        owners: torch.Tensor,
-        features: torch.Tensor,
-        grid: tuple[int, int],
-        boxes: torch.Tensor | None,
-        masks: torch.Tensor | None,
-    ) -> torch.Tensor:
-        """V_in of these pictures or regions alone."""
+    def _visual_tokens_of(self: Any, images: EncodedImages, owners: torch.Tensor) -> torch.Tensor:
+        """V_in of some images or regions: `owners` `(N, 2)` holds the image of each, and its region there."""
         tokens = []
         for index in owners[:, 0].unique().tolist():
-            regions = owners[owners[:, 0] == index, 1]
-            of_boxes, of_masks = (None if r is None else r[index : index + 1, regions] for r in (boxes, masks))
-            tokens.append(self._visual_tokens(features[index : index + 1], grid, of_boxes, of_masks, None))
+            chosen = owners[owners[:, 0] == index, 1]
+            boxes, masks = (
+                None if regions is None else regions[index : index + 1, chosen]
+                for regions in (images.boxes, images.masks)
+            )
+            features = images.features[index : index + 1]
+            tokens.append(self._visual_tokens(EncodedImages(features, images.grid, boxes, masks)))
         return torch.cat(tokens)
 
 
+def _owners(images: EncodedImages) -> torch.Tensor:
+    """`(N, 2)`: the image of each prompt and its region there (0 for whole images), in the order of the prompts."""
+    region_mask = images.region_mask
+    if region_mask is None:
+        regions = images.boxes if images.masks is None else images.masks
+        region_mask = torch.ones(len(images.features), 1 if regions is None else regions.shape[1], dtype=torch.bool)
+    return region_mask.nonzero()
+
+
 def _pad_left(input_ids: torch.Tensor, attention_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Captions go on at the right end, where transformers' pipelines have the padding of a batch of prompts."""
+    """Moves padding to the left: captions continue at the right end, where transformers' pipelines have padding."""
     padding = attention_mask.flip(-1).long().argmax(-1, keepdim=True)
     length = input_ids.shape[1]
     places = (torch.arange(length, device=input_ids.device) - padding) % length

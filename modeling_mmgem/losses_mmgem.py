@@ -1,11 +1,40 @@
-"""The two losses of MM-GEM, pure functions of tensors. L = L_Emb + L_Gen, unweighted (paper, equation 4)."""
+"""The two losses of MM-GEM and their temperature. L = L_Emb + L_Gen, unweighted (paper, equation 4)."""
+
+from collections.abc import Callable
+from typing import Any
 
 import torch
+from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 
 BLOCK_SIZE = 2**22  # similarities of one direction that exist at a time: 16 MiB
+MAX_LOGITS = 2**27  # next-token scores that a loss computes at a time: 512 MiB in float32
+
+
+class LogitScale(nn.Module):
+    """
+    Multiplies by 1 / tau, which is learned as its logarithm and clamped. A module with a weight of one element, not a
+    scalar of the model, because PEFT trains and saves modules, and FSDP shards vectors.
+    """
+
+    def __init__(self, init_value: float, max_value: float):
+        super().__init__()
+        self.init_value, self.max_value = init_value, max_value
+        self.weight = nn.Parameter(torch.tensor([init_value]))
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "LogitScale":
+        """Moves to a device; `.to(torch.bfloat16)` leaves the weight float32, or 1 / tau = 14.29 would be 14.24."""
+        exact = self.weight.detach()
+        super()._apply(fn, recurse)
+        if exact.dtype == torch.float32 and self.weight.dtype in (torch.bfloat16, torch.float16):
+            self.weight.data = exact.to(self.weight.device)
+        return self
+
+    def forward(self, similarities: torch.Tensor) -> torch.Tensor:
+        """Scales similarities of any shape; returns float32."""
+        return similarities * self.weight[0].float().clamp(max=self.max_value).exp()
 
 
 def contrastive_loss(
@@ -23,8 +52,8 @@ def contrastive_loss(
 
     With the embeddings gathered from all processes (with gradient) as `all_*`, the local rows stand against all
     columns; averaged over processes of equal batch size this is the loss, and its gradient, of one process that holds
-    the whole batch. A large matrix of similarities never exists whole: it comes in blocks of rows, computed once more
-    in the backward pass.
+    the whole batch. A large matrix of similarities never exists whole: it is computed in blocks of rows, and again in
+    the backward pass.
 
     Args:
         text_embeds, image_embeds (`torch.FloatTensor` of shape `(N, D)`): unit norm, row i belongs to row i.
@@ -32,8 +61,8 @@ def contrastive_loss(
         all_text_embeds, all_image_embeds (`torch.FloatTensor` of shape `(M, D)`, *optional*): the columns.
         offset (`int`): column of the first local row.
         pair_ids (`torch.LongTensor` of shape `(N, K)`, *optional*): K numbers by which the pairs are known, such as
-            hashes of caption and picture. Another column that shares one of them with the row is no negative, and left
-            out.
+            hashes of caption and image. A column of another pair that shares one of them with the row is left out,
+            because it is no negative.
         all_pair_ids (`torch.LongTensor` of shape `(M, K)`, *optional*): those of the columns.
 
     Returns:
@@ -99,6 +128,17 @@ def similarity_logits(queries: torch.Tensor, keys: torch.Tensor, logit_scale: to
         return logit_scale.to(dtype) * queries.to(dtype) @ keys.to(dtype).T
 
 
+def scale_logits(logits: torch.Tensor, text_config: Any) -> torch.Tensor:
+    """Next-token scores `(…, vocab_size)`, scaled as Granite (division), Cohere (factor) and Gemma2 (soft cap) do."""
+    if getattr(text_config, "logits_scaling", None) is not None:
+        logits = logits / text_config.logits_scaling
+    if getattr(text_config, "logit_scale", None) is not None:
+        logits = logits * text_config.logit_scale
+    if (cap := getattr(text_config, "final_logit_softcapping", None)) is not None:
+        logits = cap * torch.tanh(logits / cap)
+    return logits
+
+
 def caption_loss(
     logits: torch.Tensor, targets: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None
 ) -> torch.Tensor:
@@ -109,14 +149,60 @@ def caption_loss(
     Args:
         logits (`torch.FloatTensor` of shape `(N, vocab_size)`): predictions of the tokens in `targets`.
         targets (`torch.LongTensor` of shape `(N,)`): the tokens that follow.
-        num_items_in_batch (`int` or scalar tensor, *optional*): divides the sum instead of N, where the mean runs
-            over more than this call sees (gradient accumulation, several processes).
+        num_items_in_batch (`int` or scalar tensor, *optional*): divides the sum instead of N, if the mean runs over
+            more than this call sees (gradient accumulation, several processes).
 
     Returns:
-        `torch.FloatTensor`, scalar, in nats per token; 0 (with a graph) where there is no target.
+        `torch.FloatTensor`, scalar, in nats per token; 0 (with a graph) without targets.
     """
     total = F.cross_entropy(logits.float(), targets, reduction="sum")
     return total / (max(len(targets), 1) if num_items_in_batch is None else num_items_in_batch)
 
 
-__all__ = ["caption_loss", "contrastive_loss", "similarity_logits"]
+def caption_loss_of_states(
+    hidden_states: torch.Tensor,
+    labels: torch.Tensor,
+    logits_of: Callable[[torch.Tensor], torch.Tensor],
+    vocab_size: int,
+    label_positions: torch.Tensor | None = None,
+    num_items_in_batch: torch.Tensor | int | None = None,
+) -> torch.Tensor:
+    """
+    L_Gen of hidden states. The head runs only where there is something to predict, and computes many logits in parts.
+
+    Args:
+        hidden_states (`torch.FloatTensor` of shape `(B, T, H)`).
+        labels (`torch.LongTensor` of shape `(B, T)`): tokens in their own places, -100 elsewhere.
+        logits_of: the head, from `(N, H)` to `(N, vocab_size)`.
+        vocab_size: of the head.
+        label_positions (`torch.LongTensor` of shape `(L,)`, *optional*): indices into `labels.flatten()` of all labels
+            that are not -100.
+        num_items_in_batch (`int` or scalar tensor, *optional*): see [`caption_loss`].
+    """
+    if label_positions is None:
+        is_target = F.pad(labels[:, 1:].ne(-100), (1, 0))  # nothing predicts the first token
+        label_positions = is_target.flatten().nonzero()[:, 0]
+    targets = labels.flatten()[label_positions].to(hidden_states.device)
+    hidden_states = hidden_states.flatten(0, 1)[label_positions.to(hidden_states.device) - 1]
+    count = max(len(targets), 1) if num_items_in_batch is None else num_items_in_batch
+
+    def loss(hidden_states: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return caption_loss(logits_of(hidden_states), targets, count)
+
+    tokens = max(1, MAX_LOGITS // vocab_size)
+    # In a compiled graph each number of parts would be another graph.
+    if torch.compiler.is_compiling() or len(targets) <= tokens:
+        return loss(hidden_states, targets)
+    # In training each part's logits are computed again in the backward pass, instead of being kept.
+    parts = zip(hidden_states.split(tokens), targets.split(tokens))
+    return torch.stack([checkpoint(loss, *part, use_reentrant=False) for part in parts]).sum()
+
+
+__all__ = [
+    "LogitScale",
+    "caption_loss",
+    "caption_loss_of_states",
+    "contrastive_loss",
+    "scale_logits",
+    "similarity_logits",
+]

@@ -1,4 +1,4 @@
-"""Images as people hold them to PIL images in RGB, of a format and a size that are checked before they are decoded."""
+"""Files, arrays and PIL images to PIL images in RGB; format and size are checked before anything is decoded."""
 
 import io
 import os
@@ -12,10 +12,10 @@ from transformers.image_utils import load_image
 
 MAX_PIXELS = 2**26  # 67 megapixels, 200 MB decoded
 MAX_ASPECT_RATIO = 50
-# Not all that Pillow reads: some of it starts other programs.
+# Fewer than Pillow reads, because some of its readers start other programs.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "JPEG2000", "PPM")
 CONVERT = f"convert it to one of {', '.join(FORMATS)}"
-# How files begin, in lower case, that are called .jpg and are something else; and what to do about each.
+# The first bytes, in lower case, of other files that are often called .jpg, and what to do about each.
 OTHER_FORMATS = {
     b"\0\0\1\0": f"an ICO file; {CONVERT}",
     b"%pdf": f"a PDF file; {CONVERT}",
@@ -57,14 +57,14 @@ def read_image(value: Any) -> Image.Image:
 
 
 def is_one_image(value: Any) -> bool:
-    """Whether a value stands for a single image, not for several: for anything but arrays, if it has no items."""
+    """Whether a value is a single image, not several. Anything but an array is, if it has no items."""
     encoded = str | bytes | bytearray | memoryview | dict | os.PathLike
     is_image = isinstance(value, encoded | Image.Image) or hasattr(value, "read") or not hasattr(value, "__iter__")
     return is_image or getattr(value, "ndim", 1) in (2, 3)
 
 
 def with_one_scale(images: Any) -> Any:
-    """A batch `(B, …)` in one array or tensor with [`eight_bits`] of the whole: a dim image of it stays dim."""
+    """A batch `(B, …)` in one array or tensor, scaled as a whole by [`eight_bits`], so that a dim image stays dim."""
     if getattr(images, "ndim", 1) != 4:
         return images
     values = eight_bits(as_array(images))
@@ -72,7 +72,7 @@ def with_one_scale(images: Any) -> Any:
 
 
 def encoded_image(value: dict[str, Any]) -> bytes | str:
-    """The bytes of `datasets`' `{"bytes", "path"}`, or else its path. Raises ValueError where it has neither."""
+    """The bytes of `datasets`' `{"bytes", "path"}`, or else its path. Raises ValueError if it has neither."""
     content = value.get("bytes") if value.get("bytes") is not None else value.get("path")
     if content is None:
         raise ValueError(f"the dict has neither bytes nor a path, but {', '.join(map(str, value)) or 'nothing'}")
@@ -81,7 +81,7 @@ def encoded_image(value: dict[str, Any]) -> bytes | str:
 
 def open_image(content: bytes | str | os.PathLike | Image.Image) -> Image.Image:
     """
-    An image, not decoded yet, of one of `FORMATS`, with `MAX_PIXELS` at most and no side more than `MAX_ASPECT_RATIO`
+    An image, not decoded yet, of one of `FORMATS`, with at most `MAX_PIXELS` and no side more than `MAX_ASPECT_RATIO`
     times the other: a longer strip, resized to the model's input, would fill the memory.
 
     Raises:
@@ -102,7 +102,7 @@ def open_image(content: bytes | str | os.PathLike | Image.Image) -> Image.Image:
 
 
 def check_size(width: int, height: int) -> None:
-    """Raises ValueError or Image.DecompressionBombError for an image that is not to be decoded or resized."""
+    """Raises ValueError or Image.DecompressionBombError for an image too large or too narrow to decode and resize."""
     size = f"{width} x {height} pixels"
     if min(width, height) < 1:
         raise ValueError(f"{size}, so there is nothing to see")
@@ -130,7 +130,7 @@ def _format_of(content: bytes | str | os.PathLike) -> str:
 def image_of_array(value: Any) -> Image.Image:
     """
     The image of an array or tensor, `(height, width)`, `(height, width, channels)` or `(channels, height, width)`,
-    with 1, 3 or 4 channels; where both ends could be the channels, a tensor has them first and an array last.
+    with 1, 3 or 4 channels; if both ends could be the channels, a tensor has them first and an array last.
 
     Raises:
         ValueError: for anything else, and for values that [`eight_bits`] refuses.
@@ -155,7 +155,7 @@ def image_of_array(value: Any) -> Image.Image:
 
 
 def as_array(value: Any) -> np.ndarray:
-    """An array of numbers, or of a tensor on any device, of any dtype and with a gradient."""
+    """A NumPy array of numbers, or of a tensor on any device, of any dtype, with or without a gradient."""
     if hasattr(value, "detach"):
         value = value.detach().cpu()
         value = value.float() if value.dtype == torch.bfloat16 else value  # which NumPy does not know
@@ -164,8 +164,8 @@ def as_array(value: Any) -> np.ndarray:
 
 def eight_bits(values: np.ndarray) -> np.ndarray:
     """
-    As uint8: booleans and floats up to 1 times 255, integers of 16 bits divided by 257, everything else as it is.
-    The dtype uint16 says that integers have 16 bits; for wider dtypes their values do.
+    Values as uint8: booleans and floats up to 1 times 255, integers of 16 bits divided by 257, others unchanged.
+    Integers have 16 bits if their dtype is uint16, or a wider one with values above 255.
 
     Raises:
         ValueError: for NaN, negative and too large values.

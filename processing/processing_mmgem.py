@@ -1,4 +1,4 @@
-"""Processor of MM-GEM: texts, prompts, pictures and regions to what the model takes."""
+"""The processor of MM-GEM: texts, prompts, images and regions to the inputs of the model."""
 
 import difflib
 import sys
@@ -31,9 +31,9 @@ TASKS = ("caption", "region-caption")
 TEXT_KWARGS = ("max_length", "truncation", "padding", "padding_side")
 GEOMETRY_KWARGS = ("do_resize", "size", "do_center_crop", "crop_size", "do_pad", "pad_size")
 KWARGS_BY_MODALITY = ("text_kwargs", "images_kwargs", "common_kwargs", "audio_kwargs", "videos_kwargs")
-# The image of a chat, which no text of it can spell: a text has no NUL.
+# The image of a chat, which no text can spell, because NUL is removed from texts.
 CHAT_IMAGE = "\0" + IMAGE_TOKEN
-# What is said in a chat stands around the image as it is: the model continues captions, it follows no instructions.
+# The texts of a chat stand around its image unchanged: the model continues captions, it follows no instructions.
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "{% if message.content is string %}{{ message.content | replace('\\x00', '') }}"
@@ -45,10 +45,10 @@ CHAT_TEMPLATE = (
 
 
 class MMGEMBatchFeature(BatchFeature):
-    """A `BatchFeature` whose boxes stay exact where its images are cast to 16 bits: bfloat16 has 300 for 301."""
+    """A `BatchFeature` whose boxes stay exact when images are cast to 16 bits: bfloat16 rounds 301 to 300."""
 
     def to(self, *args: Any, **kwargs: Any) -> "MMGEMBatchFeature":
-        """[`BatchFeature.to`]; of a dtype, `boxes` take the device alone."""
+        """[`BatchFeature.to`]; `boxes` change their device, not their dtype."""
         boxes = self.get("boxes")
         super().to(*args, **kwargs)
         if isinstance(boxes, torch.Tensor):
@@ -63,15 +63,15 @@ class MMGEMProcessor(ProcessorMixin):
     Args:
         image_processor: of the vision tower.
         tokenizer: from [`to_mmgem_tokenizer`].
-        chat_template (`str`, *optional*): by default the texts of a chat as they are, `<image>` for its picture.
+        chat_template (`str`, *optional*): by default the texts of a chat, with `<image>` for its image.
         max_length (`int`, *optional*, defaults to 50): tokens of a text, BOS and [EMB] included (paper: 50
             in training, 200 for long captions at test time); at least 3.
         region_grid_size (`int`, *optional*, defaults to 7): k, as in [`MMGEMConfig`].
         num_soft_prompts (`int`, *optional*, defaults to 64): as in [`MMGEMConfig`].
 
     Raises:
-        ValueError: where the tokenizer does not end texts with [EMB], for a length or size that is too small, and for
-            an image processor that would make pixels infinite.
+        ValueError: for a tokenizer that does not end texts with [EMB]; for a length or size that is too small; for an
+            image processor that would make pixels infinite.
     """
 
     def __init__(
@@ -87,8 +87,8 @@ class MMGEMProcessor(ProcessorMixin):
         if not ends_with_emb(tokenizer):
             raise ValueError(
                 f"This tokenizer does not end a text with {EMB_TOKEN}, so no sentence embedding could be read. It was "
-                "probably loaded with add_bos_token or add_eos_token, or saved by hand; load it without these, or "
-                "make it anew with mmgem.processing.to_mmgem_tokenizer."
+                "probably loaded with add_bos_token or add_eos_token, or saved by hand. Load it without these, or "
+                "convert it with mmgem.processing.to_mmgem_tokenizer."
             )
         self.bos = tokenizer.bos_token if starts_with_bos(tokenizer) else ""
         self.max_length = self.checked_length(max_length)
@@ -110,7 +110,7 @@ class MMGEMProcessor(ProcessorMixin):
 
         Args:
             vision, text (`str`): Hub ids or folders.
-            image_size (`int`, *optional*): pixels per side, where it is not the checkpoint's.
+            image_size (`int`, *optional*): pixels per side, if it is not the checkpoint's.
             **kwargs: of the constructor.
         """
         image_processor = AutoImageProcessor.from_pretrained(vision, backend="pil")
@@ -134,18 +134,18 @@ class MMGEMProcessor(ProcessorMixin):
         **kwargs: Any,
     ) -> BatchFeature:
         """
-        Without a task, texts are sentences to embed, with images beside them or not (CLIP's meaning). With
-        `task="caption"`, or where every text beside images holds `<image>`, it writes prompts for `generate`.
+        Without a task, texts are sentences to embed, with or without images (as in CLIP). With a task, or if every
+        text of a call with images holds `<image>`, it writes prompts for `generate`.
 
-        A text is letters, whatever it spells: `<image>` is a placeholder only in a call with images, without a task,
-        where every text has it, and in a chat template. White space around a text and NUL are no part of it.
+        A text is letters, whatever it spells: `<image>` is a placeholder in a chat template, and in a call with images
+        and without a task in which every text holds it. White space around a text and NUL are removed.
 
         Args:
             images: an image or a list of them (or of lists of them): PIL images, paths, URLs, bytes, `datasets`'
                 `{"bytes", "path"}`, arrays or tensors (`(height, width, 3)` or `(3, height, width)`; floats from 0 to
                 1), or a batch of these. Transparency becomes white, except behind a URL, which transformers reads and
                 makes black.
-            text (`str` or list of `str`): sentences; with a task, what the caption goes on from, behind [CAP]; without
+            text (`str` or list of `str`): sentences; with a task, the beginning of the caption, behind [CAP]; without
                 one, a prompt may also have text before its `<image>`.
             boxes: per image a list of `[x0, y0, x1, y1]` in pixels of the original image (upright, after EXIF).
             masks: per image a list of `(height, width)` arrays, 0 outside the region and 1 inside; instead of boxes.
@@ -154,12 +154,12 @@ class MMGEMProcessor(ProcessorMixin):
             return_tensors (`str`, *optional*): "pt" or "np".
             **kwargs: `max_length` (None: the processor's own), `truncation` (True truncates long texts without a
                 warning, False leaves them; too long a prompt is refused), `padding`, `padding_side` for texts; options
-                of the image processor, beside boxes or masks those alone that do not move pixels. Also sorted into
-                `text_kwargs`, `images_kwargs` and `common_kwargs`, as transformers has it.
+                of the image processor, with boxes or masks only those that do not move pixels. Also sorted into
+                `text_kwargs`, `images_kwargs` and `common_kwargs`, as in transformers.
 
         Returns:
-            `BatchFeature` with `input_ids`, `attention_mask`, `pixel_values`, `boxes`, `masks`, `region_mask`, as far
-            as there is something to put in.
+            `BatchFeature` with those of `input_ids`, `attention_mask`, `pixel_values`, `boxes`, `masks` and
+            `region_mask` for which there is input.
 
         Raises:
             ValueError: nothing to process, an empty text, an unknown task or option, an image that cannot be read,
@@ -174,27 +174,27 @@ class MMGEMProcessor(ProcessorMixin):
         text_kwargs: dict[str, Any] = {name: kwargs.pop(name) for name in TEXT_KWARGS if name in kwargs}
         self._check_image_kwargs(kwargs, boxes is not None or masks is not None)
         data: dict[str, Any] = {}
-        pictures = self._load_images(images)
-        if pictures:
-            data.update(self.image_processor(pictures, return_tensors="np", **kwargs))
+        images = self._load_images(images)
+        if images:
+            data.update(self.image_processor(images, return_tensors="np", **kwargs))
         if boxes is not None or masks is not None:
-            data.update(self._regions(pictures, boxes, masks))
+            data.update(self._regions(images, boxes, masks))
         if task is not None:
             prompts = [("", sample) for sample in texts or [""]]
-            data.update(self._prompts(prompts, pictures, data.get("region_mask"), task, text_kwargs))
-        elif texts is not None and pictures and all(IMAGE_TOKEN in sample for sample in texts):
+            data.update(self._prompts(prompts, images, data.get("region_mask"), task, text_kwargs))
+        elif texts is not None and images and all(IMAGE_TOKEN in sample for sample in texts):
             prompts = [_around_image(sample, i) for i, sample in enumerate(texts)]
-            data.update(self._prompts(prompts, pictures, None, "caption", text_kwargs))
+            data.update(self._prompts(prompts, images, None, "caption", text_kwargs))
         elif texts is not None:
             data.update(self._sentences(texts, text_kwargs))
         return MMGEMBatchFeature(data, tensor_type=return_tensors)
 
     def sentence_ids(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids "(BOS) text [EMB]" of each text, however long: what training, evaluation and calls have of it."""
+        """Token ids "(BOS) text [EMB]" of each text, not truncated; training and evaluation read texts by it too."""
         return self.tokenizer(list(map(as_sentence, texts)), split_special_tokens=True, verbose=False)["input_ids"]
 
     def checked_length(self, max_length: Any) -> int:
-        """`max_length` itself. Raises ValueError where it has no room for a token beside BOS and [EMB]."""
+        """Returns `max_length`. Raises ValueError if it has no room for a token beside BOS and [EMB]."""
         least = 3 if self.bos else 2
         if not isinstance(max_length, Integral) or isinstance(max_length, bool) or max_length < least:
             raise ValueError(
@@ -223,7 +223,6 @@ class MMGEMProcessor(ProcessorMixin):
                 raise ValueError(f"text[{i}] of this call: {error}") from error
             if task is None and is_empty:
                 beside = "" if images is None else ', leave text out to embed the image, or caption it: task="caption"'
-                # Libraries sort texts before they call: what it is says more than where it stands.
                 raise ValueError(f"text[{i}] of this call is empty, {sample!r}: drop it{beside}.")
 
     def _check_image_kwargs(self, kwargs: dict[str, Any], has_regions: bool) -> None:
@@ -248,13 +247,13 @@ class MMGEMProcessor(ProcessorMixin):
             raise ValueError("images is an empty list.")
         return [_read_image(image, i) for i, image in enumerate(batch)]
 
-    def _regions(self, pictures: list[Image.Image], boxes: Any, masks: Any) -> dict[str, Any]:
-        if not pictures:
-            raise ValueError("boxes and masks need the pictures they lie on: pass images.")
+    def _regions(self, images: list[Image.Image], boxes: Any, masks: Any) -> dict[str, Any]:
+        if not images:
+            raise ValueError("boxes and masks need their images: pass images.")
         if boxes is not None and masks is not None:
             raise ValueError("A region is a box or a mask: pass boxes or masks, not both.")
         kind = "boxes" if boxes is not None else "masks"
-        sizes = [picture.size for picture in pictures]
+        sizes = [image.size for image in images]
         regions, region_mask = map_regions(boxes if masks is None else masks, sizes, self.image_processor, kind)
         return {kind: regions, "region_mask": region_mask}
 
@@ -287,14 +286,14 @@ class MMGEMProcessor(ProcessorMixin):
     def _prompts(
         self,
         texts: list[tuple[str, str]],
-        pictures: list[Image.Image],
+        images: list[Image.Image],
         region_mask: Any,
         task: str,
         text_kwargs: dict[str, Any],
     ) -> dict[str, Any]:
         """
-        Rows "(BOS) before <image>*n [CAP]*m behind", padded left: generation goes on at the right end. The texts are
-        tokenized by themselves, so that they are letters, and those that training has behind [CAP].
+        Rows "(BOS) before <image>*n [CAP]*m behind", padded left, since generation continues at the right end. The
+        texts are tokenized by themselves, as in training, so that `<image>` in them is letters.
         """
         if task == "region-caption":
             if region_mask is None:
@@ -302,7 +301,7 @@ class MMGEMProcessor(ProcessorMixin):
             number = int(region_mask.sum())
             opening = [IMAGE_TOKEN] * self.region_grid_size**2 + [CAP_TOKEN] * self.num_soft_prompts
         else:
-            number = len(pictures)
+            number = len(images)
             opening = [IMAGE_TOKEN, CAP_TOKEN]
         if len(texts) == 1:
             texts = texts * max(number, 1)
@@ -335,7 +334,7 @@ class MMGEMProcessor(ProcessorMixin):
 
 
 def set_image_size(image_processor: Any, image_size: int) -> None:
-    """Makes it resize (and crop) to `image_size` pixels per side."""
+    """Sets the size to which an image processor resizes (and crops), in pixels per side."""
     for name in ("size", "crop_size"):
         edges = getattr(image_processor, name, None)
         if edges:
@@ -343,13 +342,13 @@ def set_image_size(image_processor: Any, image_size: int) -> None:
 
 
 def _flatten_options(options: dict[str, Any]) -> dict[str, Any]:
-    """Options that are sorted by modality, as transformers lets callers do: here each has one meaning anyway."""
+    """Merges options that are sorted by modality, as transformers allows: no two of them share a name here."""
     flat = {name: value for name, value in options.items() if name not in KWARGS_BY_MODALITY}
     for name in ("text_kwargs", "images_kwargs", "common_kwargs"):
         flat.update(options.get(name) or {})
     for name in ("audio", "videos"):
         if flat.pop(name, None) is not None:
-            raise ValueError(f"MM-GEM takes texts and pictures; it has no use for {name}.")
+            raise ValueError(f"MM-GEM takes texts and images, not {name}. Leave {name} out.")
     return flat
 
 
@@ -360,7 +359,7 @@ def _at_least_one(name: str, value: Any) -> int:
 
 
 def _check_moments(image_processor: Any) -> None:
-    """What pixels are multiplied with and divided by must leave them finite."""
+    """Raises ValueError for a mean, std or rescale factor that would make pixels NaN or infinite."""
     moments = {name: getattr(image_processor, name, None) for name in ("image_mean", "image_std", "rescale_factor")}
     for name, value in moments.items():
         numbers = np.asarray([] if value is None else value, dtype=np.float64)
@@ -372,7 +371,7 @@ def _check_moments(image_processor: Any) -> None:
 
 
 def _around_image(text: str, index: int) -> tuple[str, str]:
-    """What a prompt has before and behind its `<image>`. In a chat its other texts may spell that too."""
+    """The text of a prompt before and behind its placeholder; the other texts of a chat may spell `<image>` too."""
     token = CHAT_IMAGE if CHAT_IMAGE in text else IMAGE_TOKEN
     before, _, behind = text.partition(token)
     if token in behind:
@@ -384,12 +383,12 @@ def _around_image(text: str, index: int) -> tuple[str, str]:
 
 
 def _as_list(images: Any) -> list[Any]:
-    """One image as a list of it; a batch, or anything else that is not an image, as the list of its items."""
+    """A list of the one image, or of the images of a batch or sequence."""
     return [images] if is_one_image(images) else list(with_one_scale(images))
 
 
 def _read_image(image: Any, index: int) -> Image.Image:
-    """In RGB; whatever goes wrong names the image."""
+    """An image in RGB. Raises ValueError with its index if it cannot be read."""
     try:
         return read_image(image)
     except Exception as error:

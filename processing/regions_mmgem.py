@@ -1,4 +1,4 @@
-"""Regions from pixels of the original picture to pixels of `pixel_values`."""
+"""Regions from pixels of the original image to pixels of `pixel_values`."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ class CroppedRegionError(ValueError):
 
 @dataclass(frozen=True)
 class Geometry:
-    """How the image processor moves a picture's pixels: `(x, y) * scale - offset`, then a window of `window`."""
+    """How the image processor moves the pixels of an image: `(x, y) * scale - offset`, then a window of `window`."""
 
     scale: tuple[float, float]
     offset: tuple[int, int]
@@ -25,12 +25,12 @@ class Geometry:
 
     @classmethod
     def identity(cls, width: int, height: int) -> "Geometry":
-        """That of a picture left as it is."""
+        """The geometry of an image that is not resized or cropped."""
         return cls((1.0, 1.0), (0, 0), (width, height), (width, height))
 
 
 def geometry_of(image_processor: Any, width: int, height: int) -> Geometry:
-    """The resize and centre crop that `image_processor` does to a picture of `width` x `height`; all as (x, y)."""
+    """The resize and centre crop that `image_processor` does to an image of `width` x `height`; all as (x, y)."""
     resized = (width, height)
     size = image_processor.size
     if image_processor.do_resize:
@@ -51,11 +51,11 @@ def geometry_of(image_processor: Any, width: int, height: int) -> Geometry:
 
 def map_box(box: Sequence[float], width: int, height: int, geometry: Geometry, name: str) -> np.ndarray:
     """
-    `[x0, y0, x1, y1]` in pixels of the original picture to pixels of `pixel_values`, clipped to both.
+    `[x0, y0, x1, y1]` in pixels of the original image to pixels of `pixel_values`, clipped to both.
 
     Raises:
-        ValueError: naming the box (`name`), where it has not four finite numbers, no area, its corners in the wrong
-            order, or nothing inside the picture or its crop.
+        ValueError: naming the box (`name`), if it is not four finite numbers, has no area or swapped corners, or lies
+            outside the image or its crop.
     """
     try:
         corners = as_array(box).astype(np.float64)
@@ -72,19 +72,19 @@ def map_box(box: Sequence[float], width: int, height: int, geometry: Geometry, n
     limits = np.array([width, height, width, height])
     clipped = corners.clip(0, limits)
     if clipped[2] <= clipped[0] or clipped[3] <= clipped[1]:
-        raise ValueError(f"{name} = {corners.tolist()} lies outside its picture of {width} x {height} pixels.")
+        raise ValueError(f"{name} = {corners.tolist()} lies outside its image of {width} x {height} pixels.")
     mapped = clipped * np.tile(geometry.scale, 2) - np.tile(geometry.offset, 2)
     mapped = mapped.clip(0, np.tile(geometry.window, 2))
     if mapped[2] <= mapped[0] or mapped[3] <= mapped[1]:
         raise CroppedRegionError(
-            f"{name} = {corners.tolist()} is cut away by the centre crop of its {width} x {height} picture; drop it, "
+            f"{name} = {corners.tolist()} lies outside the centre crop of its {width} x {height} image; drop it, "
             "or use an image processor that resizes to a square without cropping."
         )
     return mapped.astype(np.float32)
 
 
 def refuse_normalized(boxes: Sequence[Any]) -> None:
-    """Raises ValueError where all of some boxes lie between 0 and 1: in pixels, no image has such parts."""
+    """Raises ValueError if all boxes lie between 0 and 1, which cannot be pixels."""
     try:
         x0, y0, x1, y1 = np.array([as_array(box) for box in boxes], dtype=np.float64).T
     except (TypeError, ValueError):  # boxes of another form, which `map_box` names
@@ -103,12 +103,12 @@ def map_mask(mask: Any, width: int, height: int, geometry: Geometry, name: str) 
     `pixel_values`.
 
     Raises:
-        ValueError: naming the mask (`name`), where its shape is not the picture's, nothing of it is left, or its
-            values are scores, of which the region would be a threshold.
+        ValueError: naming the mask (`name`), if its shape is not the image's, it is empty or outside the crop, or its
+            values are scores, which need a threshold.
     """
     array = as_array(mask)
     if array.shape != (height, width):
-        raise ValueError(f"{name} has shape {array.shape}, its picture (height, width) = {(height, width)}.")
+        raise ValueError(f"{name} has shape {array.shape}, its image (height, width) = {(height, width)}.")
     scores = array[~(array == 0) & ~((array >= 1) & (array < np.inf))]
     if scores.size:
         raise ValueError(
@@ -122,7 +122,7 @@ def map_mask(mask: Any, width: int, height: int, geometry: Geometry, name: str) 
     if not array.any():
         raise ValueError(f"{name} is empty; drop it.")
     if not result.any():
-        raise CroppedRegionError(f"{name} is cut away by the centre crop of its image; drop it.")
+        raise CroppedRegionError(f"{name} lies outside the centre crop of its image; drop it.")
     return result
 
 
@@ -133,8 +133,8 @@ def map_regions(
     Ragged regions of a batch, padded.
 
     Args:
-        regions: per picture a list of boxes or of masks.
-        sizes: per picture (width, height) of the original.
+        regions: per image a list of boxes or of masks.
+        sizes: per image (width, height) of the original.
         kind: "boxes" or "masks".
 
     Returns:
@@ -142,13 +142,13 @@ def map_regions(
         padding (which holds the whole window, or an empty mask).
 
     Raises:
-        ValueError: with the index of the picture and region that is wrong; and where all boxes lie between 0 and 1.
+        ValueError: with the index of an invalid image or region; if all boxes lie between 0 and 1.
     """
     for i, of_image in enumerate(regions):
         if not hasattr(of_image, "__len__"):
             raise ValueError(f"{kind}[{i}] must be the list of {kind} of an image, got {of_image!r}.")
     if len(regions) != len(sizes):
-        raise ValueError(f"{kind} holds lists for {len(regions)} pictures, but there are {len(sizes)} pictures.")
+        raise ValueError(f"{kind} holds lists for {len(regions)} images, but there are {len(sizes)} images.")
     if not any(len(of_image) for of_image in regions):
         raise ValueError(f"{kind} holds no region at all.")
     map_region = map_box if kind == "boxes" else map_mask

@@ -1,4 +1,4 @@
-"""What turns a language model's tokenizer into MM-GEM's: three tokens, a pad token, and [EMB] at the end of a text."""
+"""A language model's tokenizer with three more tokens, a pad token, and [EMB] at the end of a text."""
 
 from typing import Any
 
@@ -10,13 +10,13 @@ from transformers import AddedToken, PreTrainedTokenizerBase, PreTrainedTokenize
 IMAGE_TOKEN = "<image>"
 CAP_TOKEN = "[CAP]"
 EMB_TOKEN = "[EMB]"
-# `as_sentence` for the tokenizer alone, as pipelines call it. Python counts U+001C to U+001F as white space.
+# `as_sentence` as a normalizer, for pipelines that call the tokenizer alone. Python strips U+001C to U+001F too.
 NO_LETTERS = r"\A[\s\x00\x1c-\x1f]+|[\s\x00\x1c-\x1f]+\z|\x00"
 
 
 def as_sentence(text: str) -> str:
     """
-    The letters of a text, the same for training, evaluation and the processor: no white space around them, no NUL.
+    A text without NUL and without white space around it: what training, evaluation and the processor take for it.
 
     Raises:
         ValueError: for half a surrogate pair, which is no character.
@@ -38,7 +38,7 @@ def starts_with_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 def special_token_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """The ids of the three tokens, under the names that [`MMGEMConfig`] has for them."""
+    """The ids of the three tokens, by their names in [`MMGEMConfig`]."""
     names = {"image_token_id": IMAGE_TOKEN, "cap_token_id": CAP_TOKEN, "emb_token_id": EMB_TOKEN}
     vocabulary = tokenizer.get_vocab()
     return {name: vocabulary[token] for name, token in names.items()}
@@ -51,12 +51,12 @@ def ends_with_emb(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 def to_mmgem_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerFast:
     """
-    The same vocabulary plus `<image>`, [CAP], [EMB] (and `<pad>` where there is no pad token), in a tokenizer whose
-    post-processor writes "(BOS) text [EMB]". What a text spells out is letters to it, `<image>` and [EMB] included,
-    and its normalizer does what [`as_sentence`] does.
+    The same vocabulary plus `<image>`, [CAP], [EMB] (and `<pad>` if there is no pad token), in a tokenizer whose
+    post-processor writes "(BOS) text [EMB]". It takes `<image>` and [EMB] in a text for letters, and its normalizer
+    does what [`as_sentence`] does.
 
-    The result is of the generic class: those of single models rebuild their post-processor when they are loaded, and
-    would lose [EMB].
+    The result is of the generic class, because the classes of single models rebuild their post-processor when they
+    are loaded, and would lose [EMB].
 
     Raises:
         ValueError: for a tokenizer without a `tokenizers` backend, or without an EOS token.

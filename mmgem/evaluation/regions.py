@@ -154,7 +154,6 @@ def _retrieve_regions(
 
 def patch_embeddings(model: MMGEMModel, patch_features: torch.Tensor) -> torch.Tensor:
     """V `(B, P, C)` through h1 and h4, each patch a region of its own: unit norm, `(B, P, D)`, float32."""
-    model.check_base_of(model.region_projection)
     return normalize(model.region_projection(model.visual_projection(patch_features)).float(), dim=-1)
 
 

@@ -1,4 +1,4 @@
-"""A trained model's folder to the folder that goes to the Hub: written from a list, nothing else is copied."""
+"""Writes the folder that goes to the Hub from a trained model's folder; only files of a fixed list are copied."""
 
 import json
 import shutil
@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from transformers.utils import logging
 from yaml import YAMLError
 
-from ..loading import load_checkpoint
+from ..loading import load_checkpoint, weights_revision
 from ..modeling_mmgem import MMGEMModel
 from ..modeling_mmgem.adapters_mmgem import REGION_ADAPTERS
 from ..processing import MMGEMProcessor
@@ -26,7 +26,7 @@ logger = logging.get_logger(__name__)
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 WEIGHTS = ("model.safetensors", "model-?????-of-?????.safetensors", "model.safetensors.index.json")
-# What a folder for the Hub may hold. Runs leave optimiser states, pickles and logs beside a model; they stay.
+# The files of a Hub folder. Optimizer states, pickles and logs that runs leave beside a model are not copied.
 ALLOWED = (
     *("README.md", "LICENSE", "LICENSE_CODE", "images/*.png", "*_mmgem.py", *WEIGHTS),
     *("config.json", "generation_config.json"),
@@ -34,13 +34,13 @@ ALLOWED = (
     *("modules.json", "sentence_bert_config.json", "config_sentence_transformers.json"),
     *(f"{name}/{file}" for name in REGION_ADAPTERS for file in ADAPTER_FILES),
 )
-PICTURES = {
+IMAGES = {
     "": ("retrieval.png", "captions.png"),
     "region-caption": ("regions.png",),
     "region-retrieval": ("heat_maps.png",),
 }
-UNREADABLE = (OSError, SafetensorError, RuntimeError, KeyError, TypeError)  # what broken files raise
-MAX_SHARD_SIZE = "2GB"  # what an interrupted upload sends again at most
+UNREADABLE = (OSError, SafetensorError, RuntimeError, KeyError, TypeError)  # raised by damaged files
+MAX_SHARD_SIZE = "2GB"  # at most this much is sent again after an interrupted upload
 
 
 def export(
@@ -56,17 +56,17 @@ def export(
 
     Args:
         model: folder of a stage-1 model, as train.py leaves it.
-        output_dir: is replaced if it holds an earlier export; nothing is left of one that fails.
-        adapters: folders of stage 2's adapters; by default those called `region-caption` and `region-retrieval` in
-            the model's own, as far as they were trained on it.
-        options: what the card cannot know.
+        output_dir: replaced if it holds an earlier export; an export that fails leaves it unchanged.
+        adapters: folders of stage 2's adapters; by default `region-caption` and `region-retrieval` in the model's own
+            folder, if they were trained on its weights.
+        options: license, language and limits for the card.
 
     Returns:
         the files, relative to `output_dir`.
 
     Raises:
-        ValueError: for a folder that holds no whole model of ours, a named adapter of another base, or an output_dir
-            that holds something else than an earlier export.
+        ValueError: for a folder without a whole MM-GEM model; for a named adapter of another base; for an output_dir
+            that holds other files than those of an earlier export.
     """
     source, target = Path(model), Path(output_dir).resolve()
     found = find_adapters(source) if adapters is None else _by_kind([Path(path) for path in adapters])
@@ -78,16 +78,16 @@ def export(
         loaded, processor = _load(source)
         for kind, path in list(found.items()):
             _check_files(path)
+            if fault := _fault_of_base(path, source):
+                if adapters is not None:
+                    raise ValueError(f"{fault} Train it again, or export the base that it was trained on.")
+                logger.warning(f"{fault} It is left out.")
+                del found[kind]
+                continue
             try:
                 loaded.load_adapter(str(path), adapter_name=kind)
             except UNREADABLE as error:
                 raise ValueError(f"The adapter {path} could not be loaded: {error}") from error
-            except ValueError as error:  # trained on another base
-                if adapters is not None:
-                    raise
-                logger.warning(f"{path} is left out. {error}")
-                del found[kind]
-                continue
             _write_adapter(path, folder / kind, repo_id)
             if kind == "region-caption":
                 grid_size = loaded.region_grid_size
@@ -100,12 +100,12 @@ def export(
         write_remote_code(folder)
         _write_sentence_transformers_files(folder)
         sources = {"": source, **found}
-        pictures = _copy_pictures(sources, folder / "images")
+        images = _copy_images(sources, folder / "images")
         options = options or CardOptions()
         if options.model_card is not None:
             shutil.copyfile(options.model_card, folder / "README.md")
         else:
-            text = model_card(repo_id, loaded, processor.max_length, sources, pictures, options)
+            text = model_card(repo_id, loaded, processor.max_length, sources, images, options)
             (folder / "README.md").write_text(text, encoding="utf-8")
         shutil.copyfile(_license_file(), folder / _license_name(folder / "README.md"))
         files = files_of(folder)
@@ -116,7 +116,7 @@ def export(
 
 
 def files_of(folder: Path) -> list[Path]:
-    """The files of a Hub folder, relative to it; of what else may lie there, none."""
+    """The files in a folder that belong to a Hub folder, relative to it."""
     paths = [path.relative_to(folder) for path in folder.rglob("*") if path.is_file()]
     return sorted(path for path in paths if _is_allowed(path))
 
@@ -126,7 +126,7 @@ def find_adapters(model: Path) -> dict[str, Path]:
     Adapters in the model's own folder, by kind.
 
     Raises:
-        ValueError: where something else lies in their places.
+        ValueError: for an adapter of another kind under one of their names.
     """
     folders = [model / kind for kind in REGION_ADAPTERS]
     return _by_kind([folder for folder in folders if (folder / "adapter_config.json").is_file()])
@@ -146,7 +146,7 @@ def _by_kind(adapters: Sequence[Path]) -> dict[str, Path]:
 
 
 def _check_target(source: Path, target: Path) -> None:
-    """What is to be replaced must be an earlier export, and nothing more."""
+    """Raises ValueError if the output folder holds other files than those of an earlier export."""
     if target in (source.resolve(), Path.cwd()):
         raise ValueError(f"--output_dir {target} would be replaced as a whole; give a folder of its own.")
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
@@ -164,7 +164,7 @@ def _is_allowed(path: Path) -> bool:
 
 
 def _load(source: Path) -> tuple[MMGEMModel, MMGEMProcessor]:
-    """What cannot be loaded whole should not be published."""
+    """Raises ValueError for a model that cannot be loaded whole, which should not be published."""
     if not (source / "config.json").is_file():
         is_adapter = (source / "adapter_config.json").is_file()
         raise ValueError(
@@ -179,7 +179,7 @@ def _load(source: Path) -> tuple[MMGEMModel, MMGEMProcessor]:
 
 
 def _forget_folders(config: Path) -> None:
-    """Towers remember where they were loaded from, which may be a folder of one's own."""
+    """Removes the towers' `_name_or_path`, which may be a private folder."""
     content = json.loads(config.read_text(encoding="utf-8"))
     for tower in ("vision_config", "text_config"):
         content[tower].pop("_name_or_path", None)
@@ -192,29 +192,40 @@ def _check_files(adapter: Path) -> None:
             raise ValueError(f"The adapter {adapter} has no {name}.")
 
 
+def _fault_of_base(adapter: Path, base: Path) -> str | None:
+    """Says that an adapter was trained on other weights than those of `base`; None if it was trained on these."""
+    revision = read_json(adapter / "adapter_config.json").get("revision")
+    is_digest = isinstance(revision, str) and revision.startswith("sha256:")
+    if not is_digest or revision == weights_revision(str(base)):
+        return None
+    return f"The adapter {adapter} was trained on other weights than those in {base}."
+
+
 def _write_adapter(source: Path, folder: Path, repo_id: str) -> None:
-    """The adapter's weights as they are, and a configuration that names its base by where it will lie."""
+    """Copies the adapter's weights, and writes its configuration with the Hub's name of its base."""
     folder.mkdir()
     for name in ADAPTER_FILES:
         shutil.copyfile(source / name, folder / name)
-    base = {"base_model_class": "AutoModel", "parent_library": "transformers"}
-    add_to_json(folder / "adapter_config.json", {"base_model_name_or_path": repo_id, "auto_mapping": base})
+    mapping = read_json(source / "adapter_config.json").get("auto_mapping") or {}
+    mapping |= {"base_model_class": "AutoModel", "parent_library": "transformers"}
+    base = {"base_model_name_or_path": repo_id, "revision": None, "auto_mapping": mapping}
+    add_to_json(folder / "adapter_config.json", base)
 
 
-def _copy_pictures(sources: dict[str, Path], folder: Path) -> list[str]:
-    """What evaluations drew, as far as their figures are still there; returns the names."""
+def _copy_images(sources: dict[str, Path], folder: Path) -> list[str]:
+    """Copies the images of evaluations whose results.json is there; returns their names."""
     evaluated = {kind: source for kind, source in sources.items() if (source / "results.json").is_file()}
-    pictures = [source / name for kind, source in evaluated.items() for name in PICTURES[kind]]
-    pictures = [picture for picture in pictures if picture.is_file()]
-    if pictures:
+    images = [source / name for kind, source in evaluated.items() for name in IMAGES[kind]]
+    images = [image for image in images if image.is_file()]
+    if images:
         folder.mkdir()
-    for picture in pictures:
-        shutil.copyfile(picture, folder / picture.name)
-    return [picture.name for picture in pictures]
+    for image in images:
+        shutil.copyfile(image, folder / image.name)
+    return [image.name for image in images]
 
 
 def _write_sentence_transformers_files(folder: Path) -> None:
-    """The embedding is what get_text_features and get_image_features return, brought to unit norm."""
+    """sentence-transformers calls get_text_features and get_image_features, and normalises."""
     module = "sentence_transformers.base.modules"
     features = {
         name: {"method": f"get_{name}_features", "method_output_name": "pooler_output"} for name in ("text", "image")
@@ -236,7 +247,7 @@ def _write_sentence_transformers_files(folder: Path) -> None:
 
 
 def _license_name(card: Path) -> str:
-    """That of the code is not to be taken for the weights'."""
+    """LICENSE_CODE if the weights have another license than the code."""
     try:
         weights = ModelCard.load(card).data.license
     except (YAMLError, ValueError, TypeError) as error:
@@ -245,6 +256,6 @@ def _license_name(card: Path) -> str:
 
 
 def _license_file() -> Path:
-    """The license of the code that travels."""
+    """The license of the exported code."""
     files = metadata.distribution("mmgem").files or []
     return next(Path(str(file.locate())) for file in files if file.name == "LICENSE")

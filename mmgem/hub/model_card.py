@@ -1,4 +1,4 @@
-"""The model card: README.md of a Hub folder, filled from the model, its training.json and its results.json."""
+"""The model card: model_card_template.md, filled from the model, its training.json and its results.json."""
 
 import json
 import math
@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import EvalResult, ModelCardData
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from ..evaluation.report import table
+from ..evaluation.report import table as metrics_table
 from ..modeling_mmgem import MMGEMModel
-from . import card_examples as examples
 
 
+TEMPLATE = Path(__file__).with_name("model_card_template.md")
 TAGS = [
     *("mm-gem", "multimodal", "image-text-retrieval", "zero-shot-image-classification", "image-captioning"),
     *("image-feature-extraction", "sentence-transformers", "feature-extraction", "sentence-similarity"),
@@ -33,20 +33,12 @@ TASKS = {
     "": ("image-text-retrieval", "Retrieval"),
 }
 EXPLANATIONS = {
-    "retrieval.png": "Sentences and the five pictures nearest to each; green is the right one.",
-    "captions.png": "Pictures with a reference (grey) and the caption written by the model (black).",
+    "retrieval.png": "Sentences and the five images nearest to each; green is the right one.",
+    "captions.png": "Images with a reference (grey) and the caption written by the model (black).",
     "regions.png": "Regions with a reference (grey), the caption of stage 1 and that of the adapter (green: as the "
     "reference).",
     "heat_maps.png": "A phrase and its box; where stage 1 sees what it says, and where the adapter does.",
 }
-CITATION = """\
-@article{ma2024multimodal,
-  title   = {Multi-Modal Generative Embedding Model},
-  author  = {Feipeng Ma and Hongwei Xue and Guangting Wang and Yizhou Zhou and Fengyun Rao and Shilin Yan and
-             Yueyi Zhang and Siying Wu and Mike Zheng Shou and Xiaoyan Sun},
-  journal = {arXiv preprint arXiv:2405.19333},
-  year    = {2024}
-}"""
 
 
 @dataclass
@@ -72,42 +64,48 @@ def model_card(
     model: MMGEMModel,
     max_length: int,
     sources: dict[str, Path],
-    pictures: list[str],
+    images: list[str],
     options: CardOptions,
 ) -> str:
     """
     The card's text, metadata first.
 
     Args:
-        max_length: tokens at which the processor cuts a text.
-        sources: folders with results.json and training.json: of the model (""), and of its adapters by kind.
-        pictures: names of the files in `images/`.
+        max_length: tokens to which the processor truncates a text.
+        sources: folders with results.json and training.json: the model's (""), and those of its adapters by kind.
+        images: names of the files in `images/`.
 
     Raises:
-        ValueError: for a results.json or training.json that is none.
+        ValueError: for a results.json or training.json that train.py did not write.
     """
     results = {kind: read_json(folder / "results.json") for kind, folder in sources.items()}
     records = {kind: read_json(folder / "training.json") for kind, folder in sources.items()}
     _check(results, records, sources)
-    sections = [
-        _introduction(repo_id, model),
-        _use(repo_id, list(sources)),
-        _architecture(model, max_length),
-        _training(records),
-        _evaluation(results, pictures),
-        _limits(records, max_length, options),
-        f"## Citation\n\n```bibtex\n{CITATION}\n```",
-    ]
-    metadata = _metadata(repo_id, results, records, options)
-    return f"---\n{metadata.to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n"
+    card = ModelCard.from_template(
+        _metadata(repo_id, results, records, options),
+        template_path=str(TEMPLATE),
+        repo_id=repo_id,
+        name=repo_id.rpartition("/")[2],
+        config=model.config,
+        tau=f"{1 / model.logit_scale(torch.ones(())).item():.3g}",
+        max_length=max_length,
+        adapters=list(sources),
+        architecture=_architecture(model),
+        training=_training(records),
+        evaluations=list(_evaluations(results)),
+        images=[(name, EXPLANATIONS[name]) for name in images],
+        is_of_scenes=records[""].get("data") == ["scenes"],
+        limits=options.limits,
+    )
+    return str(card)
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """
-    A JSON object, or an empty one where there is no file.
+    The JSON object in a file, or an empty one if there is no file.
 
     Raises:
-        ValueError: for a file that holds none.
+        ValueError: for a file that holds no JSON object.
     """
     if not path.is_file():
         return {}
@@ -121,7 +119,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def _check(results: dict[str, Any], records: dict[str, Any], sources: dict[str, Path]) -> None:
-    """What a card is made of must be as `train.py` and the evaluation write it."""
+    """Raises ValueError if a results.json or training.json is not as `train.py` and the evaluation write it."""
     for kind, folder in sources.items():
         found, record = results[kind], records[kind]
         metrics = found.get("metrics", {})
@@ -190,36 +188,8 @@ def _dataset_name(setting: dict[str, Any]) -> str:
     return ", ".join(files if setting.get("dataset_id") else [Path(file).name for file in files])
 
 
-def _introduction(repo_id: str, model: MMGEMModel) -> str:
-    dim = model.config.projection_dim
-    return f"""# {repo_id.rpartition("/")[2]}
-
-An MM-GEM, a [Multi-Modal Generative Embedding Model](https://arxiv.org/abs/2405.19333): one vision encoder and **one
-language model that embeds and writes**. The same weights turn a sentence into a vector of {dim} numbers that lies near
-those of the pictures it fits, and write captions from a picture's vector. Trained and exported with `mmgem`, an open
-implementation; the paper's authors published neither code nor weights, and this is not their model."""
-
-
-def _use(repo_id: str, sources: list[str]) -> str:
-    parts = [
-        ("", f"```bash\n{examples.INSTALL}\n```"),
-        ("Search: texts and pictures in one space", examples.EMBED),
-        ("Captions", examples.CAPTION),
-        ("Captions of regions", examples.REGION_CAPTION if "region-caption" in sources else ""),
-        ("Search for regions", examples.REGION_RETRIEVAL if "region-retrieval" in sources else ""),
-        ("Pipelines", examples.PIPELINES + ("\n" + examples.REGION_PIPELINE if "region-caption" in sources else "")),
-        ("sentence-transformers", examples.SENTENCE_TRANSFORMERS),
-    ]
-    lines = ["## Use"]
-    for heading, code in parts:
-        if heading and code:
-            lines.append(f"### {heading}\n\n```python\n{code.replace('REPO_ID', repo_id)}```")
-        elif code:
-            lines.append(code)
-    return "\n\n".join(lines)
-
-
-def _architecture(model: MMGEMModel, max_length: int) -> str:
+def _architecture(model: MMGEMModel) -> list[tuple[str, str, str]]:
+    """Rows of part, description and size."""
     config = model.config
     vision, text = config.vision_config, config.text_config
 
@@ -227,7 +197,7 @@ def _architecture(model: MMGEMModel, max_length: int) -> str:
         return f"{sum(p.numel() for module in modules for p in module.parameters()) / 1e6:.3g} M"
 
     maps = (model.visual_projection, model.text_projection, model.caption_projection, model.region_projection)
-    rows = [
+    return [
         (
             "vision encoder",
             f"{vision.model_type}, {vision.num_hidden_layers} layers of {vision.hidden_size}, "
@@ -243,37 +213,25 @@ def _architecture(model: MMGEMModel, max_length: int) -> str:
         ("maps h1 to h4 between them", f"linear, embedding of {config.projection_dim}", size(*maps)),
         ("in all", f"{str(model.dtype).removeprefix('torch.')}", f"{model.num_parameters() / 1e6:.3g} M"),
     ]
-    lines = "\n".join(f"| {part} | {what} | {parameters} |" for part, what, parameters in rows)
-    return f"""## Architecture
-
-| part | | parameters |
-|---|---|---|
-{lines}
-
-In front of its caption a picture is one visual token, a region {config.region_grid_size} x {config.region_grid_size}.
-Texts are cut at {max_length} tokens (`max_length=` of the processor changes that). tau is \
-{1 / model.logit_scale(torch.ones(())).item():.3g}."""
 
 
-def _training(records: dict[str, Any]) -> str:
+def _training(records: dict[str, Any]) -> list[list[str]]:
+    """Rows of a name and its value in each stage, the stages' names first; none if nothing is recorded."""
     known = {kind or "stage 1": record for kind, record in records.items() if record}
     if not known:
-        return "## Training\n\nHow this model was trained is not recorded."
-    rows: list[tuple[str, list[str]]] = [
-        ("objective", [str(r["objective"]) for r in known.values()]),
-        ("data", [", ".join(r["data"]) for r in known.values()]),
-        ("steps x batch size", [f"{r['steps']:,} x {r['batch_size']:,}" for r in known.values()]),
+        return []
+    stages = list(known.values())
+    settings = dict.fromkeys(name for record in stages for name in record["settings"])
+    rows: list[tuple[str, list[Any]]] = [
+        ("objective", [record["objective"] for record in stages]),
+        ("data", [", ".join(record["data"]) for record in stages]),
+        ("steps x batch size", [f"{record['steps']:,} x {record['batch_size']:,}" for record in stages]),
+        *((name, [record["settings"].get(name, "") for record in stages]) for name in settings),
+        ("hardware", [record["hardware"] for record in stages]),
+        ("time", [_duration(record) for record in stages]),
+        ("mmgem, transformers, torch", [", ".join(record["versions"].values()) for record in stages]),
     ]
-    settings = dict.fromkeys(name for record in known.values() for name in record["settings"])
-    rows += [(name, [str(r["settings"].get(name, "")) for r in known.values()]) for name in settings]
-    rows += [
-        ("hardware", [r["hardware"] for r in known.values()]),
-        ("time", [_duration(r) for r in known.values()]),
-        ("mmgem, transformers, torch", [", ".join(r["versions"].values()) for r in known.values()]),
-    ]
-    lines = [f"| | {' | '.join(known)} |", "|---" * (len(known) + 1) + "|"]
-    lines += [f"| {name} | {' | '.join(values)} |" for name, values in rows]
-    return "## Training\n\n" + "\n".join(lines)
+    return [list(known), *([name, *map(str, values)] for name, values in rows)]
 
 
 def _duration(record: dict[str, Any]) -> str:
@@ -282,34 +240,12 @@ def _duration(record: dict[str, Any]) -> str:
     return time + (" since it was resumed" if record["resumed"] else "")
 
 
-def _evaluation(results: dict[str, Any], pictures: list[str]) -> str:
-    parts = ["## Evaluation"]
+def _evaluations(results: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
+    """Heading, setting and table of every stage that was evaluated."""
     for kind, found in results.items():
-        if not found.get("metrics"):
-            continue
-        setting = found.get("setting", {})
-        details = [f"{n} `{setting[n]}`" for n in ("split", "size", "prompt", "max_length", "dtype") if n in setting]
-        parts.append(f"### {kind or 'Stage 1'}\n\nOn {_dataset_name(setting)}; {', '.join(details)}.")
-        parts.append("\n".join(table(found["metrics"])))
-    if len(parts) == 1:
-        parts.append("This model was not evaluated when it was exported.")
-    parts += [f"![{EXPLANATIONS[name]}](images/{name})\n\n*{EXPLANATIONS[name]}*" for name in pictures]
-    return "\n\n".join(parts)
-
-
-def _limits(records: dict[str, Any], max_length: int, options: CardOptions) -> str:
-    lines = [
-        "- It continues captions; it follows no instructions, and answers no questions.",
-        "- One vector stands for a whole picture: small things and their number get lost in it. What a caption says "
-        "may be wrong, and is wrong with confidence; do not let it decide about people.",
-        "- It knows the kinds of pictures and the language of its training data, and has learned whatever prejudices "
-        "these hold; similarity is no measure of truth.",
-        f"- Of a text longer than {max_length} tokens the rest is not read, unless you raise `max_length`.",
-    ]
-    if records[""].get("data") == ["scenes"]:
-        lines.append(
-            "- It was trained on drawn scenes of coloured shapes and knows nothing else: a model to try things with."
-        )
-    if options.limits:
-        lines.append(f"- {options.limits}")
-    return "## Limits and biases\n\n" + "\n".join(lines)
+        if found.get("metrics"):
+            setting = found.get("setting", {})
+            names = [name for name in ("split", "size", "prompt", "max_length", "dtype") if name in setting]
+            details = ", ".join(f"{name} `{setting[name]}`" for name in names)
+            table = "\n".join(metrics_table(found["metrics"]))
+            yield kind or "Stage 1", f"On {_dataset_name(setting)}; {details}.", table

@@ -1,6 +1,6 @@
 """
-The model's code as it travels: files of `configuration/`, `modeling_mmgem/` and `processing/` in one flat folder, as
-the Hub's loader follows `from .sibling import` and nothing else.
+The model's code in a Hub folder: the files of `configuration/`, `modeling_mmgem/` and `processing/` side by side,
+because the Hub's loader follows `from .sibling import` only.
 """
 
 import ast
@@ -33,8 +33,8 @@ PROCESSOR_ENTRIES = {"auto_map": {"AutoProcessor": "processing_mmgem.MMGEMProces
 
 def write_remote_code(folder: Path) -> None:
     """
-    Writes the code into a folder that holds a saved model and processor, and names its classes in their JSON, so that
-    `trust_remote_code=True` loads them where mmgem is not installed.
+    Writes the code into a folder with a saved model and processor, and the names of its classes into their JSON, so
+    that `trust_remote_code=True` loads them without mmgem installed.
     """
     for name, code in remote_code().items():
         (folder / name).write_text(code, encoding="utf-8")

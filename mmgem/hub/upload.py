@@ -11,12 +11,12 @@ from huggingface_hub.hf_api import RepoFile
 
 from ..modeling_mmgem.adapters_mmgem import REGION_ADAPTERS
 from ..options import checked_token
-from .export import PICTURES, WEIGHTS, files_of
+from .export import IMAGES, WEIGHTS, files_of
 
 
-# A file's upload fails with a RuntimeError around what went wrong, or with hf_xet's own kinds of OSError.
+# huggingface_hub wraps the fault of an upload in a RuntimeError, and hf_xet raises OSErrors of its own.
 FAULTS = (HTTPError, OSError, RuntimeError, json.JSONDecodeError)
-WORTH_REPEATING = (None, 408, 412, 429, 500, 502, 503, 504)  # statuses, and none
+RETRIABLE_STATUSES = (None, 408, 412, 429, 500, 502, 503, 504)  # None: no answer
 
 
 def upload(
@@ -29,14 +29,14 @@ def upload(
     token: str | None = None,
 ) -> str:
     """
-    Makes the repository where there is none, sends what it lacks, and commits all of it at once: whoever loads the
-    model meanwhile gets the old files or the new ones. What an earlier export left and this one has no more goes in
-    the same commit: shards, code, pictures, and adapters if the weights they were trained on change. What others put
-    there stays. Sent again after an interruption, files that had arrived are passed over.
+    Creates the repository if necessary, uploads the files that it lacks, and commits all of them at once: a download
+    meanwhile gets the old files or the new ones. The same commit deletes what an earlier export put there and this one
+    no longer has: shards, code, images, and adapters whose base's weights change. Other files stay. After an
+    interruption, the same command does not send files again that had arrived.
 
     Args:
         private: of a new repository.
-        revision: a branch, made where there is none; `main` by default.
+        revision: a branch, created if necessary; `main` by default.
         create_pr: open a pull request instead of committing to the branch.
         token: by default that of `hf auth login` or HF_TOKEN.
 
@@ -44,8 +44,8 @@ def upload(
         the URL of the commit or pull request.
 
     Raises:
-        ConnectionError: where the Hub refuses or cannot be reached, with what is known of the repository then.
-        ValueError: for `private` where the repository is public already, and for what cannot be a token.
+        ConnectionError: if the Hub refuses or cannot be reached, with the state of the repository.
+        ValueError: for `private` if the repository is public already, and for an invalid token.
     """
     token = token or get_token()
     if token is None:
@@ -81,12 +81,12 @@ def upload(
 def _deletions(
     api: HfApi, repo_id: str, revision: str | None, additions: list[CommitOperationAdd]
 ) -> list[CommitOperationDelete]:
-    """What only an earlier export can have put there, and this one has not."""
+    """Deletions of files that only an earlier export can have put there and this one does not have."""
     tree = api.list_repo_tree(repo_id, recursive=True, revision=revision)
     remote = {file.path: file for file in tree if isinstance(file, RepoFile)}
     ours = {addition.path_in_repo: addition for addition in additions}
     stale = [*WEIGHTS, "*_mmgem.py"]
-    stale += [f"images/{name}" for names in PICTURES.values() for name in names]
+    stale += [f"images/{name}" for names in IMAGES.values() for name in names]
     weights = [path for path in ours if path.endswith(".safetensors") and "/" not in path]
     if any(_sha256(remote.get(path)) != ours[path].upload_info.sha256.hex() for path in weights):
         stale += [f"{adapter}/adapter_*" for adapter in REGION_ADAPTERS]
@@ -102,7 +102,7 @@ def _sha256(file: RepoFile | None) -> str | None:
 
 
 def _state(api: HfApi, repo_id: str, revision: str | None, head: str | None, create_pr: bool) -> str:
-    """What is known of the repository after a fault: an answer may be lost whose commit was made."""
+    """The state of the repository after a fault, which may have lost the answer to a commit that was made."""
     if head is None:
         return f"Nothing was committed to {repo_id}:"
     if create_pr:
@@ -124,6 +124,6 @@ def _explain(error: Exception) -> str:
         text = f"{error} {text}"
     if status in (401, 403) or isinstance(cause, PermissionError):
         return f"the token may not write there ({status or 'refused'}); run `hf auth login` with one that may. {text}"
-    if status in WORTH_REPEATING:
+    if status in RETRIABLE_STATUSES:
         text += "\nRun the command again: what has arrived is not sent twice."
     return text

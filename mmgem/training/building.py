@@ -19,7 +19,8 @@ from ..data.shards import ShardStream
 from ..data.tokenizer import train_tokenizer
 from ..loading import load_checkpoint
 from ..modeling_mmgem import MMGEMModel
-from ..modeling_mmgem.conversion_mmgem import configure_generation, interpolate_positions, vision_config_of
+from ..modeling_mmgem.conversion_mmgem import configure_generation
+from ..modeling_mmgem.vision_mmgem import interpolate_positions, vision_config_of
 from ..processing import MMGEMProcessor, set_image_size, to_mmgem_tokenizer
 from ..processing.tokenization_mmgem import special_token_ids
 from .arguments import ModelArguments

@@ -22,8 +22,7 @@ from transformers.initialization import no_init_weights
 
 from ..configuration import MMGEMConfig
 from ..modeling_mmgem import MMGEMModel, caption_loss, contrastive_loss
-from ..modeling_mmgem.losses_mmgem import BLOCK_SIZE
-from ..modeling_mmgem.modeling_mmgem import MAX_LOGITS
+from ..modeling_mmgem.losses_mmgem import BLOCK_SIZE, MAX_LOGITS
 from .arguments import DataArguments, DryRunArguments, MMGEMTrainingArguments
 from .gradient_cache import Embeddings, cached_backward
 from .lora import add_lora
@@ -223,7 +222,7 @@ class _Step:
                 tokens = model.caption_projection(images).to(inputs_embeds.dtype)
                 inputs_embeds = inputs_embeds.masked_scatter(places, tokens)
             positions = torch.zeros(rows, width, dtype=torch.long) if self.pack_length else None
-            hidden_states = model._language_hidden_states(inputs_embeds, None, positions).last_hidden_state
+            hidden_states = model._run_language_model(inputs_embeds, None, positions).last_hidden_state
             hidden_states = hidden_states.flatten(0, 1)
             texts = model.text_projection(hidden_states[:size])
             scale = model.logit_scale(torch.ones(()))

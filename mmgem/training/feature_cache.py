@@ -13,6 +13,7 @@ from ..data.collator import PairCollator
 from ..data.pairs import BadDataError
 from ..data.regions import RegionDataset
 from ..modeling_mmgem import MMGEMModel
+from ..modeling_mmgem.vision_mmgem import patch_features
 
 
 class DiskFullError(OSError):
@@ -111,7 +112,7 @@ def cache_features(
             continue
         pixels = collator.pixel_values([example.pop("image") for example in readable.values()])
         with accelerator.autocast():
-            patches, grid = model._patch_features(pixels.to(model.device))
+            patches, grid = patch_features(model.vision_model, pixels.to(model.device))
         if features is None:
             form = (torch.Size((len(dataset), *grid, patches.shape[-1])), patches.dtype)
             features = _mapped(path, *form)

@@ -1,8 +1,8 @@
 """The adapters of stage 2, to be trained."""
 
-import torch
 from peft import LoraConfig, PeftModel
 
+from ..loading import weights_revision
 from ..modeling_mmgem import MMGEMModel
 from ..modeling_mmgem.adapters_mmgem import REGION_ADAPTERS
 from .lora import add_adapter
@@ -17,15 +17,14 @@ def add_region_adapter(model: MMGEMModel, stage: str, grid_size: int) -> PeftMod
         stage: "region-caption" or "region-retrieval".
         grid_size: k, of the prompts that the adapter is trained with.
     """
-    modules = list(REGION_ADAPTERS[stage])
-    # PEFT requires `target_modules`; "dummy-target-modules" is its sentinel for none.
-    peft_model = add_adapter(model, LoraConfig(target_modules="dummy-target-modules", modules_to_save=modules))
-    signature = model.base_signature()
-    with torch.no_grad():
-        for name in modules:
-            buffers = dict(getattr(model, name).modules_to_save["default"].named_buffers())
-            if "trained_on" in buffers and signature is not None:
-                buffers["trained_on"].copy_(signature)
-            if "grid_size" in buffers:
-                buffers["grid_size"].fill_(grid_size)
-    return peft_model
+    mapping = {"base_model_class": type(model).__name__, "parent_library": type(model).__module__}
+    config = LoraConfig(
+        # PEFT requires `target_modules`; "dummy-target-modules" is its sentinel for none.
+        target_modules="dummy-target-modules",
+        modules_to_save=list(REGION_ADAPTERS[stage]),
+        # With a task_type, PeftModel.save_pretrained keeps `auto_mapping` instead of writing its own.
+        task_type="FEATURE_EXTRACTION",
+        revision=weights_revision(model.name_or_path),
+        auto_mapping={**mapping, "region_grid_size": grid_size} if stage == "region-caption" else mapping,
+    )
+    return add_adapter(model, config)

@@ -15,7 +15,6 @@ from ..evaluation.regions import evaluate_regions
 from ..modeling_mmgem import MMGEMModel, contrastive_loss
 from ..processing import MMGEMProcessor
 from .arguments import MMGEMTrainingArguments
-from .checkpoints import CheckpointError
 from .feature_cache import cache_features
 from .gathering import gather_ragged
 from .gradient_cache import refuse_dropout
@@ -49,6 +48,8 @@ class RegionTrainer(MMGEMTrainer):
         if args.activation_checkpointing:
             refuse_dropout(model)
         super().__init__(model, args, processor, train_dataset, eval_dataset, **kwargs)
+        # A checkpoint holds the adapter alone, so it is resumed on the weights that it was trained on.
+        self._settings["base_revision"] = self._base().peft_config["default"].revision
 
     def make_trainable(self, model: MMGEMModel, args: MMGEMTrainingArguments, processor: MMGEMProcessor) -> PeftModel:
         return add_region_adapter(model, args.stage, processor.region_grid_size)
@@ -83,15 +84,6 @@ class RegionTrainer(MMGEMTrainer):
             self.train_dataset = dataset
             with suppress(FileNotFoundError):
                 os.remove(path)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        """As Trainer's, for the base that the checkpoint's adapter was trained on."""
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        try:
-            for module in (self._base().soft_prompts, self._base().region_projection):
-                self._base().check_base_of(module)
-        except ValueError as error:
-            raise CheckpointError(f"{resume_from_checkpoint} cannot be resumed: {error}") from error
 
     def compute_loss(self, model: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
         """The loss, with the frozen base in eval mode: dropout applies to trained modules only."""

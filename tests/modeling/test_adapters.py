@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, inject_adapter_in_model
+from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import AutoModel
@@ -88,7 +88,7 @@ def test_files_hold_their_own_tensors_alone(folder):
     names = {name.removeprefix(prefix) for name in load_file(folder / "region-caption" / "adapter_model.safetensors")}
     assert names == {
         *("caption_projection.weight", "caption_projection.bias"),
-        *("soft_prompts.weight", "soft_prompts.grid_size", "soft_prompts.trained_on"),
+        "soft_prompts.weight",
     }
 
 
@@ -147,24 +147,34 @@ def test_switching_by_peft(folder, base, processor):
         assert len(same(everything(model, processor), plain)) == 5
 
 
-def test_a_base_that_is_a_relative_path_is_found_beside_the_adapter(folder, processor, tmp_path, monkeypatch):
-    """From any working directory, without asking the Hub; and a copy of the adapter in another folder finds it too."""
+def test_an_adapter_names_a_base_that_is_a_folder_by_its_absolute_path(folder, processor, tmp_path, monkeypatch):
+    """Also if PEFT made and saved it: from another working directory, the Hub is not asked for the relative path."""
     shutil.copytree(folder / "base", tmp_path / "outputs" / "scenes")
-    adapter = tmp_path / "outputs" / "scenes" / "region-retrieval"
-    shutil.copytree(folder / "region-retrieval", adapter)
-    config = json.loads((adapter / "adapter_config.json").read_text())
-    config["base_model_name_or_path"] = "outputs/scenes"
-    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    monkeypatch.chdir(tmp_path)
+    for base in (MMGEMModel.from_pretrained("outputs/scenes"), AutoModel.from_pretrained("outputs/scenes")):
+        by_peft = get_peft_model(base, LoraConfig(target_modules=["q_proj"]))
+        by_peft.save_pretrained("lora")
+        saved = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())
+        assert saved["base_model_name_or_path"] == str(tmp_path / "outputs" / "scenes")
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("the network was used"))
-    model = MMGEMModel.from_pretrained(adapter).eval()
-    expected = MMGEMModel.from_pretrained(folder / "base").eval()
-    expected.load_adapter(str(folder / "region-retrieval"))
-    assert len(same(everything(model, processor), everything(expected, processor))) == 5
+    model = AutoModel.from_pretrained(tmp_path / "lora")
     model.save_pretrained("copy")
     saved = json.loads((tmp_path / "elsewhere" / "copy" / "default" / "adapter_config.json").read_text())
     assert saved["base_model_name_or_path"] == str(tmp_path / "outputs" / "scenes")
+    shutil.rmtree(tmp_path / "outputs")
+    with pytest.raises(OSError):  # of a folder that is not there, and still without the network
+        AutoModel.from_pretrained(tmp_path / "lora")
+
+
+def test_k_survives_being_saved_by_peft(folder, tmp_path):
+    base = MMGEMModel.from_pretrained(folder / "base")
+    PeftModel.from_pretrained(base, folder / "region-caption").save_pretrained(tmp_path)
+    again = MMGEMModel.from_pretrained(folder / "base")
+    assert again.region_grid_size == again.config.region_grid_size == 1
+    again.load_adapter(str(tmp_path))
+    assert again.region_grid_size == 2
 
 
 @pytest.mark.parametrize("state", ["active", "off"])
@@ -232,36 +242,18 @@ def test_adapters_load_on_a_compiled_base_which_follows_k(folder, base, processo
         assert torch.allclose(plain.logits, everything(model, processor)["of"], atol=1e-5)
 
 
-def test_adapter_of_another_base_is_refused_by_name(folder, processor, tmp_path):
-    other = make_model(processor, seed=1)  # of the same architecture
-    other.save_pretrained(tmp_path / "other")
-    other = MMGEMModel.from_pretrained(tmp_path / "other").eval()
-    plain = everything(other, processor)
-    for stage in REGION_ADAPTERS:
-        with pytest.raises(ValueError, match="another base") as error:
-            other.load_adapter(str(folder / stage), adapter_name=stage)
-        assert str(folder / "base") in str(error.value) and str(tmp_path / "other") in str(error.value)
-    assert len(same(everything(other, processor), plain)) == 5, "nothing of them stayed"
-    trained_on = MMGEMModel.from_pretrained(folder / "base")
-    with torch.no_grad():  # a few more steps at a small rate, of the language model alone
-        for parameter in trained_on.language_model.parameters():
-            parameter.add_(4e-4 * torch.randn_like(parameter))
-    with pytest.raises(ValueError, match="another base"):
-        trained_on.load_adapter(str(folder / "region-retrieval"))
+def test_adapter_of_another_size_is_refused_by_name(folder, processor):
     narrow = make_model(processor, config={"projection_dim": 12})
-    with pytest.raises(ValueError, match="does not fit"):
+    with pytest.raises(ValueError, match="does not fit") as error:
         narrow.load_adapter(str(folder / "region-caption"))
-    # PEFT loads it without asking; it is noticed when it is used.
-    wrapped = PeftModel.from_pretrained(MMGEMModel.from_pretrained(tmp_path / "other"), folder / "region-caption")
-    with pytest.raises(ValueError, match="another base"):
-        wrapped.get_base_model()(**region_inputs(processor, 2))
+    assert str(folder / "base") in str(error.value) and not hasattr(narrow, "peft_config")
 
 
 def test_a_refused_adapter_leaves_the_others_active(folder, base, processor, tmp_path):
-    other = make_model(processor, seed=1)
+    other = make_model(processor, config={"projection_dim": 12})
     add_region_adapter(other, "region-caption", 1).save_pretrained(tmp_path / "foreign")
     base.load_adapter(str(folder / "region-retrieval"), adapter_name="region-retrieval")
-    with pytest.raises(ValueError, match="another base"):
+    with pytest.raises(ValueError, match="does not fit"):
         base.load_adapter(str(tmp_path / "foreign"), adapter_name="foreign")
     assert list(base.peft_config) == base.active_adapters() == ["region-retrieval"]
 
@@ -270,7 +262,7 @@ def test_a_model_that_had_an_adapter_saves_as_one_that_had_none(folder, base, pr
     """After a refusal, a broken file, and a deletion."""
     names = set(base.state_dict())
     plain = everything(base, processor)
-    other = make_model(processor, seed=1)
+    other = make_model(processor, config={"projection_dim": 12})
     add_region_adapter(other, "region-caption", 1).save_pretrained(tmp_path / "foreign")
     shutil.copytree(tmp_path / "foreign", tmp_path / "broken")
     (tmp_path / "broken" / "adapter_model.safetensors").write_bytes(b"no tensors")
@@ -300,14 +292,14 @@ def test_setting_an_adapter_switches_adapters_on(folder, base, processor):
     model.disable_adapters()
     model.load_adapter(str(folder / "region-caption"), adapter_name="again")
     assert model.active_adapters() == ["again"] and model.region_grid_size == 2
-    with pytest.raises(ValueError, match="'again' and 'region-caption' are both adapters of caption_projection"):
+    with pytest.raises(ValueError, match="Only one adapter can be set at a time"):
         model.set_adapter(["again", "region-caption"])
 
 
 def test_unknown_adapters_are_named(folder, base):
     with pytest.raises(ValueError, match="loaded are none"):
         base.set_adapter("region-caption")
-    with pytest.raises(ValueError, match="No adapter is loaded"):
+    with pytest.raises(ValueError, match="loaded are none"):
         base.disable_adapters()
     base.load_adapter(str(folder / "region-caption"), adapter_name="region-caption")
     with pytest.raises(ValueError, match="'region-captoin'; loaded are 'region-caption'"):
@@ -334,7 +326,7 @@ def test_prompts_that_nothing_was_trained_for_are_warned_of(folder, base, proces
 
 @pytest.mark.parametrize("lora_first", [True, False])
 def test_beside_the_users_own_lora(folder, processor, lora_first, base):
-    """Their matrices lie among those of the base; the adapter knows it all the same."""
+    """Loaded before or after it."""
     plain = load_both(MMGEMModel.from_pretrained(folder / "base").eval(), folder)
     plain.set_adapter(list(REGION_ADAPTERS))
     expected = everything(plain, processor, 2)

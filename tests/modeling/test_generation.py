@@ -151,8 +151,10 @@ def test_many_regions_come_in_parts_with_the_same_captions(processor, monkeypatc
     whole = model.generate(**inputs, max_new_tokens=NEW, do_sample=False)
     assert len({tuple(row) for row in new_tokens(model, inputs, whole)}) >= 4
     rows = []
-    embed_tokens = MMGEMModel._embed_tokens
-    monkeypatch.setattr(MMGEMModel, "_embed_tokens", lambda s, ids: rows.append(len(ids)) or embed_tokens(s, ids))
+    build = MMGEMModel._build_inputs
+    monkeypatch.setattr(
+        MMGEMModel, "_build_inputs", lambda s, ids, *a, **k: rows.append(len(ids)) or build(s, ids, *a, **k)
+    )
     monkeypatch.setattr(generation_mmgem, "MAX_ROWS", 2)
     parts = model.generate(**inputs, max_new_tokens=NEW, do_sample=False)
     assert new_tokens(model, inputs, parts) == new_tokens(model, inputs, whole)

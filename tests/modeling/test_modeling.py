@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoProcessor
 
 from mmgem import MMGEMModel
+from mmgem.modeling_mmgem.losses_mmgem import caption_loss_of_states
 from tests.conftest import make_model, make_picture
 
 
@@ -129,12 +130,13 @@ def test_many_logits_come_in_parts_with_the_same_loss_and_gradient(processor, mo
     losses, gradients, largest = [], [], []
     labels = int((batch["labels"] != -100).sum())
     for limit in (2**27, labels // 5 * len(processor.tokenizer)):  # all; a fifth of the labels, six parts at most
-        monkeypatch.setattr("mmgem.modeling_mmgem.modeling_mmgem.MAX_LOGITS", limit)
+        monkeypatch.setattr("mmgem.modeling_mmgem.losses_mmgem.MAX_LOGITS", limit)
         model = make_model(processor).train()
         hidden_states = torch.randn(*batch["labels"].shape, 32, generator=torch.Generator().manual_seed(0))
         kept = []
         with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):  # noqa: B023
-            loss = model._caption_loss(hidden_states, batch["labels"], None, num_items)
+            size = model.config.text_config.vocab_size
+            loss = caption_loss_of_states(hidden_states, batch["labels"], model._logits, size, None, num_items)
         loss.backward()
         losses.append(loss.detach())
         gradients.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
@@ -258,10 +260,10 @@ def test_pictures_and_placeholders_must_match(model, processor):
 def test_run_of_soft_prompts_starts_as_cap_and_a_single_cap_is_untouched(model, processor):
     ids = torch.tensor([[0, 5, *[model.config.cap_token_id] * 64, 7], [0, model.config.cap_token_id, *[8] * 65]])
     plain = model.get_input_embeddings()(ids)
-    torch.testing.assert_close(model._embed_tokens(ids), plain)
+    torch.testing.assert_close(model._build_inputs(ids, None, check=False), plain)
     with torch.no_grad():
         model.soft_prompts.weight.copy_(torch.arange(64.0)[:, None].expand(-1, 32) + 1)
-    difference = (model._embed_tokens(ids) - plain)[..., 0]
+    difference = (model._build_inputs(ids, None, check=False) - plain)[..., 0]
     torch.testing.assert_close(difference[0], torch.tensor([0, 0, *range(1, 65), 0.0]))
     assert not difference[1].any()
 

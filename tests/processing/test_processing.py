@@ -269,7 +269,7 @@ PICTURE = make_picture(0)
         ({"images": [PICTURE], "boxes": [[[0, 0, 5]]]}, r"boxes\[0\]\[0\].*four"),
         ({"images": [PICTURE], "boxes": [None]}, r"boxes\[0\] must be the list of boxes of an image, got None"),
         ({"images": [PICTURE], "boxes": [0, 0, 5, 5]}, r"boxes\[0\] must be the list of boxes of an image, got 0"),
-        ({"images": [PICTURE], "boxes": []}, "0 pictures, but there are 1"),
+        ({"images": [PICTURE], "boxes": []}, "0 images, but there are 1"),
         ({"images": [PICTURE], "boxes": [[]]}, "no region"),
         ({"boxes": [[[0, 0, 5, 5]]], "text": ["a"]}, "pass images"),
         ({"images": [PICTURE], "masks": [[np.ones((3, 3))]]}, r"masks\[0\]\[0\].*\(40, 48\)"),
@@ -299,7 +299,7 @@ def test_options_sorted_by_modality_mean_the_same(processor):
     )
     assert nested.keys() == flat.keys() and nested["input_ids"].shape == (1, 4)
     assert all(torch.equal(nested[name], flat[name]) for name in flat)
-    with pytest.raises(ValueError, match="no use for audio"):
+    with pytest.raises(ValueError, match="not audio"):
         processor(text=text, audio=[0.0])
     with pytest.raises(ValueError, match=r"Unknown option 'image_kwargs'"):
         processor(text=text, image_kwargs={})

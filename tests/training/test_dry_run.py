@@ -67,7 +67,7 @@ def real_step(processor, args, packing):
 )
 def test_memory_and_operations_of_a_real_step(processor, tmp_path, monkeypatch, options, packing):
     if options.pop("logits_in_parts", False):
-        for module in ("modeling_mmgem.modeling_mmgem", "training.dry_run"):
+        for module in ("modeling_mmgem.losses_mmgem", "training.dry_run"):
             monkeypatch.setattr(f"mmgem.{module}.MAX_LOGITS", 3 * 127 * len(processor.tokenizer))
     args = training_arguments(tmp_path, per_device_train_batch_size=BATCH, max_steps=1, **options)
     peak, flops, tokens, longest = real_step(processor, args, packing)

@@ -78,6 +78,6 @@ def test_held_out_loss_never_holds_all_logits(processor, scenes, monkeypatch):
     rows = []
     model.lm_head.register_forward_hook(lambda module, inputs, logits: rows.append(logits.numel()))
     limit = 20 * model.config.text_config.vocab_size
-    monkeypatch.setattr("mmgem.modeling_mmgem.modeling_mmgem.MAX_LOGITS", limit)
+    monkeypatch.setattr("mmgem.modeling_mmgem.losses_mmgem.MAX_LOGITS", limit)
     assert held_out_caption_loss(model, processor, scenes, 8) == pytest.approx(expected)
     assert max(rows) <= limit and len(rows) > 10

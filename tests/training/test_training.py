@@ -112,7 +112,7 @@ def test_compiled_twice_at_most_in_a_hundred_steps_of_any_number_of_rows(process
         return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
     # Logits come in parts here, but for the graph, where each number of parts would make another.
-    monkeypatch.setattr("mmgem.modeling_mmgem.modeling_mmgem.MAX_LOGITS", 2 * 64 * len(processor.tokenizer))
+    monkeypatch.setattr("mmgem.modeling_mmgem.losses_mmgem.MAX_LOGITS", 2 * 64 * len(processor.tokenizer))
     torch._dynamo.reset()
     counters.clear()
     plain = curve("plain")

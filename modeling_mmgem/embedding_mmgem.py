@@ -1,0 +1,115 @@
+"""Embeddings: `get_embedding` of texts, images and regions."""
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.utils import torch_compilable_check
+
+from .inputs_mmgem import mask_of_padding
+
+
+class EmbeddingMixin:
+    """Embeddings of [`MMGEMModel`], normalised or as transformers' `get_image_features` and `get_text_features`."""
+
+    def get_image_features(
+        self: Any,
+        pixel_values: torch.Tensor,
+        boxes: torch.Tensor | None = None,
+        masks: torch.Tensor | None = None,
+        region_mask: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPooling:
+        """
+        V_Emb, not normalised.
+
+        Args:
+            pixel_values (`torch.FloatTensor` of shape `(B, 3, height, width)`).
+            boxes (`torch.FloatTensor` of shape `(B, R, 4)`, *optional*): `[x0, y0, x1, y1]` in pixels of
+                `pixel_values`; the processor makes them from boxes of the original image.
+            masks (`torch.Tensor` of shape `(B, R, height, width)`, *optional*): instead of boxes.
+            region_mask (`torch.BoolTensor` of shape `(B, R)`, *optional*): False where a region is padding; its
+                embedding is zero.
+
+        Returns:
+            `BaseModelOutputWithPooling`: `pooler_output` of shape `(B, D)`, or `(B, R, D)` with regions;
+            `last_hidden_state` holds the patch features V `(B, P, C)`.
+        """
+        images = self._encode_images(pixel_values, boxes, masks, region_mask)
+        return BaseModelOutputWithPooling(last_hidden_state=images.features, pooler_output=self._image_embeds(images))
+
+    def get_text_features(
+        self: Any,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPooling:
+        """
+        W_Emb, not normalised: h2 of the hidden state at [EMB] (equation 1).
+
+        Args:
+            input_ids (`torch.LongTensor` of shape `(B, T)`): one text per row, padded left or right.
+            attention_mask (`torch.Tensor` of shape `(B, T)`, *optional*).
+
+        Returns:
+            `BaseModelOutputWithPooling`: `pooler_output` of shape `(B, D)`, `last_hidden_state` `(B, T, H)`.
+
+        Raises:
+            ValueError: if a row has no [EMB].
+        """
+        is_emb = input_ids.eq(self.config.emb_token_id)
+        torch_compilable_check(
+            is_emb.any(-1).all(),
+            f"A text has no [EMB] token (id {self.config.emb_token_id}) at its end; tokenize it with the processor.",
+        )
+        if attention_mask is None and position_ids is None:
+            attention_mask = mask_of_padding(input_ids, self.generation_config)
+        inputs_embeds = self.get_input_embeddings()(input_ids)
+        hidden = self._run_language_model(inputs_embeds, attention_mask, position_ids).last_hidden_state
+        last = input_ids.shape[1] - 1 - is_emb.flip(-1).int().argmax(-1)
+        at_emb = hidden[torch.arange(len(hidden), device=hidden.device), last.to(hidden.device)]
+        return BaseModelOutputWithPooling(last_hidden_state=hidden, pooler_output=self.text_projection(at_emb))
+
+    def get_embedding(
+        self: Any,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        boxes: torch.Tensor | None = None,
+        masks: torch.Tensor | None = None,
+        region_mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """
+        Embeddings of texts, of images, or of regions of images, in one space.
+
+        Args: as [`get_text_features`] or [`get_image_features`].
+
+        Returns:
+            `torch.FloatTensor`: unit norm, `(B, D)`; `(B, R, D)` with boxes or masks (zero where `region_mask` is
+            False). float32 whatever the weights' precision: in 16 bits a norm of 1 is off by up to 0.004.
+
+        Raises:
+            ValueError: for texts and images in one call, or neither.
+        """
+        if (input_ids is None) == (pixel_values is None):
+            raise ValueError(
+                "get_embedding takes texts (input_ids) or images (pixel_values), one of the two; call it twice to "
+                "embed both."
+            )
+        if pixel_values is not None:
+            features = self.get_image_features(pixel_values, boxes, masks, region_mask)
+        else:
+            assert input_ids is not None
+            features = self.get_text_features(input_ids, attention_mask)
+        embeds: torch.Tensor = features.pooler_output  # type: ignore[assignment]
+        return unit_norm(embeds)
+
+
+def unit_norm(embeds: torch.Tensor) -> torch.Tensor:
+    """Rows of norm 1, `(…, D)`, in float32 at least; a row of zeros (a region that is padding) stays zero."""
+    return nn.functional.normalize(embeds.to(torch.promote_types(embeds.dtype, torch.float32)), dim=-1)
+
+
+__all__ = ["EmbeddingMixin", "unit_norm"]
