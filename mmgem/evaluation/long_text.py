@@ -27,17 +27,17 @@ def evaluate_long_text(
     whole_image_box: bool = False,
 ) -> tuple[dict[str, float], dict[str, Any]]:
     """
-    Retrieval with the captions of `dataset` cut to each of `max_lengths` tokens.
+    Retrieval with the captions of `dataset` truncated to each of `max_lengths` tokens.
 
     Args:
-        whole_image_box: also with every image as the region that covers it, through h4: the paper's path for long
+        whole_image_box: also evaluate every image as the region that covers it, through h4: the paper's path for long
             captions once "region-retrieval" is loaded.
 
     Returns:
-        `long_text_{max_length}_…` as of [`retrieval_metrics`], with `_whole_box` behind the length for that path;
-        `long_text_{max_length}_R@1_{words}_words`, text to image among all images, for the captions of so many
-        words; `long_text_{max_length}_cut`, the share of captions that were cut. And `indices` of the images that
-        count, and the `words` of each caption.
+        the metrics: `long_text_{max_length}_…` as of [`retrieval_metrics`], with `_whole_box` after the length for
+        that path; `long_text_{max_length}_R@1_{words}_words`, text to image among all images, by the captions' number
+        of words; `long_text_{max_length}_cut`, the share of captions that were truncated. And outputs: `indices` of
+        the images that were used, and the number of `words` of each caption.
     """
     with evaluating(model):
         indices, plain = embed_dataset(model, processor, dataset, batch_size)
@@ -45,16 +45,16 @@ def evaluate_long_text(
         images = {"": plain}
         if whole_image_box:
             images["_whole_box"] = embed_dataset(model, processor, dataset, batch_size, whole_image_box=True)[1]
-        of_pictures = dataset.captions()
-        texts = [caption for captions in of_pictures for caption in captions]
-        owners = torch.tensor([i for i, captions in enumerate(of_pictures) for _ in captions])
+        of_images = dataset.captions()
+        texts = [caption for captions in of_images for caption in captions]
+        owners = torch.tensor([i for i, captions in enumerate(of_images) for _ in captions])
         words = torch.tensor([len(tokenize(text)) for text in texts])
         tokens = [len(row) for row in processor.sentence_ids(texts)]
         metrics: dict[str, float] = {}
         for length in max_lengths:
             embeds = embed_all_texts(model, processor, texts, batch_size, max_length=length)
-            for path, pictures in images.items():
-                ranks = retrieval_metrics(embeds, pictures, owners)
+            for path, image_embeds in images.items():
+                ranks = retrieval_metrics(embeds, image_embeds, owners)
                 metrics.update({f"long_text_{length}{path}_{name}": value for name, value in ranks.items()})
             metrics.update(_by_words(f"long_text_{length}_R@1", embeds, plain, owners, words))
             metrics[f"long_text_{length}_cut"] = sum(count > length for count in tokens) / len(tokens)

@@ -288,7 +288,7 @@ def test_regions_that_the_crop_cuts_away_are_left_out(processor):
         collate(examples_of(RegionDataset(table)))
     dataset = RegionDataset(table)
     dataset.image_processor = processor.image_processor  # as the Trainer sets it: such a picture is passed over
-    with pytest.raises(BadDataError, match="of which something is to be seen"):
+    with pytest.raises(BadDataError, match="neither a caption nor a visible region"):
         dataset.read(0)
     table[0]["caption"] = ["all of it"]
     dataset.max_regions = 3
