@@ -19,9 +19,9 @@ from safetensors import SafetensorError
 
 from mmgem.data.loading import is_hub_id, load_pairs, load_regions
 from mmgem.data.pairs import BadDataError, PairDataset
-from mmgem.evaluation.adapters import evaluate_adapter
 from mmgem.evaluation.evaluator import evaluate_model
 from mmgem.evaluation.region_report import add_to_report_of_base, region_section
+from mmgem.evaluation.regions import evaluate_adapter
 from mmgem.evaluation.report import environment, pair_sections, write_report
 from mmgem.hub.export import export, find_adapters
 from mmgem.hub.upload import upload

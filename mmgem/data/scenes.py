@@ -178,10 +178,7 @@ class ScenesDataset(torch.utils.data.Dataset):
             named += found.total()
             present += expected.total()
         exact = sum(caption == reference for caption, reference in zip(captions, references))
-        return {
-            "caption_object_f1": 2 * hits / max(named + present, 1),
-            "caption_exact": exact / len(captions),
-        }
+        return {"caption_object_f1": 2 * hits / max(named + present, 1), "caption_exact": exact / len(captions)}
 
     @staticmethod
     def region_caption_metrics(captions: Sequence[str], phrases: Sequence[str]) -> dict[str, float]:

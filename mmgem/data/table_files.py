@@ -167,8 +167,4 @@ def _check_csv(path: str) -> None:
         csv.field_size_limit(limit)
 
 
-CHECKS: dict[str, Callable[[str], None]] = {
-    ".jsonl": _check_json_rows,
-    ".json": _check_json,
-    ".csv": _check_csv,
-}
+CHECKS: dict[str, Callable[[str], None]] = {".jsonl": _check_json_rows, ".json": _check_json, ".csv": _check_csv}

@@ -176,11 +176,7 @@ def embed_dataset(
 
 
 def embed_all_texts(
-    model: MMGEMModel,
-    processor: MMGEMProcessor,
-    texts: Sequence[str],
-    batch_size: int,
-    max_length: int | None = None,
+    model: MMGEMModel, processor: MMGEMProcessor, texts: Sequence[str], batch_size: int, max_length: int | None = None
 ) -> torch.Tensor:
     """As [`embed_texts`], by all processes together."""
     share = shard_range(len(texts))
@@ -190,11 +186,7 @@ def embed_all_texts(
 
 
 def embed_pairs(
-    model: MMGEMModel,
-    processor: MMGEMProcessor,
-    dataset: PairDataset,
-    batch_size: int,
-    whole_image_box: bool = False,
+    model: MMGEMModel, processor: MMGEMProcessor, dataset: PairDataset, batch_size: int, whole_image_box: bool = False
 ) -> dict[str, Any]:
     """
     `image_embeds` of the images that can be read (`indices`), `text_embeds` of their captions, and `text_to_image`,

@@ -11,21 +11,8 @@ from ..data.regions import RegionDataset
 from ..modeling_mmgem import MMGEMModel
 from ..processing import MMGEMProcessor
 from ..processing.regions_mmgem import geometry_of
-from .adapters import stage_1
-from .regions import heat_map
-from .report import (
-    BLACK,
-    CELL,
-    GREEN,
-    GREY,
-    LINE,
-    Section,
-    empty_sheet,
-    evenly_spaced,
-    paste,
-    table,
-    write_text,
-)
+from .regions import heat_map, stage_1
+from .report import BLACK, CELL, GREEN, GREY, LINE, Section, empty_sheet, evenly_spaced, paste, table, write_text
 
 
 BOX_COLOURS = ("#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#008080", "#9a6324", "#808000")

@@ -14,16 +14,14 @@ from ..loading import load_checkpoint
 from ..modeling_mmgem import MMGEMModel
 from ..modeling_mmgem.adapters_mmgem import REGION_ADAPTERS
 from ..processing import MMGEMProcessor
-from .adapters import adapters_off, evaluate_adapter, stage_1
 from .arguments import EvaluationArguments
 from .caption_files import read_caption_references, read_caption_results, score_captions, write_caption_results
 from .classification import evaluate_classification
 from .data import load_labelled, load_pairs, load_regions
 from .embedding import evaluating, readable_examples
-from .evaluator import evaluate_captions, evaluate_reranking, evaluate_retrieval
-from .long_text import evaluate_long_text
+from .evaluator import evaluate_captions, evaluate_long_text, evaluate_reranking, evaluate_retrieval
 from .region_report import region_section
-from .regions import evaluate_regions
+from .regions import adapters_off, evaluate_adapter, evaluate_regions, stage_1
 from .report import Section, caption_sheet, class_sheet, retrieval_section, table
 from .sharing import is_first_process
 
