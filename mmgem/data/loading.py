@@ -187,11 +187,11 @@ def _regions(table: Table, arguments: DataArguments, seed: int, held_out: bool =
     table = checked_table(table, arguments, ("image_column", "regions_column"), limit)
     return RegionDataset(
         table.rows,
-        arguments.image_column,
-        arguments.caption_column,
         arguments.regions_column,
         0 if held_out else arguments.max_regions,
         arguments.whole_image_weight,
-        seed,
+        image_column=arguments.image_column,
+        caption_column=arguments.caption_column,
+        seed=seed,
         root=table.root,
     )

@@ -118,7 +118,7 @@ class PairDataset(torch.utils.data.Dataset):
         with self._as_bad_data(self.rows[index]):
             return self._read(self.rows[index])
 
-    def picture(self, index: int) -> Image.Image:
+    def image(self, index: int) -> Image.Image:
         """
         The whole image of example `index`, which needs no caption.
 

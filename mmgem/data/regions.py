@@ -24,25 +24,24 @@ class RegionDataset(PairDataset):
     out; `left_out` is their number.
 
     Args:
-        table, image_column, caption_column, seed, root: as of [`PairDataset`]; the column of captions may be missing.
+        table: as of [`PairDataset`]; the column of captions may be missing.
         regions_column: a list of `{"box", "phrase"}` per image, `[x0, y0, x1, y1]` in pixels of the upright image; or
             a mapping of two lists, as `datasets` returns it. Columns `width` and `height`, if they exist, say which
             image size the boxes refer to.
         max_regions: of an image in a step; 0 returns all, in their order and without captions, for evaluation.
+        whole_image_weight: see above.
+        **options: `image_column`, `caption_column`, `seed` and `root` of [`PairDataset`].
     """
 
     def __init__(
         self,
         table: Any,
-        image_column: str = "image",
-        caption_column: str = "caption",
         regions_column: str = "regions",
         max_regions: int = 0,
         whole_image_weight: float = 0.0,
-        seed: int = 0,
-        root: str = "",
+        **options: Any,
     ):
-        super().__init__(table, image_column, caption_column, seed=seed, root=root)
+        super().__init__(table, **options)
         self.regions_column = regions_column
         self.image_processor: Any = None  # its centre crop may cut regions away; set by the Trainer
         self.max_regions = max_regions

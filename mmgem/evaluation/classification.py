@@ -33,9 +33,9 @@ def classification_metrics(
         tie: scores that differ by no more are equal.
 
     Returns:
-        `top1` and `top5` (with more than five classes) as fractions of the images, where a class as near as the
-        right one counts as nearer; `mean_per_class`, the mean of the classes' own top1; and `top1_low` and
-        `top1_high`, between which 95 % of 1,000 bootstrap resamples of the images have their top1.
+        `top1` and `top5` (with more than five classes) as fractions of the images, a tie counting as wrong;
+        `mean_per_class`, the mean top1 of the classes; and `top1_low` and `top1_high`, the 95 % interval of top1 over
+        1,000 bootstrap resamples of the images.
 
     Raises:
         ValueError: for scores that are not finite, or a label that is no class.
@@ -53,7 +53,7 @@ def classification_metrics(
     first = (rank == 1).double()
     sums = torch.zeros(scores.shape[1], dtype=torch.float64).index_add(0, labels, first)
     counts = torch.bincount(labels, minlength=scores.shape[1])
-    # How many of N drawn with replacement are right, N times top1 being right: binomial, whatever their order.
+    # The number of right images among N drawn with replacement is binomial.
     resampled = np.random.default_rng(seed).binomial(len(first), first.mean().item(), RESAMPLES) / len(first)
     low, high = np.quantile(resampled, (0.025, 0.975)).tolist()
     metrics = {"top1": first.mean().item()}
@@ -71,7 +71,7 @@ def class_embeddings(
     batch_size: int = 64,
 ) -> torch.Tensor:
     """
-    `(C, D)`: the mean of each class's sentences, brought to unit norm again.
+    `(C, D)`: the normalised mean of each class's sentences.
 
     Raises:
         ValueError: for a class without a name, or a template without `{}`.
@@ -98,13 +98,13 @@ def evaluate_classification(
     batch_size: int = 64,
 ) -> tuple[dict[str, float], dict[str, Any]]:
     """
-    [`classification_metrics`] of the images of `dataset` that can be read, `labels[i]` being the class of image i.
-    Classes of one name are one class, unlike in CLIP's evaluation: of the two "sunglasses" of ImageNet, it takes the
-    second for wrong.
+    [`classification_metrics`] of the images of `dataset` that can be read; `labels[i]` is the class of image i.
+    Classes of the same name are merged, unlike in CLIP's evaluation, which counts the second "sunglasses" of ImageNet
+    as wrong.
 
     Returns:
-        the metrics, and `indices` of the images that count, their `labels` and the classes `predicted`, by the
-        `class_names` that are left.
+        the metrics, and `indices` of the images that were used, their `labels` and the classes `predicted`, as indices
+        into the merged `class_names`.
     """
     if wrong := [i for i, label in enumerate(labels) if label is None or not 0 <= label < len(class_names)]:
         raise ValueError(
@@ -119,7 +119,7 @@ def evaluate_classification(
     class_names = [class_names[i] for i in sorted(first.values())]
     with evaluating(model):
         classes = class_embeddings(model, processor, class_names, templates, batch_size)
-        indices, images = embed_dataset(model, processor, dataset, batch_size, read=dataset.picture)
+        indices, images = embed_dataset(model, processor, dataset, batch_size, read=dataset.image)
     all_scores = images @ classes.T
     right = torch.tensor([labels[i] for i in indices])
     metrics = classification_metrics(all_scores, right, tie=TIE)

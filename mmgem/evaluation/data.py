@@ -61,8 +61,8 @@ def load_regions(arguments: EvaluationArguments, image_size: int) -> RegionDatas
     """Images with all their regions. Raises as [`load_pairs`]."""
     table = _load_table(arguments, image_size)
     table = checked_table(table, arguments, ("image_column", "regions_column"), arguments.max_samples)
-    columns = (arguments.image_column, arguments.caption_column, arguments.regions_column)
-    dataset = RegionDataset(table.rows, *columns, max_regions=0, root=table.root)
+    columns = {name: getattr(arguments, name) for name in ("image_column", "caption_column", "regions_column")}
+    dataset = RegionDataset(table.rows, **columns, root=table.root)
     dataset.max_captions, dataset.missing = arguments.captions_per_image, table.missing
     return dataset
 

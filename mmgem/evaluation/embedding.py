@@ -68,7 +68,7 @@ def batches_by_length(lengths: Sequence[int], batch_size: int, max_tokens: int |
 
 
 @torch.inference_mode()
-def embed_pictures(
+def embed_images(
     model: MMGEMModel, processor: MMGEMProcessor, images: Sequence[Any], whole_image_box: bool = False
 ) -> torch.Tensor:
     """`(N, D)` of PIL images, unit norm, float32, on the CPU; with `whole_image_box` through h4."""
@@ -169,7 +169,7 @@ def embed_dataset(
     faults: list[str] = []
     for indices, images in readable_batches(dataset, read, batch_size, faults):
         found += indices
-        embeds.append(embed_pictures(model, processor, images, whole_image_box))
+        embeds.append(embed_images(model, processor, images, whole_image_box))
     found, rows = gather_readable(found, faults, dataset), gather_rows(torch.cat(embeds))
     check_finite(rows, [f"image {i}" for i in found])
     return found, rows

@@ -18,8 +18,8 @@ from .embedding import (
     caption_cosines,
     embed_all_texts,
     embed_dataset,
+    embed_images,
     embed_pairs,
-    embed_pictures,
     evaluating,
     write_captions,
 )
@@ -214,7 +214,7 @@ def draw_captions(
         with torch.random.fork_rng():
             torch.manual_seed(seed * 1_000_003 + i)
             captions = write_captions(model, processor, inputs, **options)
-        embeds = embed_pictures(model, processor, [image]).expand(draws, -1)
+        embeds = embed_images(model, processor, [image]).expand(draws, -1)
         cosines = caption_cosines(model, processor, captions, list(embeds))
         if not all(map(math.isfinite, cosines)):
             raise ValueError(f"The embeddings of image {i} or of a caption drawn of it hold NaN.")
@@ -223,21 +223,15 @@ def draw_captions(
 
 
 def evaluate_reranking(
-    model: MMGEMModel,
-    processor: MMGEMProcessor,
-    dataset: PairDataset,
-    count: int,
-    draws: int,
-    seed: int = 0,
-    **generation: Any,
+    model: MMGEMModel, processor: MMGEMProcessor, dataset: PairDataset, count: int, draws: int, **options: Any
 ) -> tuple[dict[str, float], list[list[tuple[str, float]]]]:
     """
     CIDEr-D of the caption nearest to its image (`caption_cider_reranked`) beside the mean of all that were drawn
     (`caption_cider_drawn`), which is what one draw is worth, and the best that a choice could reach
-    (`caption_cider_drawn_best`); and what [`draw_captions`] returns.
+    (`caption_cider_drawn_best`); and what [`draw_captions`] returns, to which the options go.
     """
     with evaluating(model):
-        drawn = draw_captions(model, processor, dataset, count, draws, seed, **generation)
+        drawn = draw_captions(model, processor, dataset, count, draws, **options)
     references = dataset.captions()[: len(drawn)]
     if not has_cider(references, "drawn captions"):
         return {}, drawn

@@ -21,7 +21,7 @@ from .._version import __version__
 from ..modeling_mmgem import MMGEMModel
 from ..processing import MMGEMProcessor
 from ..processing.tokenization_mmgem import as_sentence
-from .embedding import embed_pictures, embed_texts
+from .embedding import embed_images, embed_texts
 
 
 class MMGEMEncoder(AbsEncoder):
@@ -83,7 +83,7 @@ class MMGEMEncoder(AbsEncoder):
                 texts = [text if as_sentence(text) else "." for text in batch["text"]]
                 parts.append(embed_texts(self.model, self.processor, texts, len(texts)))
             if "image" in batch:
-                parts.append(embed_pictures(self.model, self.processor, batch["image"]))
+                parts.append(embed_images(self.model, self.processor, batch["image"]))
             if not parts:
                 raise ValueError(f"MM-GEM embeds text and images; this batch has {', '.join(batch)}.")
             embeds.append(normalize(torch.stack(parts).mean(0), dim=-1))

@@ -28,22 +28,18 @@ def region_section(
     dataset: RegionDataset,
 ) -> Section:
     """
-    Both columns of figures, and `regions.png` (region-caption) or `heat_maps.png` (region-retrieval).
+    A table of the metrics, and `regions.png` (region-caption) or `heat_maps.png` (region-retrieval).
 
     Args:
         metrics, outputs: what [`evaluate_adapter`] returns.
     """
-    lines = table(metrics)
     if stage == "region-caption":
-        pictures = {"regions.png": region_sheet(dataset, outputs)}
-        lines += [
-            "",
-            "Grey: the reference. Then what stage 1 wrote, and what the adapter wrote (green: as the reference).",
-        ]
+        legend = "Grey: the reference. Then what stage 1 wrote, and what the adapter wrote (green: as the reference)."
+        images = {"regions.png": region_sheet(dataset, outputs)}
     else:
-        pictures = {"heat_maps.png": heat_sheet(dataset, outputs, model, processor)}
-        lines += ["", "A sentence, the image with its box, and where stage 1 and the adapter see what it says."]
-    return Section(HEADINGS[stage], metrics, lines, pictures)
+        legend = "A sentence, the image with its box, and where stage 1 and the adapter see what it says."
+        images = {"heat_maps.png": heat_sheet(dataset, outputs, model, processor)}
+    return Section(HEADINGS[stage], metrics, [*table(metrics), "", legend], images)
 
 
 def add_to_report_of_base(base: str, output_dir: str, section: Section) -> None:
@@ -102,7 +98,7 @@ def heat_sheet(
 
 
 def with_boxes(image: Image.Image, boxes: list[list[float]]) -> Image.Image:
-    """The image, enlarged where it is small, with coloured frames."""
+    """The image with coloured boxes, enlarged if it is small."""
     scale = max(1.0, CELL / max(image.size))
     size = (round(image.width * scale), round(image.height * scale))
     drawn = image.resize(size, Image.Resampling.BICUBIC)
@@ -115,8 +111,8 @@ def with_boxes(image: Image.Image, boxes: list[list[float]]) -> Image.Image:
 
 def draw_heat_map(image: Image.Image, heat: torch.Tensor, processor: MMGEMProcessor) -> Image.Image:
     """
-    A heat map of [`heat_map`] over the image, from blue (its least value) to yellow (its largest). What the image
-    processor cuts away stays grey.
+    Draws a heat map of [`heat_map`] over the image, from blue (its minimum) to yellow (its maximum). The part that the
+    image processor crops away stays grey.
     """
     geometry = geometry_of(processor.image_processor, *image.size)
     heat = (heat - heat.min()) / (heat.max() - heat.min()).clamp(min=1e-6)

@@ -23,20 +23,17 @@ GREEN, GREY, BLACK = (20, 120, 40), (110, 110, 110), (20, 20, 20)
 
 @dataclass
 class Section:
-    """
-    A part of a report: figures, what there is to read (lines of Markdown), images by the names of their files, and
-    how many examples counted and were left out.
-    """
+    """A part of a report: metrics, lines of Markdown, images by file name, and how many examples were used."""
 
     heading: str
-    metrics: dict[str, float]
-    lines: list[str]
-    pictures: dict[str, Image.Image]
+    metrics: dict[str, float] = field(default_factory=dict)
+    lines: list[str] = field(default_factory=list)
+    images: dict[str, Image.Image] = field(default_factory=dict)
     sizes: dict[str, int] = field(default_factory=dict)
 
     def text(self, folder: str = "") -> str:
-        """Markdown; the images lie in `folder`."""
-        shown = [f"![]({os.path.join(folder, name)})" for name in self.pictures]
+        """Markdown; the images are in `folder`."""
+        shown = [f"![]({os.path.join(folder, name)})" for name in self.images]
         return "\n".join([f"## {self.heading}", "", *self.lines, "", *(line for p in shown for line in (p, ""))])
 
 
@@ -46,10 +43,10 @@ def write_report(output_dir: str, title: str, sections: Sequence[Section], setti
     report's path.
 
     Args:
-        setting: whatever it takes to reproduce the figures: dataset, split, model, seed, versions, …
+        setting: what reproduces the metrics: dataset, split, model, seed, versions, …
 
     Raises:
-        ValueError: where two sections have a metric of one name.
+        ValueError: for two metrics of the same name.
     """
     os.makedirs(output_dir, exist_ok=True)
     metrics: dict[str, float] = {}
@@ -63,8 +60,8 @@ def write_report(output_dir: str, title: str, sections: Sequence[Section], setti
         json.dump({"metrics": metrics, "setting": setting}, file, indent=2, ensure_ascii=False, allow_nan=False)
         file.write("\n")
     for section in sections:
-        for name, picture in section.pictures.items():
-            picture.save(os.path.join(output_dir, name))
+        for name, image in section.images.items():
+            image.save(os.path.join(output_dir, name))
     rows = ["## Setting", "", "| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in setting.items()), ""]
     path = os.path.join(output_dir, "report.md")
     with open(path, "w", encoding="utf-8") as file:
@@ -73,7 +70,7 @@ def write_report(output_dir: str, title: str, sections: Sequence[Section], setti
 
 
 def table(metrics: dict[str, float]) -> list[str]:
-    """Lines of Markdown, with a column of its own for `stage_1_…`, what stage 1 reaches without the adapter."""
+    """Markdown; metrics named `stage_1_…` get a column of their own."""
     before = {name.removeprefix("stage_1_"): v for name, v in metrics.items() if name.startswith("stage_1_")}
     after = {name: value for name, value in metrics.items() if not name.startswith("stage_1_")}
     if not before:
@@ -91,17 +88,17 @@ def pair_sections(metrics: dict[str, float], outputs: dict[str, Any], dataset: P
     of_captions = {name: value for name, value in metrics.items() if name.startswith("caption_")}
     of_search = {name: value for name, value in metrics.items() if name not in of_captions}
     search = retrieval_section("Search", of_search, outputs, readable)
-    captions = Section("Captions", of_captions, table(of_captions), {})
+    captions = Section("Captions", of_captions, table(of_captions))
     if outputs.get("captions"):
         captions.lines += ["", "Grey: a reference. Black: written by the model."]
-        captions.pictures["captions.png"] = caption_sheet(readable, outputs["captions"])
+        captions.images["captions.png"] = caption_sheet(readable, outputs["captions"])
     return [search, captions]
 
 
 def retrieval_section(
     heading: str, metrics: dict[str, float], outputs: dict[str, Any], readable: PairDataset, with_sheet: bool = True
 ) -> Section:
-    """Figures, and `retrieval.png`."""
+    """A table of the metrics, and `retrieval.png`."""
     lines = [*table(metrics), "", "The five nearest images of each sentence; green is the right one."]
     return Section(
         heading, metrics, lines, {"retrieval.png": retrieval_sheet(readable, outputs)} if with_sheet else {}
@@ -109,7 +106,7 @@ def retrieval_section(
 
 
 def environment() -> dict[str, Any]:
-    """The commit and the versions that figures were made with."""
+    """The commit and the versions that produce the metrics."""
     versions = {"mmgem": __version__, "transformers": transformers.__version__, "torch": torch.__version__}
     return {"commit": current_commit(), "versions": versions}
 
@@ -166,7 +163,7 @@ def class_sheet(
     sheet, corners = empty_sheet(len(chosen), 6, CELL + 12, CELL + 3 * LINE + 8)
     for i, (left, top) in zip(chosen, corners):
         found, right = (class_names[int(outputs[name][i])] for name in ("predicted", "labels"))
-        paste(sheet, dataset.picture(i), left, top)
+        paste(sheet, dataset.image(i), left, top)
         below = write_text(sheet, found, left, top + CELL + 2, GREEN if found == right else BLACK, 26, 1)
         if found != right:
             write_text(sheet, right, left, below, GREY, 26, 1)

@@ -21,23 +21,22 @@ def retrieval_metrics(
     chunk_size: int = 2048,
 ) -> dict[str, float]:
     """
-    The protocol of COCO and Flickr30k: a query scores by the best-ranked of its right items, among all that are wrong
-    for it. A wrong item as near as the right one counts as nearer, so that a constant embedding does not score.
+    The protocol of COCO and Flickr30k: a query's rank is that of its best right item among all wrong items. A wrong
+    item as near as the right one counts as nearer, so that a constant embedding does not score.
 
     Args:
         text_embeds (`torch.Tensor` of shape `(T, D)`), image_embeds (`torch.Tensor` of shape `(N, D)`): unit norm.
-        text_to_image (`torch.LongTensor` of shape `(T,)` or `(M, 2)`): the image that each text describes; or, where
-            texts have several, all right pairs of text and image.
-        ks: ranks to report recall at. One for which there are too few items says nothing, and is left out.
-        chunk_size: queries and items at a time: beside the embeddings, memory is its square.
+        text_to_image (`torch.LongTensor` of shape `(T,)` or `(M, 2)`): the image that each text describes; or, if a
+            text describes several, all right pairs of text and image.
+        ks: ranks to report recall at; those larger than the number of items are left out.
+        chunk_size: queries and items at a time. The similarities take its square of memory.
 
     Returns:
-        `text_to_image_R@k` and `image_to_text_R@k` as fractions, `…_median_rank` from 1 on (of an even number, the
-        mean of the two in the middle, rounded down).
+        `text_to_image_R@k` and `image_to_text_R@k` as fractions, `…_median_rank` from 1 on, rounded down.
 
     Raises:
-        ValueError: for embeddings that are not finite (a NaN would rank first) or not of unit norm, or a text or
-            image without another that is right.
+        ValueError: for embeddings that are not finite (a NaN would rank first) or not of unit norm, or a text or image
+            without a right partner.
     """
     texts, images = text_embeds.float(), image_embeds.to(text_embeds.device).float()
     for side, embeds in (("text", texts), ("image", images)):
@@ -75,7 +74,7 @@ def best_ranks(
     queries: torch.Tensor, items: torch.Tensor, right: torch.Tensor, chunk_size: int = 2048
 ) -> torch.Tensor:
     """
-    The rank, from 1 on, of the best right item of each query among the wrong ones: `(Q,)`.
+    `(Q,)`: the rank, from 1 on, of each query's best right item among its wrong items.
 
     Args:
         queries (`(Q, D)`), items (`(N, D)`): unit norm, finite.

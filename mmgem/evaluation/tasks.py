@@ -94,7 +94,7 @@ def retrieval(model: MMGEMModel, processor: MMGEMProcessor, arguments: Evaluatio
 
 
 def classification(model: MMGEMModel, processor: MMGEMProcessor, arguments: EvaluationArguments) -> Section:
-    section = Section("Zero-shot classification", {}, [], {})
+    section = Section("Zero-shot classification")
     main_metrics = []
     for i, data in enumerate(load_labelled(arguments, _image_size(model)), 1):
         found, outputs = evaluate_classification(
@@ -110,7 +110,7 @@ def classification(model: MMGEMModel, processor: MMGEMProcessor, arguments: Eval
         section.lines += [f"{data.name or 'The dataset'}: {_counted(readable, data.dataset)}, {kinds}.", ""]
         if is_first_process():
             file = f"classification_{i}.png" if data.name else "classification.png"
-            section.pictures[file] = class_sheet(readable, outputs, class_names)
+            section.images[file] = class_sheet(readable, outputs, class_names)
     if len(main_metrics) > 1:
         section.metrics["classification_mean"] = sum(main_metrics) / len(main_metrics)
     section.lines += [*table(section.metrics), "", "What each image was taken for; grey: what it is."]
@@ -129,7 +129,9 @@ def captioning(model: MMGEMModel, processor: MMGEMProcessor, arguments: Evaluati
             model, processor, readable, arguments.batch_size, count, num_beams=arguments.num_beams
         )
         if arguments.draws:
-            of_draws, drawn = evaluate_reranking(model, processor, readable, count, arguments.draws, arguments.seed)
+            of_draws, drawn = evaluate_reranking(
+                model, processor, readable, count, arguments.draws, seed=arguments.seed
+            )
             metrics.update(of_draws)
     if ids and is_first_process():
         os.makedirs(arguments.output_dir, exist_ok=True)
@@ -142,8 +144,8 @@ def captioning(model: MMGEMModel, processor: MMGEMProcessor, arguments: Evaluati
     how = "most probable word by word" if arguments.num_beams == 1 else f"with {arguments.num_beams} beams"
     lines = [f"{_counted(readable, dataset)}; {count} were captioned.", "", *table(metrics), ""]
     lines += [f"Grey: a reference. Black: written by the model, {how}.", *_drawn_lines(drawn[:8], arguments.draws)]
-    pictures = {"captions.png": caption_sheet(readable, outputs["captions"])} if is_first_process() else {}
-    return Section("Captions", metrics, lines, pictures, {**_sizes(len(readable), dataset), "captioned": count})
+    images = {"captions.png": caption_sheet(readable, outputs["captions"])} if is_first_process() else {}
+    return Section("Captions", metrics, lines, images, {**_sizes(len(readable), dataset), "captioned": count})
 
 
 def _drawn_lines(drawn: list[list[tuple[str, float]]], draws: int) -> list[str]:
@@ -187,7 +189,7 @@ def long_text(model: MMGEMModel, processor: MMGEMProcessor, arguments: Evaluatio
 def regions(model: MMGEMModel, processor: MMGEMProcessor, arguments: EvaluationArguments) -> Section:
     """Stage 1 alone, or stage 1 beside each adapter."""
     dataset = load_regions(arguments, _image_size(model))
-    section = Section("Regions", {}, [], {})
+    section = Section("Regions")
     stages = _stages(model)
     found: list[dict[str, Any]] = []
     for stage in stages:
@@ -199,7 +201,7 @@ def regions(model: MMGEMModel, processor: MMGEMProcessor, arguments: EvaluationA
             if is_first_process():
                 own = region_section(stage, metrics, outputs, model, processor, dataset)
                 section.lines += [f"### {own.heading}", "", *own.lines, ""]
-                section.pictures.update(own.pictures)
+                section.images.update(own.images)
         finally:
             model.set_adapter(stages)
     if not stages:
