@@ -34,7 +34,6 @@ COLOURS = {
     "white": (240, 240, 240),
 }
 SIZES = {"small": 8.5, "large": 13.5}
-OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 TEXTURES = ("plain", "horizontally striped", "vertically striped", "dotted", "shaded")
 TONES = {"very dark": 18, "dark": 38, "dim": 58}
 SPLITS = ("train", "validation", "test", "single")
