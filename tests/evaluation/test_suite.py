@@ -141,11 +141,11 @@ def test_karpathy_protocol_takes_five_captions_of_each_picture(checkpoint, run, 
     assert "10 images, 50 captions" in (tmp_path / "out" / "report.md").read_text()
     assert results["setting"]["sizes"]["Retrieval"] == {"size": 10, "left_out": 0}
     files = [str(tmp_path / "dataset_flickr8k.json")]
-    options = EvaluationArguments("x", annotations=files, image_folders=[str(tmp_path / "images")])
+    options = EvaluationArguments(model="x", annotations=files, image_folders=[str(tmp_path / "images")])
     first = [f"picture 1 in words {k}" for k in range(5)]
     assert load_pairs(options, 32, max_captions=5).captions()[0] == first
     run("--model", checkpoint, "--tasks", "retrieval", *data, "--captions_per_image", 7)
-    assert "10 pictures, 70 captions" in (tmp_path / "out" / "report.md").read_text()
+    assert "10 images, 70 captions" in (tmp_path / "out" / "report.md").read_text()
     os.remove(tmp_path / "images" / "3.jpg")
     (tmp_path / "images" / "7.jpg").write_bytes(b"no picture")
     results = run("--model", checkpoint, "--tasks", "retrieval", *data)
