@@ -9,7 +9,7 @@ from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
 from mmgem import MMGEMModel, MMGEMProcessor
 from mmgem.data.collator import MODEL_INPUTS, PairCollator
-from mmgem.evaluation.embedding import embed_pictures, embed_texts
+from mmgem.evaluation.embedding import embed_images, embed_texts
 from mmgem.modeling_mmgem import contrastive_loss
 from mmgem.training.stages import freeze_parameters
 
@@ -47,7 +47,7 @@ class LanguageModelSide:
     def embed_pictures(self, pictures: list[Any]) -> torch.Tensor:
         self.model.eval()
         parts = [pictures[i : i + BATCH] for i in range(0, len(pictures), BATCH)]
-        return torch.cat([embed_pictures(self.model, self.processor, part) for part in parts])
+        return torch.cat([embed_images(self.model, self.processor, part) for part in parts])
 
     def text_parameters(self) -> int:
         """Of the text side, token embeddings and projection included."""

@@ -33,7 +33,7 @@ from paper_claims_page import write_page
 from mmgem import MMGEMModel, MMGEMProcessor
 from mmgem.data.pairs import PairDataset
 from mmgem.data.scenes import ScenesDataset
-from mmgem.evaluation.long_text import evaluate_long_text
+from mmgem.evaluation.evaluator import evaluate_long_text
 from mmgem.evaluation.retrieval import retrieval_metrics
 from mmgem.training.arguments import ModelArguments
 from mmgem.training.building import build_model_and_processor

@@ -18,7 +18,7 @@ from transformers import BitsAndBytesConfig
 
 from mmgem import MMGEMModel, MMGEMProcessor
 from mmgem.data.scenes import ScenesDataset
-from mmgem.evaluation.embedding import embed_pictures, embed_texts
+from mmgem.evaluation.embedding import embed_images, embed_texts
 from mmgem.evaluation.retrieval import retrieval_metrics
 
 
@@ -31,7 +31,7 @@ def embed(model: MMGEMModel, processor: MMGEMProcessor, split: str, number: int)
     scenes = list(ScenesDataset(split, number))
     texts = embed_texts(model, processor, [scene["caption"] for scene in scenes])
     parts = [scenes[start : start + 100] for start in range(0, number, 100)]
-    pictures = torch.cat([embed_pictures(model, processor, [scene["image"] for scene in part]) for part in parts])
+    pictures = torch.cat([embed_images(model, processor, [scene["image"] for scene in part]) for part in parts])
     return texts.numpy(), pictures.numpy()
 
 

@@ -1,27 +1,28 @@
-"""The files in which datasets of pictures describe them, joined into one table."""
+"""The files in which image datasets publish captions and regions, joined into one table by image."""
 
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import datasets
 from transformers.utils import logging
 
 from ..processing.tokenization_mmgem import as_sentence
-from .json_files import no_such_split, read_json
-from .long_captions import read_long_captions
+from .json_files import read_json, read_json_lines
 
 
 logger = logging.get_logger(__name__)
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp")
+TEXTS = datasets.List(datasets.Value("string"))
 REGION = {"box": datasets.List(datasets.Value("float64"), length=4), "phrase": datasets.Value("string")}
 FEATURES = datasets.Features(
     {
         "image": datasets.Value("string"),
-        "caption": datasets.List(datasets.Value("string")),
-        "long_caption": datasets.List(datasets.Value("string")),
+        "caption": TEXTS,
+        "long_caption": TEXTS,
         "regions": datasets.List(REGION),
         "width": datasets.Value("int64"),
         "height": datasets.Value("int64"),
@@ -31,199 +32,245 @@ FEATURES = datasets.Features(
 )
 
 
+@dataclass
+class Record:
+    """
+    What one file says about one image, unchecked.
+
+    Args:
+        name: the name of the image's file, with or without its extension.
+        known: values of the columns `width`, `height`, `image_id` and `domain`.
+        regions: pairs of `[x, y, width, height]` and phrase.
+    """
+
+    name: str
+    known: dict[str, Any] = field(default_factory=dict)
+    captions: list[Any] = field(default_factory=list)
+    long_captions: list[Any] = field(default_factory=list)
+    regions: list[tuple[Any, Any]] = field(default_factory=list)
+
+
 def read_annotations(
     files: Sequence[str], image_folders: Sequence[str], splits: Sequence[str] | None = None
 ) -> tuple[datasets.Dataset, int]:
     """
-    Joins, by the pictures' files, any of
-
-    - COCO's `captions_*.json`: captions of whole pictures; NoCaps' file, which has their domains too;
-    - Karpathy's `dataset_coco.json`, `dataset_flickr30k.json`, `dataset_flickr8k.json`: the pictures of `splits`;
-    - COCO's `instances_*.json`: boxes, described by the names of their categories; those of crowds are left out;
-    - Visual Genome's `region_descriptions.json`: boxes with phrases;
-    - long captions (DCI, DOCCI, ShareGPT4V, Urban1k): see [`read_long_captions`]; in a column of their own.
+    Joins the files and folders that [`read_records`] reads, by the names of the image files.
 
     Args:
-        files: such files and folders, told apart by what they hold.
-        image_folders: where the pictures lie: COCO's under the names that it gives, Visual Genome's under their ids
+        image_folders: where the images are: COCO's under the names that it gives, Visual Genome's under their ids
             (`VG_100K/107899.jpg`; under ids with leading zeros only where none is named otherwise).
-        splits: which of Karpathy's and DOCCI's splits to read; all by default.
 
     Returns:
         a table with the columns `image` (path), `caption` (list of texts), `long_caption` (the same; where there is
         any), `regions` (list of `{"box": [x0, y0, x1, y1], "phrase"}`), `width` and `height` (pixels), `image_id`
-        (COCO's) and `domain` (NoCaps'), null where the file does not say; a row for each picture that something is
-        said about and that is there, in the files' order. And how many are not there, which is logged.
+        (COCO's) and `domain` (NoCaps'), null where the file does not say; a row for each image that exists and has
+        text, in the files' order. And the number of images that do not exist, which is logged.
 
     Raises:
-        ValueError: for a file of another kind, for two pictures of one name or id, for a caption that is no text, for
-            a file given twice, or where no picture is there; for a file that has none of `splits`.
-        FileNotFoundError: for a file or folder that is not there.
+        ValueError: as [`read_records`]; for invalid captions and boxes, for a file given twice, for two images of one
+            name, or where no image exists.
+        FileNotFoundError: for a missing file or folder.
     """
     if len({os.path.realpath(file) for file in files}) < len(files):
         raise ValueError(f"One of {', '.join(files)} is given twice.")
-    paths = _pictures(image_folders)
+    paths = _paths_by_name(image_folders)
+    stems = {os.path.splitext(name)[0]: path for name, path in paths.items()}
+    numbers = {stem.lstrip("0"): path for stem, path in stems.items() if stem.isdigit()}
     rows: dict[str, dict[str, Any]] = {}
-    missing: dict[str, None] = {}  # by their names, in the files' order
+    missing: dict[str, None] = {}
     for file in files:
-        try:
-            missing.update(dict.fromkeys(_add(file, paths, rows, splits)))
-        except (KeyError, TypeError, IndexError, AttributeError) as error:
-            raise ValueError(f"{file} is not as its kind is published: {error!r}.") from error
+        records = read_records(file, splits)
+        by_name = {**stems, **paths}
+        if not any(record.name in by_name for record in records):
+            by_name = numbers  # never both: 9.jpg may be missing, and 000000000009.jpg is COCO's
+        for record in records:
+            if record.name in by_name:
+                _add(record, by_name[record.name], rows, file)
+            else:
+                missing[record.name] = None
     folders = ", ".join(image_folders)
     found = [row for row in rows.values() if row["caption"] or row["long_caption"] or row["regions"]]
     if not found:
-        raise ValueError(
-            f"None of the pictures that {', '.join(files)} speak of is in {folders}; set --image_folders."
-        )
+        raise ValueError(f"None of the images that {', '.join(files)} describe is in {folders}; set --image_folders.")
     if missing:
-        logger.warning(
-            f"{len(missing)} pictures, such as {next(iter(missing))}, are not in {folders}, and were left out."
-        )
+        logger.warning(f"{len(missing)} images, such as {next(iter(missing))}, are not in {folders} and are left out.")
     table = datasets.Dataset.from_list(found, features=FEATURES)
     has_long = any(row["long_caption"] for row in found)
     return table if has_long else table.remove_columns("long_caption"), len(missing)
 
 
-def _add(file: str, paths: dict[str, str], rows: dict[str, dict[str, Any]], splits: Sequence[str] | None) -> list[str]:
-    """The names of pictures that are not there are returned."""
-    if (long_captions := read_long_captions(file, splits)) is not None:
-        return _add_long_captions(long_captions, paths, rows)
-    if not os.path.isdir(file) and not file.endswith((".jsonl", ".jsonlines")):
-        content = read_json(file)
-        if isinstance(content, dict) and "annotations" in content:
-            return _add_coco(file, content, paths, rows)
-        if isinstance(content, dict) and "sentences" in next(iter(content.get("images", [])), {}):
-            return _add_karpathy(file, content, paths, rows, splits)
-        if isinstance(content, list) and content and "regions" in content[0]:
-            return _add_visual_genome(file, content, paths, rows)
-    raise ValueError(
-        f"{file} is none of COCO's captions_*.json and instances_*.json, NoCaps', Karpathy's dataset_*.json, Visual "
-        "Genome's region_descriptions.json, nor the long captions of DCI, DOCCI, ShareGPT4V or Urban1k."
-    )
+def checked_text(value: Any, file: str, image: Any) -> str:
+    """A text about an image, as a sentence. Raises ValueError with the names of both for anything else."""
+    if not isinstance(value, str):
+        raise ValueError(f"{file} has {value!r} as a text about image {image}, but a text must be a string.")
+    try:
+        return as_sentence(value)
+    except ValueError as error:
+        raise ValueError(f"{file} has no text about image {image}: {error}") from error
 
 
-def _pictures(folders: Sequence[str]) -> dict[str, str]:
-    """Paths by file name. What is not in these folders is never opened."""
+def _paths_by_name(folders: Sequence[str]) -> dict[str, str]:
+    """Files outside of these folders are never opened."""
     paths: dict[str, str] = {}
     for folder in folders:
         for entry in os.scandir(folder):
             if entry.is_file() and entry.name.lower().endswith(EXTENSIONS):
                 if entry.name in paths:
-                    raise ValueError(f"{paths[entry.name]} and {entry.path} have one name; give folders without such.")
+                    raise ValueError(f"{paths[entry.name]} and {entry.path} have the same name. Leave out one folder.")
                 paths[entry.name] = entry.path
     return paths
 
 
-def _row(rows: dict[str, dict[str, Any]], path: str, known: dict[str, Any]) -> dict[str, Any]:
-    row = rows.setdefault(
-        path, {**dict.fromkeys(FEATURES), "image": path, "caption": [], "long_caption": [], "regions": []}
-    )
-    row.update({name: value for name, value in known.items() if value is not None})
-    return row
+def _add(record: Record, path: str, rows: dict[str, dict[str, Any]], file: str) -> None:
+    empty: dict[str, Any] = {
+        **dict.fromkeys(FEATURES),
+        "image": path,
+        "caption": [],
+        "long_caption": [],
+        "regions": [],
+    }
+    row = rows.setdefault(path, empty)
+    row.update({name: value for name, value in record.known.items() if value is not None})
+    image = record.known.get("image_id", record.name)
+    row["caption"] += [checked_text(caption, file, image) for caption in record.captions]
+    row["long_caption"] += [checked_text(caption, file, image) for caption in record.long_captions]
+    for box, phrase in record.regions:
+        numbers = box if isinstance(box, list) else []
+        if len(numbers) != 4 or not all(isinstance(number, int | float) for number in numbers):
+            raise ValueError(f"{file} has {box!r} as a box of image {image}, but a box must be [x, y, width, height].")
+        x, y, width, height = map(float, numbers)
+        region = {"box": [x, y, x + width, y + height], "phrase": checked_text(phrase, file, image)}
+        row["regions"].append(region)
 
 
-def _add_coco(file: str, content: dict[str, Any], paths: dict[str, str], rows: dict[str, dict[str, Any]]) -> list[str]:
-    names = {category["id"]: category["name"] for category in content.get("categories", [])}
-    pictures, missing = {}, []
-    _refuse_twice(file, "id", [image["id"] for image in content["images"]])
-    _refuse_twice(file, "name", [os.path.basename(image["file_name"]) for image in content["images"]])
-    for image in content["images"]:
-        name = os.path.basename(image["file_name"])
-        if name in paths:
-            known = {key: image.get(key) for key in ("width", "height", "domain")}
-            pictures[image["id"]] = _row(rows, paths[name], {**known, "image_id": str(image["id"])})
-        else:
-            missing.append(name)
-    for annotation in content["annotations"]:
-        row = pictures.get(annotation["image_id"])
-        if row is None:
-            continue
-        if "caption" in annotation:
-            row["caption"].append(_text(annotation["caption"], file, annotation["image_id"]))
-        elif not annotation.get("iscrowd"):
-            phrase = _text(names[annotation["category_id"]], file, annotation["image_id"])
-            row["regions"].append({"box": _box(annotation["bbox"], file, annotation["image_id"]), "phrase": phrase})
-    return missing
+def read_records(path: str, splits: Sequence[str] | None = None) -> list[Record]:
+    """
+    Reads a file or folder, recognised by its content, of
 
+    - COCO's `captions_*.json`: captions of whole images; NoCaps' file, which has their domains too;
+    - Karpathy's `dataset_coco.json`, `dataset_flickr30k.json`, `dataset_flickr8k.json`: the images of `splits`;
+    - COCO's `instances_*.json`: boxes, described by the names of their categories; those of crowds are left out;
+    - Visual Genome's `region_descriptions.json`: boxes with phrases;
+    - DCI (Urbanek et al., 2023): the folder of annotations, a JSON file for each image (`short_caption` and
+      `extra_caption`, which together are the long caption);
+    - DOCCI (Onoe et al., 2024): `docci_descriptions.jsonlines`, the long captions of `splits`;
+    - ShareGPT4V (Chen et al., 2023): the list of conversations, of which the first answer is the long caption;
+    - Urban1k (Zhang et al., 2024): the folder of long captions, a text file for each image.
 
-def _add_karpathy(
-    file: str,
-    content: dict[str, Any],
-    paths: dict[str, str],
-    rows: dict[str, dict[str, Any]],
-    splits: Sequence[str] | None,
-) -> list[str]:
-    images = [image for image in content["images"] if splits is None or image["split"] in splits]
-    if not images:
-        raise no_such_split(file, splits, {image["split"] for image in content["images"]})
-    _refuse_twice(file, "name", [image["filename"] for image in images])
-    missing = []
-    for image in images:
-        if image["filename"] not in paths:
-            missing.append(image["filename"])
-            continue
-        known = {"image_id": str(image.get("cocoid", image["filename"]))}
-        row = _row(rows, paths[image["filename"]], known)
-        row["caption"] += [_text(sentence["raw"], file, image["filename"]) for sentence in image["sentences"]]
-    return missing
+    Args:
+        splits: of Karpathy's and DOCCI's files; all by default.
 
-
-def _refuse_twice(file: str, kind: str, values: list[Any]) -> None:
-    for value, count in Counter(values).most_common(1):
-        if count > 1:
-            raise ValueError(f"{file} has several pictures of the {kind} {value}.")
-
-
-def _text(value: Any, file: str, image: Any) -> str:
-    if not isinstance(value, str):
-        raise ValueError(f"{file} has {value!r} as a text about picture {image}, but a text must be a string.")
+    Raises:
+        ValueError: for a file of another kind, invalid JSON or text, several images of one id or name, or a file
+            without any of `splits`.
+    """
     try:
-        return as_sentence(value)
-    except ValueError as error:
-        raise ValueError(f"{file} has no text about picture {image}: {error}") from error
-
-
-def _box(corner_and_size: Any, file: str, image: Any) -> list[float]:
-    """`[x0, y0, x1, y1]` of `[x, y, width, height]`."""
-    numbers = corner_and_size if isinstance(corner_and_size, list) else []
-    if len(numbers) != 4 or not all(isinstance(number, int | float) for number in numbers):
+        records = _read_folder(path) if os.path.isdir(path) else _read_file(path, splits)
+    except (KeyError, TypeError, IndexError, AttributeError) as error:
+        raise ValueError(f"{path} is not as its kind is published: {error!r}.") from error
+    if records is None:
         raise ValueError(
-            f"{file} has {corner_and_size!r} as a box of picture {image}, which is not [x, y, width, height]."
+            f"{path} is none of COCO's captions_*.json and instances_*.json, NoCaps', Karpathy's dataset_*.json, "
+            "Visual Genome's region_descriptions.json, nor the long captions of DCI, DOCCI, ShareGPT4V or Urban1k."
         )
-    x, y, width, height = map(float, numbers)
-    return [x, y, x + width, y + height]
+    ids = [record.known["image_id"] for record in records if "image_id" in record.known]
+    for kind, values in {"name": [record.name for record in records], "id": ids}.items():
+        for value, count in Counter(values).most_common(1):
+            if count > 1:
+                raise ValueError(f"{path} has several images of the {kind} {value}.")
+    return records
 
 
-def _add_long_captions(
-    captions: dict[str, list[str]], paths: dict[str, str], rows: dict[str, dict[str, Any]]
-) -> list[str]:
-    by_stem = {os.path.splitext(name)[0]: path for name, path in paths.items()}
-    missing = []
-    for name, texts in captions.items():
-        path = paths.get(name) or by_stem.get(name)
-        if path is None:
-            missing.append(name)
-        else:
-            _row(rows, path, {})["long_caption"] += texts
-    return missing
+def _read_file(path: str, splits: Sequence[str] | None) -> list[Record] | None:
+    if path.endswith((".jsonl", ".jsonlines")):
+        rows = read_json_lines(path)
+        if not rows or "image_file" not in rows[0]:
+            return None
+        chosen = _of_splits(path, rows, splits)
+        return _long_records((row["image_file"], row["description"]) for row in chosen)
+    content = read_json(path)
+    if isinstance(content, dict) and "annotations" in content:
+        return _coco_records(content)
+    if isinstance(content, dict) and "sentences" in next(iter(content.get("images", [])), {}):
+        return [_karpathy_record(image) for image in _of_splits(path, content["images"], splits)]
+    if isinstance(content, list) and content and "regions" in content[0]:
+        return [_visual_genome_record(image) for image in content]
+    if isinstance(content, list) and any("conversations" in row for row in content):
+        return _long_records((row["image"], _answer(row)) for row in content if "image" in row)
+    return None
 
 
-def _add_visual_genome(
-    file: str, content: list[dict[str, Any]], paths: dict[str, str], rows: dict[str, dict[str, Any]]
-) -> list[str]:
-    _refuse_twice(file, "id", [image["id"] for image in content])
-    by_stem = {os.path.splitext(name)[0]: path for name, path in paths.items()}
-    if not any(str(image["id"]) in by_stem for image in content):
-        # Never both: 9.jpg may be missing, and 000000000009.jpg is COCO's.
-        by_stem = {stem.lstrip("0"): path for stem, path in by_stem.items() if stem.isdigit()}
-    missing = []
-    for image in content:
-        if str(image["id"]) not in by_stem:
-            missing.append(str(image["id"]))
-            continue
-        row = _row(rows, by_stem[str(image["id"])], {})
-        for region in image["regions"]:
-            box = _box([region[side] for side in ("x", "y", "width", "height")], file, image["id"])
-            row["regions"].append({"box": box, "phrase": _text(region["phrase"], file, image["id"])})
-    return missing
+def _read_folder(path: str) -> list[Record] | None:
+    names = sorted(entry.name for entry in os.scandir(path) if entry.is_file())
+    texts, files = ([os.path.join(path, name) for name in names if name.endswith(end)] for end in (".txt", ".json"))
+    if texts:
+        return [_urban_record(file) for file in texts]
+    dci = map(read_json, files)
+    records = _long_records(
+        (row["image"], f"{row.get('short_caption') or ''} {row.get('extra_caption') or ''}") for row in dci
+    )
+    return records or None
+
+
+def _coco_records(content: dict[str, Any]) -> list[Record]:
+    categories = {category["id"]: category["name"] for category in content.get("categories", [])}
+    records = []
+    for image in content["images"]:
+        image_id = str(image["id"])
+        known = {name: image.get(name) for name in ("width", "height", "domain")}
+        name = os.path.basename(image.get("file_name", image_id))  # references need no images
+        records.append(Record(name, {**known, "image_id": image_id}))
+    by_id = {record.known["image_id"]: record for record in records}
+    for annotation in content["annotations"]:
+        record = by_id.get(str(annotation["image_id"]))
+        if record is not None and "caption" in annotation:
+            record.captions.append(annotation["caption"])
+        elif record is not None and not annotation.get("iscrowd"):
+            record.regions.append((annotation["bbox"], categories[annotation["category_id"]]))
+    return records
+
+
+def _karpathy_record(image: dict[str, Any]) -> Record:
+    known = {"image_id": str(image.get("cocoid", image["filename"]))}
+    return Record(image["filename"], known, captions=[sentence["raw"] for sentence in image["sentences"]])
+
+
+def _visual_genome_record(image: dict[str, Any]) -> Record:
+    sides = ("x", "y", "width", "height")
+    regions = [([region[side] for side in sides], region["phrase"]) for region in image["regions"]]
+    return Record(str(image["id"]), regions=regions)
+
+
+def _urban_record(path: str) -> Record:
+    with open(path, encoding="utf-8-sig") as file:
+        try:
+            return Record(os.path.splitext(os.path.basename(path))[0], long_captions=[file.read()])
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path} is no text: {error}.") from error
+
+
+def _answer(row: dict[str, Any]) -> str:
+    answers = [turn["value"] for turn in row["conversations"] if turn["from"] == "gpt"]
+    if not answers:
+        raise KeyError(f"an answer about {row['image']}")
+    return answers[0]
+
+
+def _long_records(pairs: Iterable[tuple[str, Any]]) -> list[Record]:
+    """Records of the images' paths and long captions, of which an image may have several."""
+    records: dict[str, Record] = {}
+    paths: dict[str, str] = {}
+    for path, caption in pairs:
+        name = os.path.basename(path)
+        if paths.setdefault(name, path) != path:
+            raise ValueError(f"{paths[name]} and {path} have the same name, so their captions cannot be told apart.")
+        records.setdefault(name, Record(name)).long_captions.append(caption)
+    return list(records.values())
+
+
+def _of_splits(path: str, rows: list[dict[str, Any]], splits: Sequence[str] | None) -> list[dict[str, Any]]:
+    chosen = [row for row in rows if splits is None or row["split"] in splits]
+    if splits is not None and not chosen:
+        existing = ", ".join(sorted({row["split"] for row in rows}))
+        raise ValueError(f"{path} has no split {' or '.join(splits)}; it has {existing}.")
+    return chosen

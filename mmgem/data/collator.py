@@ -1,17 +1,19 @@
-"""Examples to the tensors of one stage-1 step."""
+"""Examples to the tensors of one training step."""
 
 import bisect
 from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from ..processing import MMGEMProcessor
 from ..processing.tokenization_mmgem import CAP_TOKEN, IMAGE_TOKEN
-from .pairs import digest
+from .pairs import BadDataError, digest
+from .regions import regions_inside
 
 
-# What of a batch goes into the model; the rest is for the losses and the log.
+# The tensors of a batch that the model takes; the others are for the losses and the log.
 MODEL_INPUTS = (
     *("input_ids", "attention_mask", "position_ids", "text_positions", "labels", "label_positions"),
     *("pixel_values", "patch_features", "boxes", "region_mask"),
@@ -21,29 +23,28 @@ TokenSequence = tuple[list[int], list[int]]  # token ids and labels
 
 class PairCollator:
     """
-    B pairs to one batch of B sentences "(BOS) caption [EMB]" and B captions "(BOS) <image> [CAP] caption EOS" with
-    labels on caption and EOS. Both paths see the same words (paper: the same batch).
+    Collates B pairs into B sentences "(BOS) caption [EMB]" and B captions "(BOS) <image> [CAP] caption EOS" with
+    labels on caption and EOS. Both hold the same words (paper: the same batch).
 
     Args:
         processor: of the model.
         objective: "joint", or "contrastive" (sentences alone), or "caption" (captions alone).
         pack_length: length of the rows that the sequences are packed into without padding between them, positions
             restarting with each; 0 gives every sequence a padded row of its own, sentences first.
-        mini_batch_size: cuts the batch into parts for the gradient cache; 0 leaves it whole.
+        mini_batch_size: splits the batch for the gradient cache; 0 does not.
 
     Packing puts sequences where they fit. Images come in the order of their captions. `text_positions` `(B,)` are the
-    places of [EMB] in `input_ids.flatten()`, and `label_positions` those of all labels: the model need not search for
-    them. `text_index` `(B,)` says which of the sentences, in this order, belongs to each image. `pair_ids` `(B, 2)`,
-    in the order of the images, are hashes of each pair's caption and image, by which equal ones are known. With
-    `mini_batch_size`, the list `mini_batches` holds a batch for each part, in which `sentences` are the inputs that
-    embed its texts alone.
+    indices of [EMB] in `input_ids.flatten()`, and `label_positions` those of all labels: the model need not search for
+    them. `text_index` `(B,)` is the index of each image's sentence in this order. `pair_ids` `(B, 2)`, in the order of
+    the images, are hashes of each pair's caption and image, to recognise equal ones. With `mini_batch_size`, the list
+    `mini_batches` holds the parts, in which `sentences` are the inputs that embed the texts alone.
 
-    A batch also counts what the Trainer reports: `truncated` (captions over `max_length`) and `bad` (index and reason
-    of unreadable examples). Of a stream it has the `position` behind its last example.
+    A batch also holds what the Trainer reports: `truncated` (number of captions over `max_length`), `bad` (index and
+    reason of unreadable examples), and for a stream the `position` after its last example.
 
     Raises:
-        ValueError: for a `pack_length` that the longest sequence does not fit into, and for a `max_length` of the
-            processor that holds no text.
+        ValueError: for a `pack_length` shorter than the longest sequence, and for a `max_length` of the processor that
+            holds no text.
     """
 
     def __init__(
@@ -96,7 +97,7 @@ class PairCollator:
         return batch
 
     def pixel_values(self, images: list[Any]) -> torch.Tensor:
-        """As the image processor's own, but rescaled and normalised at once, which takes half the time."""
+        """As the image processor, but rescales and normalises the whole batch at once, which takes half the time."""
         image_processor: Any = self.processor.image_processor
         pixels = image_processor(images, do_rescale=False, do_normalize=False, return_tensors="pt")["pixel_values"]
         factor = image_processor.rescale_factor if image_processor.do_rescale else 1.0
@@ -109,8 +110,8 @@ class PairCollator:
 
     def _sentences(self, ids: list[list[int]]) -> list[TokenSequence]:
         max_length = self.processor.max_length
-        cut = [row if len(row) <= max_length else [*row[: max_length - 1], row[-1]] for row in ids]
-        return [(row, [-100] * len(row)) for row in cut]
+        truncated = [row if len(row) <= max_length else [*row[: max_length - 1], row[-1]] for row in ids]
+        return [(row, [-100] * len(row)) for row in truncated]
 
     def _captions(self, ids: list[list[int]], prompt: Sequence[str] = (IMAGE_TOKEN, CAP_TOKEN)) -> list[TokenSequence]:
         tokenizer, max_length = self.processor.tokenizer, self.processor.max_length
@@ -119,20 +120,20 @@ class PairCollator:
         sequences = []
         for row in ids:
             words = row[start : min(len(row), max_length) - 1]
-            # A caption that was cut does not end where it was cut: no EOS to learn there.
+            # A truncated caption does not end there, so there is no EOS to learn.
             words = words if len(row) > max_length else [*words, tokenizer.eos_token_id]
             sequences.append(([*opening, *words], [-100] * len(opening) + words))
         return sequences
 
     def _tensors(self, sequences: list[TokenSequence], rows: list[list[int]], texts: Sequence[int]) -> dict[str, Any]:
-        """Rows of sequences; `texts` are those that end with [EMB], in the order in which they are wanted."""
+        """Tensors of the rows; `texts` are the sequences that end with [EMB], in the order of the images."""
         width = self.pack_length or max(len(ids) for ids, _ in sequences)
         input_ids = torch.full((len(rows), width), self.processor.tokenizer.pad_token_id)
         labels = torch.full_like(input_ids, -100)
         # Padding is a sequence of its own: its positions start at 0 too.
         position_ids = torch.zeros_like(input_ids)
         attention_mask = torch.zeros_like(input_ids)
-        last = {}  # of each sequence, the place of its last token
+        last = {}  # index of the last token of each sequence
         for r, row in enumerate(rows):
             start = 0
             for i in row:
@@ -147,7 +148,7 @@ class PairCollator:
             position_ids[r, start:] = torch.arange(width - start)
         positions, order = torch.tensor([last[i] for i in texts], dtype=torch.long).sort()
         tensors = {"input_ids": input_ids, "text_positions": positions, "text_index": order.argsort()}
-        # From restarting positions, and no mask, transformers makes the block-diagonal mask itself.
+        # transformers derives the block-diagonal mask from restarting positions, if there is no other mask.
         tensors.update({"position_ids": position_ids} if self.pack_length else {"attention_mask": attention_mask})
         label_positions = labels.flatten().ne(-100).nonzero()[:, 0]
         if len(label_positions):
@@ -155,16 +156,70 @@ class PairCollator:
         return tensors
 
 
+class RegionCollator(PairCollator):
+    """
+    Collates examples of a [`RegionDataset`]: `boxes` `(B, R, 4)` in pixels of `pixel_values`, `region_mask` `(B, R)`,
+    and for each of the N regions, image by image, a padded row of `input_ids`: its phrase as a sentence to embed, or
+    after k x k `<image>` and 64 [CAP] as a caption to learn. `pair_ids` `(N, 1)` are hashes of the phrases, to
+    recognise equal ones. If the examples hold `patch_features`, the batch does too, instead of `pixel_values`.
+
+    Regions outside of the image processor's centre crop are left out.
+
+    Args:
+        processor: of the model, with the adapter's k.
+        objective: "contrastive" (sentences) or "caption".
+
+    Raises:
+        BadDataError: if no region of a batch is left.
+    """
+
+    def __init__(self, processor: MMGEMProcessor, objective: str):
+        super().__init__(processor, objective)
+
+    def __call__(self, examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        boxes, phrases = [], []
+        for example in examples:
+            inside = regions_inside(example, self.processor.image_processor)
+            phrases += [example["phrases"][i] for i, _ in inside]
+            boxes.append(torch.tensor([box for _, box in inside]).view(-1, 4))
+        if not phrases:
+            raise BadDataError(
+                f"The image processor's centre crop cuts away all regions of {len(examples)} images; let it resize "
+                "to a square without cropping."
+            )
+        counts = torch.tensor([len(of_image) for of_image in boxes])
+        ids = self.processor.sentence_ids(phrases)
+        if self.objective == "caption":
+            prompt = [IMAGE_TOKEN] * self.processor.region_grid_size**2
+            sequences, texts = self._captions(ids, prompt + [CAP_TOKEN] * self.processor.num_soft_prompts), []
+        else:
+            sequences, texts = self._sentences(ids), list(range(len(ids)))
+        batch = {
+            **self._tensors(sequences, [[i] for i in range(len(sequences))], texts),
+            "boxes": pad_sequence(boxes, batch_first=True),
+            "region_mask": torch.arange(int(counts.max())) < counts[:, None],
+            "pair_ids": torch.tensor([[digest(phrase.encode())] for phrase in phrases]),
+            "truncated": sum(len(row) > self.processor.max_length for row in ids),
+            "left_out": sum(example.get("left_out", 0) for example in examples),
+            "bad": {index: reason for example in examples for index, reason in example["bad"].items()},
+        }
+        if "patch_features" in examples[0]:
+            batch["patch_features"] = torch.stack([example["patch_features"] for example in examples])
+        else:
+            batch["pixel_values"] = self.pixel_values([example["image"] for example in examples])
+        return batch
+
+
 def pack(lengths: Sequence[int], row_length: int) -> list[list[int]]:
     """
-    Rows of sequences, by their indices, of at most `row_length` tokens; 0 gives each a row of its own.
+    The indices of the sequences in each row of at most `row_length` tokens; 0 gives each sequence its own row.
 
-    Best-fit decreasing: the longest sequence goes first, each into the fullest row that it fits into.
+    Best-fit decreasing: the longest sequence goes first, each into the fullest row that has room for it.
     """
     if not row_length:
         return [[i] for i in range(len(lengths))]
     rows: list[list[int]] = []
-    free: list[tuple[int, int]] = []  # of each row, ascending: tokens that are left, and its number
+    free: list[tuple[int, int]] = []  # free tokens and index of each row, ascending
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         place = bisect.bisect_left(free, (lengths[i], 0))
         if place == len(free):

@@ -1,17 +1,18 @@
-"""JSON that others wrote."""
+"""JSON from users and other programs."""
 
 import json
 import re
-from collections.abc import Sequence
 from typing import Any
 
 
-MAX_DEPTH = 100  # readers recurse, and some end the process where the stack ends
+MAX_DEPTH = 100  # parsers recurse, and some crash the process when the stack overflows
 TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|[\[{]|[\]}]')
 
 
 def read_json(path: str) -> Any:
     """
+    The content of a JSON file.
+
     Raises:
         ValueError: for a file that is not valid JSON, or nested too deeply, with its name.
     """
@@ -24,7 +25,7 @@ def read_json(path: str) -> Any:
 
 def read_json_lines(path: str) -> list[Any]:
     """
-    One value a line, empty lines passed over.
+    The value of each line that is not empty.
 
     Raises:
         ValueError: for a line that is not valid JSON, or nested too deeply, with its number.
@@ -40,7 +41,7 @@ def read_json_lines(path: str) -> list[Any]:
 
 
 def parse_json(text: str) -> Any:
-    """Parses a text. Raises ValueError for invalid JSON, and for JSON nested too deeply for other readers."""
+    """Parses JSON. Raises ValueError if it is invalid, or nested more than `MAX_DEPTH` deep."""
     if text.count("[") + text.count("{") > MAX_DEPTH:
         depth = 0
         for match in TOKEN.finditer(text):
@@ -51,7 +52,7 @@ def parse_json(text: str) -> Any:
 
 
 def check_json_row(text: str, name: str) -> None:
-    """Raises ValueError, naming it, for a text that is not one object of JSON with whole characters."""
+    """Raises ValueError, starting with `name`, unless the text is one JSON object without half characters."""
     try:
         row = parse_json(text.strip())
         if "\\u" in text:
@@ -63,8 +64,3 @@ def check_json_row(text: str, name: str) -> None:
         raise ValueError(f"{name} is not valid JSON: {error}.") from error
     if not isinstance(row, dict):
         raise ValueError(f"{name} is not an object with columns: {text[:40].strip()}.")
-
-
-def no_such_split(path: str, asked: Sequence[str] | None, there: set[str]) -> ValueError:
-    """What to raise for a file without the splits that were asked for."""
-    return ValueError(f"{path} has no split {' or '.join(asked or ())}; it has {', '.join(sorted(there))}.")

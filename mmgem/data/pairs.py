@@ -1,4 +1,4 @@
-"""Pictures with captions, from any table that `datasets` reads, as examples for training and evaluation."""
+"""Images with captions, from any table that `datasets` reads, as examples for training and evaluation."""
 
 import contextlib
 import copy
@@ -24,25 +24,25 @@ WRITTEN_LIST = re.compile(rf"\[\s*(?:{ITEM}[\s,]*)*\]|\(\s*(?:{ITEM}\s*,[\s,]*(?
 
 
 class BadDataError(ValueError):
-    """An example that cannot be read, or more of them than a run should bear."""
+    """An example cannot be read, or too many of them."""
 
 
 class PairDataset(torch.utils.data.Dataset):
     """
-    Map-style pairs. Example i is `{"image": RGB picture, "image_id": hash of its file (of its
-    pixels, where there is no file), "caption": str, "captions": [str, …], "bad": {index: reason}}`.
+    Map-style pairs. Example i is `{"image": RGB image, "image_id": hash of its file or pixels, "caption": str,
+    "captions": [str, …], "bad": {index: reason}}`.
 
-    Where a picture has several captions, `caption` is one of them, drawn anew each epoch. Whatever is random (the
-    caption, augmentation) is a function of (seed, epoch, index) alone, so a resumed run sees what the uninterrupted
-    one saw. An example that cannot be read is replaced by the next that can; `bad` holds those that were passed over,
-    for the Trainer to count.
+    If an image has several captions, `caption` is one of them, drawn anew each epoch. The draw and the augmentation
+    depend on (seed, epoch, index) alone, so a resumed run sees the examples of the uninterrupted one. An example that
+    cannot be read is replaced by the next that can; `bad` says which were skipped, for the Trainer to count.
 
     Args:
-        table: rows with the two columns; anything with `len` and integer indexing, such as `datasets.Dataset`.
-        image_column: PIL pictures, `{"bytes", "path"}`, bytes, or paths (relative ones from `root`).
+        table: rows with the two columns; anything with `len` and indexing by row number and by column name, such as
+            `datasets.Dataset`. It may bring metrics of its own: see [`ScenesDataset`].
+        image_column: PIL images, `{"bytes", "path"}`, bytes, or paths (relative ones from `root`).
         caption_column: a string, or a list of strings.
-        augmentation_scale: least fraction of the picture's area that a random crop keeps; 1 takes the whole picture.
-        seed: of everything random.
+        augmentation_scale: smallest fraction of the image's area that a random crop keeps; 1 takes the whole image.
+        seed: of the draws and the augmentation.
         root: folder of relative image paths.
     """
 
@@ -62,27 +62,27 @@ class PairDataset(torch.utils.data.Dataset):
         self.augmentation_scale = augmentation_scale
         self.seed = seed
         self.root = root
-        self.max_captions: int | None = None  # that count of each picture
-        self.missing = 0  # pictures that annotations name, and that are not there
-        self.least_side = 0  # pixels that the image processor needs of each side; 0 decodes whatever there is
-        # Shared with the loader's worker processes, which are started before the epoch is known.
+        self.max_captions: int | None = None  # of each image, the first ones
+        self.missing = 0  # number of images that annotations name but that do not exist
+        self.least_side = 0  # pixels per side that the image processor needs; 0 decodes at full size
+        # Shared with the loader's worker processes, which start before the epoch is known.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def select(self, indices: Sequence[int]) -> "PairDataset":
-        """The same pairs without the others, example i being `indices[i]` of this dataset."""
+        """A dataset of these examples alone: its example i is `indices[i]` of this one."""
         chosen = copy.copy(self)
         chosen.rows = [self.rows[i] for i in indices]
         return chosen
 
     def set_epoch(self, epoch: int) -> None:
-        """Sets what the next examples are drawn by."""
+        """Sets the epoch that captions and crops are drawn for."""
         self._epoch.fill_(epoch)
 
     def captions(self) -> list[list[str]]:
-        """Every example's captions, without decoding a picture; none of an example whose captions cannot be read."""
+        """The captions of every example, without decoding images; an empty list if they cannot be read."""
         values = list(self.table[self.caption_column])
         captions = []
         for row in self.rows:
@@ -93,7 +93,7 @@ class PairDataset(torch.utils.data.Dataset):
         return captions
 
     def some_pictures(self, number: int = 256) -> Iterator[Image.Image]:
-        """Pictures spread evenly over the dataset, one at a time."""
+        """Images spread evenly over the dataset, one at a time."""
         for index in np.linspace(0, len(self) - 1, min(number, len(self))).astype(int):
             yield self[int(index)]["image"]
 
@@ -113,14 +113,14 @@ class PairDataset(torch.utils.data.Dataset):
         Example `index` itself, without `bad`.
 
         Raises:
-            BadDataError: where it cannot be read, with the reason.
+            BadDataError: if it cannot be read, with the reason.
         """
         with self._as_bad_data(self.rows[index]):
             return self._read(self.rows[index])
 
-    def picture(self, index: int) -> Image.Image:
+    def image(self, index: int) -> Image.Image:
         """
-        The picture of example `index` alone, whole, whether it has a caption or not.
+        The whole image of example `index`, which needs no caption.
 
         Raises:
             BadDataError: as [`read`].
@@ -133,9 +133,11 @@ class PairDataset(torch.utils.data.Dataset):
     def _as_bad_data(self, row: int) -> Iterator[None]:
         try:
             yield
-        except Exception as error:  # Pillow's readers raise whatever they stumble over
+        except Exception as error:  # Pillow's readers raise errors of many types
             reason = f"{type(error).__name__}: {error}"
-            name = _file_name(self.table[row].get(self.image_column))
+            value = self.table[row].get(self.image_column)
+            path = value.get("path") if isinstance(value, dict) else value
+            name = os.fspath(path) if isinstance(path, str | os.PathLike) else ""
             raise BadDataError(reason if name in reason else f"{reason} ({name})") from error
 
     def _read(self, row: int) -> dict[str, Any]:
@@ -191,18 +193,12 @@ def encoded(value: Any, root: str = "") -> bytes | Image.Image:
         return file.read()
 
 
-def _file_name(value: Any) -> str:
-    """The path that a table has for an image, where it has one."""
-    value = value.get("path") if isinstance(value, dict) else value
-    return os.fspath(value) if isinstance(value, str | os.PathLike) else ""
-
-
 def augmented_image(
     content: bytes | Image.Image, augmentation_scale: float, least_side: int, rng: np.random.Generator
 ) -> Image.Image:
     """
-    The decoded picture, or a random crop of at least `augmentation_scale` of its area. A JPEG is decoded at a half, a
-    quarter or an eighth of its size where that leaves the smallest crop `least_side` pixels per side.
+    The decoded image, or a random crop of at least `augmentation_scale` of its area. A JPEG is decoded at a half, a
+    quarter or an eighth of its size if that leaves the smallest crop `least_side` pixels per side.
     """
     smallest = math.sqrt(augmentation_scale / MAX_STRETCH) if augmentation_scale < 1 else 1.0
     image = to_rgb(decoded(content, math.ceil(least_side / smallest)))
@@ -210,16 +206,16 @@ def augmented_image(
 
 
 def decoded(content: bytes | Image.Image, least_side: int = 0) -> Image.Image:
-    """[`open_image`], decoded; a JPEG, with `least_side`, no larger than it must be for that many pixels per side."""
+    """[`open_image`], decoded; with `least_side`, a JPEG at the smallest size that has that many pixels per side."""
     image = open_image(content)
-    if least_side and image is not content:  # a picture of the caller's keeps its size
+    if least_side and image is not content:  # a PIL image of the caller keeps its size
         image.draft(None, (least_side, least_side))  # type: ignore[arg-type]
     image.load()
     return image
 
 
 def random_crop(image: Image.Image, scale: float, rng: np.random.Generator) -> Image.Image:
-    """A random part of the picture: at least `scale` of its area, stretched by 4:3 at most against the whole."""
+    """A random part of the image: at least `scale` of its area, stretched by 4:3 at most against the whole."""
     area, ratio = rng.uniform(scale, 1), np.exp(rng.uniform(-1, 1) * np.log(MAX_STRETCH))
     width = min(1.0, float(np.sqrt(area * ratio))) * image.width
     height = min(1.0, float(np.sqrt(area / ratio))) * image.height

@@ -1,4 +1,4 @@
-"""Pictures with regions that are described, as examples for stage 2 and its evaluation."""
+"""Images with described regions, as examples for stage 2 and its evaluation."""
 
 import copy
 from contextlib import suppress
@@ -15,49 +15,46 @@ from .pairs import PairDataset, as_captions, decoded, digest, encoded
 
 class RegionDataset(PairDataset):
     """
-    Map-style pictures with regions. Example i is that of a [`PairDataset`], with `"boxes"`, `[x0, y0, x1, y1]` in
-    pixels of the original picture, its `"size"` (width, height), and `"phrases"`, one per box, beside it. `captions`
-    may be empty.
+    Map-style images with regions. Example i is that of a [`PairDataset`] with `"boxes"`, `[x0, y0, x1, y1]` in pixels
+    of the original image, `"phrases"`, one per box, and the image's `"size"` (width, height). `captions` may be empty.
 
-    In training it holds what one step sees: at most `max_regions` regions, drawn anew each epoch, and with probability
-    `whole_image_weight` one of the captions, for the region that covers the picture (that is our reading of how the
-    paper mixes both). A picture without regions always comes with a caption. Regions without area, or of which nothing
-    is to be seen, are left out; `left_out` is their number.
+    In training an example has at most `max_regions` regions, drawn anew each epoch, and with probability
+    `whole_image_weight` one of the captions, for the region that covers the image (our reading of how the paper mixes
+    both). An image without regions always comes with a caption. Regions without area or outside of the image are left
+    out; `left_out` is their number.
 
     Args:
-        table, image_column, caption_column, seed, root: as of [`PairDataset`]; the column of captions may be missing.
-        regions_column: a list of `{"box", "phrase"}` per picture, `[x0, y0, x1, y1]` in pixels of the picture as its
-            file has it, upright; or what `datasets` makes of that, a mapping of two lists. Columns `width` and
-            `height`, where there are any, say for which size the boxes are meant.
-        max_regions: of a picture in a step; 0 gives all, in their order and without captions, for evaluation.
+        table: as of [`PairDataset`]; the column of captions may be missing.
+        regions_column: a list of `{"box", "phrase"}` per image, `[x0, y0, x1, y1]` in pixels of the upright image; or
+            a mapping of two lists, as `datasets` returns it. Columns `width` and `height`, if they exist, say which
+            image size the boxes refer to.
+        max_regions: of an image in a step; 0 returns all, in their order and without captions, for evaluation.
         whole_image_weight: see above.
+        **options: `image_column`, `caption_column`, `seed` and `root` of [`PairDataset`].
     """
 
     def __init__(
         self,
         table: Any,
-        image_column: str = "image",
-        caption_column: str = "caption",
         regions_column: str = "regions",
         max_regions: int = 0,
         whole_image_weight: float = 0.0,
-        seed: int = 0,
-        root: str = "",
+        **options: Any,
     ):
-        super().__init__(table, image_column, caption_column, seed=seed, root=root)
+        super().__init__(table, **options)
         self.regions_column = regions_column
-        self.image_processor: Any = None  # whose centre crop is minded; set by the Trainer
+        self.image_processor: Any = None  # its centre crop may cut regions away; set by the Trainer
         self.max_regions = max_regions
         self.whole_image_weight = whole_image_weight
 
     def captions(self) -> list[list[str]]:
-        """Every picture's captions; none where there is no such column."""
+        """The captions of every image; empty lists if there is no such column."""
         if self.caption_column not in getattr(self.table, "column_names", [self.caption_column]):
             return [[] for _ in self.rows]
         return super().captions()
 
     def whole(self, image_processor: Any) -> "RegionDataset":
-        """The same pictures at full size with all their regions, as an evaluation sees them."""
+        """The same images at full size with all their regions, as an evaluation sees them."""
         chosen = copy.copy(self)
         chosen.least_side, chosen.max_regions, chosen.image_processor = 0, 0, image_processor
         return chosen
@@ -71,7 +68,7 @@ class RegionDataset(PairDataset):
         return example
 
     def describe(self, row: int) -> dict[str, Any]:
-        """The example of a row of the table with all its regions, and captions where there are any."""
+        """The example of a row of the table with all its regions and captions."""
         columns = self.table[row]
         regions = as_regions(columns.get(self.regions_column))
         refuse_normalized([box for box, _ in regions])
@@ -84,7 +81,7 @@ class RegionDataset(PairDataset):
         stated = (int(columns.get("width") or width), int(columns.get("height") or height))
         if stated != (width, height):
             raise ValueError(
-                f"its regions are given for a picture of {stated[0]} x {stated[1]} pixels, but the file has "
+                f"its regions are given for an image of {stated[0]} x {stated[1]} pixels, but the file has "
                 f"{width} x {height}"
             )
         image = to_rgb(picture)
@@ -99,12 +96,12 @@ class RegionDataset(PairDataset):
         }
         kept = [i for i, _ in regions_inside(example, self.image_processor)]
         if not kept and not captions:
-            raise ValueError("it has neither a caption nor a region with a phrase of which something is to be seen")
+            raise ValueError("it has neither a caption nor a visible region with a phrase")
         boxes, phrases = ([example[name][i] for i in kept] for name in ("boxes", "phrases"))
         return {**example, "boxes": boxes, "phrases": phrases, "left_out": len(regions) - len(kept)}
 
     def draw(self, example: dict[str, Any], row: int) -> dict[str, Any]:
-        """Of an example with all its regions, what one step of training sees."""
+        """Draws the regions and the caption of one training step from an example with all of them."""
         rng = np.random.default_rng([self.seed, int(self._epoch), row])
         boxes, phrases, captions = example["boxes"], example["phrases"], example["captions"]
         drawn = rng.permutation(len(boxes))[: self.max_regions].tolist()
@@ -119,10 +116,10 @@ class RegionDataset(PairDataset):
 
 def as_regions(value: Any) -> list[tuple[list[float], str]]:
     """
-    Boxes and phrases, without those that have no phrase, from a list of mappings or a mapping of lists.
+    Boxes with their phrases, from a list of mappings or a mapping of lists. Regions without a phrase are left out.
 
     Raises:
-        ValueError: for a region that has no box of four numbers, or no text; naming it.
+        ValueError: for a region whose box is not four numbers, or whose phrase is not text, with its index.
     """
     if isinstance(value, dict) and all(isinstance(items, list) for items in value.values()):
         if len({len(items) for items in value.values()}) > 1:
@@ -147,8 +144,8 @@ def as_regions(value: Any) -> list[tuple[list[float], str]]:
 
 def regions_inside(example: dict[str, Any], image_processor: Any = None) -> list[tuple[int, list[float]]]:
     """
-    Of an example's boxes those that have an area inside their picture, and inside what the image processor's centre
-    crop leaves of it: their indices, and where they lie in pixels of `pixel_values` (of the picture, without one).
+    The boxes of an example that have an area inside the image and inside the image processor's centre crop: their
+    indices, and their corners in pixels of `pixel_values` (of the image, without an image processor).
     """
     width, height = example["size"]
     geometry = geometry_of(image_processor, width, height) if image_processor else Geometry.identity(width, height)

@@ -1,8 +1,8 @@
 """
-Scenes: drawn pictures of coloured shapes with captions and regions. No download, deterministic by seed.
+Scenes: drawn images of coloured shapes with captions and regions. No download, deterministic by seed.
 
 Captions name the objects in order, the large ones first, then from left to right: "a large white cross below a small
-blue star". So a picture has one true caption. What is held out never occurs in training: a caption, read in either
+blue star". So an image has one true caption. What is held out never occurs in training: a caption, read in either
 direction, belongs to one split by its hash.
 """
 
@@ -10,9 +10,12 @@ import itertools
 import re
 import zlib
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
+import datasets
 import numpy as np
 import torch
 from PIL import Image
@@ -31,12 +34,10 @@ COLOURS = {
     "white": (240, 240, 240),
 }
 SIZES = {"small": 8.5, "large": 13.5}
-OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 TEXTURES = ("plain", "horizontally striped", "vertically striped", "dotted", "shaded")
 TONES = {"very dark": 18, "dark": 38, "dim": 58}
 SPLITS = ("train", "validation", "test", "single")
 CLASSES = tuple(f"{colour} {shape}" for colour in COLOURS for shape in SHAPES)
-COLUMNS = ("caption", "long_caption", "captions", "label")
 GAP = 1.5  # least distance between two objects
 MARGIN = 4.0  # |dx| and |dy| of neighbours in a caption differ by this much, so that the relation is plain
 
@@ -79,6 +80,21 @@ class Scene:
             words.append(f"{relation(first, second)} a {second.phrase}")
         return " ".join(words)
 
+    @cached_property
+    def long_caption(self) -> str:
+        """See [`describe`]."""
+        return describe(self)
+
+    @property
+    def captions(self) -> list[str]:
+        """The short and the long one."""
+        return [self.caption, self.long_caption]
+
+    @property
+    def label(self) -> int:
+        """The first object's colour and shape, an index into `CLASSES`."""
+        return CLASSES.index(f"{self.objects[0].colour} {self.objects[0].shape}")
+
     @property
     def split(self) -> str:
         """Where this caption may occur: single objects and 8 of 10 others in train."""
@@ -92,34 +108,46 @@ class Scene:
 class ScenesDataset(torch.utils.data.Dataset):
     """
     `size` scenes of a split: "train" (1 to 4 objects), "validation" or "test" (2 to 4, all captions distinct), or
-    "single" (one each, to be classified; such captions occur in training, these pictures do not).
+    "single" (one each, to be classified; such captions occur in training, these images do not).
 
-    An example is `{"image", "caption", "long_caption", "captions", "label", "regions"}`: a PIL picture of `image_size`
+    An example is `{"image", "caption", "long_caption", "captions", "label", "regions"}`: a PIL image of `image_size`
     pixels per side, the caption, 100 to 200 words, both in a list, the place of the first object's colour and shape in
     `CLASSES`, and per object `{"box": [x0, y0, x1, y1], "mask": (height, width) bool, "phrase", "label"}`, in pixels.
-    `dataset["caption"]` gives a whole column, but for pictures and regions, without drawing anything.
+    `dataset["caption"]` gives a whole column of `features` without drawing anything.
+
+    A built-in dataset (`mmgem.data.loading.BUILT_IN`) has `column_names` and `features` like a `datasets.Dataset`, the
+    split and the templates of its zero-shot classification, and, if it has metrics of its own, `caption_metrics` and
+    `region_caption_metrics`, which the evaluation calls with texts and their references.
 
     Raises:
         ValueError: for an unknown split or column.
     """
+
+    features = datasets.Features(
+        {
+            "caption": datasets.Value("string"),
+            "long_caption": datasets.Value("string"),
+            "captions": datasets.List(datasets.Value("string")),
+            "label": datasets.ClassLabel(names=list(CLASSES)),
+        }
+    )
+    column_names = ("image", *features, "regions")
+    labelled_split = "single"
+    class_templates = ("a small {}", "a large {}")
 
     def __init__(self, split: str, size: int, image_size: int = 64, seed: int = 0):
         if split not in SPLITS:
             raise ValueError(f"Unknown split {split!r}; choose one of {', '.join(SPLITS)}.")
         self.image_size = image_size
         self.split = split
-        number = SPLITS.index(split)
         self.scenes: list[Scene] = []
         taken: set[str] = set()
+        counts = {"train": (1, 4), "single": (1, 1)}.get(split, (2, 4))
         for index in range(size):
-            rng = np.random.default_rng([seed, number, index])
-            while True:
-                if split == "single":
-                    scene = sample_scene(rng, at_most=1)
-                    break
-                scene = sample_scene(rng, at_least=1 if split == "train" else 2)
-                if scene.split == split and (split == "train" or scene.caption not in taken):
-                    break
+            rng = np.random.default_rng([seed, SPLITS.index(split), index])
+            scene = sample_scene(rng, *counts)
+            while split != "single" and (scene.split != split or (split != "train" and scene.caption in taken)):
+                scene = sample_scene(rng, *counts)
             taken.add(scene.caption)
             self.scenes.append(scene)
 
@@ -128,34 +156,38 @@ class ScenesDataset(torch.utils.data.Dataset):
 
     def __getitem__(self, index: int | str) -> Any:
         if isinstance(index, str):
-            return [_column(scene, index) for scene in self.scenes]
+            if index not in self.features:
+                raise ValueError(f"Scenes have no column {index!r}; without drawing: {', '.join(self.features)}.")
+            return [getattr(scene, index) for scene in self.scenes]
         scene = self.scenes[index]
         pixels, masks = draw(scene, self.image_size)
         regions = [
             {"box": box_of(mask), "mask": mask, "phrase": f"a {item.phrase}", "label": item.shape}
             for item, mask in zip(scene.objects, masks)
         ]
-        long = long_caption(scene)
-        return {
-            "image": Image.fromarray(pixels),
-            "caption": scene.caption,
-            "long_caption": long,
-            "captions": [scene.caption, long],
-            "label": _column(scene, "label"),
-            "regions": regions,
-        }
+        columns = {name: getattr(scene, name) for name in self.features}
+        return {"image": Image.fromarray(pixels), **columns, "regions": regions}
 
+    @staticmethod
+    def caption_metrics(captions: Sequence[str], references: Sequence[str]) -> dict[str, float]:
+        """F1 of the (colour, shape) pairs named, counted over the whole set, and the share of exact captions."""
+        hits = named = present = 0
+        for found, expected in zip(map(parse_objects, captions), map(parse_objects, references)):
+            hits += (found & expected).total()
+            named += found.total()
+            present += expected.total()
+        exact = sum(caption == reference for caption, reference in zip(captions, references))
+        return {"caption_object_f1": 2 * hits / max(named + present, 1), "caption_exact": exact / len(captions)}
 
-def _column(scene: Scene, name: str) -> Any:
-    if name == "caption":
-        return scene.caption
-    if name == "long_caption":
-        return long_caption(scene)
-    if name == "captions":
-        return [scene.caption, long_caption(scene)]
-    if name == "label":
-        return CLASSES.index(f"{scene.objects[0].colour} {scene.objects[0].shape}")
-    raise ValueError(f"Scenes have no column {name!r}; those that need no drawing are {', '.join(COLUMNS)}.")
+    @staticmethod
+    def region_caption_metrics(captions: Sequence[str], phrases: Sequence[str]) -> dict[str, float]:
+        """How often size, colour and shape are named right."""
+        metrics = {}
+        for name, words in {"size": {*SIZES}, "colour": {*COLOURS}, "shape": {*SHAPES}}.items():
+            pairs = zip(captions, phrases)
+            right = sum({*caption.split()} & words == {*phrase.split()} & words for caption, phrase in pairs)
+            metrics[f"region_caption_{name}"] = right / len(captions)
+        return metrics
 
 
 def parse_objects(caption: str) -> Counter[tuple[str, str]]:
@@ -212,7 +244,7 @@ def _plain(a: SceneObject, b: SceneObject) -> bool:
 
 
 def draw(scene: Scene, image_size: int) -> tuple[np.ndarray, list[np.ndarray]]:
-    """The picture `(image_size, image_size, 3)` uint8 and each object's mask `(image_size, image_size)` bool."""
+    """The image `(image_size, image_size, 3)` uint8 and each object's mask `(image_size, image_size)` bool."""
     rng = np.random.default_rng(scene.seed)
     scale = image_size / CANVAS
     pixels = _background(scene, image_size, rng)
@@ -281,7 +313,7 @@ def box_of(mask: np.ndarray) -> list[float]:
     return [float(columns[0]), float(rows[0]), float(columns[-1] + 1), float(rows[-1] + 1)]
 
 
-def long_caption(scene: Scene) -> str:
+def describe(scene: Scene) -> str:
     """100 to 200 words: the ground, and every object's place, size, colour, shape and nearest neighbour."""
     rng = np.random.default_rng([scene.seed, 1])
     count = len(scene.objects)
@@ -323,7 +355,7 @@ def long_caption(scene: Scene) -> str:
 
 
 def place(item: SceneObject) -> str:
-    """Which ninth of the picture the centre lies in: "top left", "right", "centre"."""
+    """Which ninth of the image the centre lies in: "top left", "right", "centre"."""
     vertical = ("top", "", "bottom")[int(item.y * 3 / CANVAS)]
     horizontal = ("left", "", "right")[int(item.x * 3 / CANVAS)]
     return f"{vertical} {horizontal}".strip() or "centre"

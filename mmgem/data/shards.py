@@ -1,4 +1,4 @@
-"""Pictures with captions from tar shards in img2dataset's layout (LAION, COYO), as an endless stream."""
+"""Images with captions from tar shards in img2dataset's layout (LAION, COYO), as an endless stream."""
 
 import copy
 import itertools
@@ -27,12 +27,12 @@ CAPTION_COLUMN = "caption"
 
 
 class BadSampleError(ValueError):
-    """A sample that is passed over; the text begins with the kind of fault it has, by which they are counted."""
+    """A sample is skipped. The message starts with the kind of fault, which the Trainer counts."""
 
 
 @dataclass
 class RawSample:
-    """The files of one sample, by extension; or what is wrong with it."""
+    """The files of one sample by extension, or its fault."""
 
     key: str
     members: dict[str, bytes] = field(default_factory=dict)
@@ -41,25 +41,25 @@ class RawSample:
 
 class ShardStream(torch.utils.data.IterableDataset):
     """
-    Examples from tar shards without end: `{"image", "image_id", "caption", "captions", "bad", "position"}`, as of
+    Endless examples from tar shards: `{"image", "image_id", "caption", "captions", "bad", "position"}`, as of
     [`PairDataset`].
 
-    Each process and each of its loader's workers reads shards of its own. An epoch takes the shards in a random
-    order, and the samples of a shard in windows, each in a random order. All of this, the choice among several
-    sources and the augmentation are functions of the seed and of `position`, which every example carries: a stream
-    that starts from a position goes on exactly as the first one would have, and decodes nothing of what lies before.
-    What cannot be read is passed over; `bad` of the next example names it.
+    Each worker of each process reads its own shards. An epoch takes the shards in a random order, and shuffles the
+    samples of a shard within windows. The orders, the choice among several sources and the augmentation depend only on
+    the seed and on `position`, which every example carries: a stream that starts from a position continues exactly as
+    the first one would have, without decoding earlier samples. A sample that cannot be read is skipped; `bad` of the
+    next example names it.
 
     Args:
-        sources: per source its shards: paths, or URLs that fsspec opens (`hf://datasets/org/name/00000.tar`).
-        weights: how often each source is drawn from; all alike by default.
+        sources: the shards of each source: paths, or URLs that fsspec opens (`hf://datasets/org/name/00000.tar`).
+        weights: how often each source is drawn from; equally often by default.
         caption_column: key of the caption, or list of captions, in a sample's json. By default the txt goes first.
         augmentation_scale, seed: as [`PairDataset`].
-        window: samples that are shuffled among each other, and held in memory (encoded).
-        rank, world_size: which of how many processes this is.
+        window: number of samples that are shuffled among each other; memory holds that many encoded images.
+        rank, world_size: of this process.
 
     Raises:
-        ValueError: for a source without shards, or weights that do not fit.
+        ValueError: for a source without shards, or weights that do not match the sources.
     """
 
     def __init__(
@@ -88,13 +88,13 @@ class ShardStream(torch.utils.data.IterableDataset):
         self.positions: dict[int, dict[str, Any]] = {}
 
     def start_from(self, batches: int, positions: dict[int, dict[str, Any]]) -> None:
-        """Goes on behind so many batches of this process, each worker behind the last position that came from it."""
+        """Continues after `batches` batches of this process, each worker after its last position."""
         self.batches, self.positions = batches, positions
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         info = torch.utils.data.get_worker_info()
         workers = info.num_workers if info else 1
-        # Batches come from the workers in turn: the first of this loader is whose turn it is in the run.
+        # Batches come from the workers in turn, and a resumed loader starts with its worker 0.
         worker = ((info.id if info else 0) + self.batches) % workers
         part, parts = self.rank * workers + worker, self.world_size * workers
         fewest = min(map(len, self.sources))
@@ -127,7 +127,7 @@ class ShardStream(torch.utils.data.IterableDataset):
             bad, in_a_row = {}, 0
 
     def _samples(self, source: int, place: list[int], part: int, parts: int) -> Iterator[tuple[RawSample, list[int]]]:
-        """This reader's samples from a place on (epoch, shard, sample), each with the place behind it."""
+        """This reader's samples from a place (epoch, shard, sample) on, each with the place after it."""
         epoch, shard, sample = place
         found = sample > 0
         while True:
@@ -156,18 +156,18 @@ class ShardStream(torch.utils.data.IterableDataset):
         captions = captions_of(sample, self.caption_column)
         content = next((sample.members[name] for name in PICTURES if name in sample.members), None)
         if content is None:
-            raise BadSampleError(f"no picture: only {', '.join(sample.members)}")
+            raise BadSampleError(f"no image: only {', '.join(sample.members)}")
         try:
             image = augmented_image(content, self.augmentation_scale, self.least_side, rng)
         except Image.DecompressionBombError as error:
             raise BadSampleError(f"too many pixels: {error}") from error
-        except Exception as error:  # Pillow's readers raise whatever they stumble over
-            raise BadSampleError(f"unreadable picture: {type(error).__name__}: {error}") from error
+        except Exception as error:  # Pillow's readers raise errors of many types
+            raise BadSampleError(f"unreadable image: {type(error).__name__}: {error}") from error
         caption = captions[rng.integers(len(captions))]
         return {"image": image, "image_id": digest(content), "caption": caption, "captions": captions}
 
     def captions(self, limit: int = 10_000) -> list[list[str]]:
-        """The captions of the first samples, without decoding a picture."""
+        """The captions of the first samples, without decoding an image."""
         captions = []
         for sample in itertools.islice(self._first_samples(), limit):
             try:
@@ -177,7 +177,7 @@ class ShardStream(torch.utils.data.IterableDataset):
         return captions
 
     def some_pictures(self, number: int = 256) -> Iterator[Image.Image]:
-        """The first pictures that can be read."""
+        """The first images that can be read."""
         rng = np.random.default_rng(self.seed)
         for sample in self._first_samples():
             try:
@@ -195,10 +195,10 @@ class ShardStream(torch.utils.data.IterableDataset):
 
 def captions_of(sample: RawSample, column: str) -> list[str]:
     """
-    The text of the txt, or what the json has under `column`; under another name than "caption", of the json alone.
+    The captions in the txt, or in the json under `column`; with a column other than "caption", in the json alone.
 
     Raises:
-        BadSampleError: where there is none.
+        BadSampleError: if there is none.
     """
     extension = "txt" if column == CAPTION_COLUMN and "txt" in sample.members else "json"
     content = sample.members.get(extension)
@@ -232,8 +232,8 @@ def captions_of(sample: RawSample, column: str) -> list[str]:
 
 def read_samples(path: str, start: int = 0) -> Iterator[RawSample]:
     """
-    The samples of a tar in their order, from number `start` on: neighbouring files of one name, whatever comes after
-    its first dot. A fault is a sample too, so that numbers stay the same; those of the whole tar are its last ones.
+    The samples of a tar in their order, from number `start` on. A sample is a run of files whose names agree up to the
+    first dot. A fault counts as a sample, so that numbers do not shift; faults of the tar itself come last.
     """
     faults: dict[str, str] = {}
     seen: set[str] = set()
@@ -248,7 +248,7 @@ def read_samples(path: str, start: int = 0) -> Iterator[RawSample]:
                         sample.fault = f"key twice: {key} lies apart from its other files; sort the members by name"
                     yield sample
                 seen.add(key)
-    except Exception as error:  # file systems, remote ones above all, raise whatever they stumble over
+    except Exception as error:  # remote file systems raise errors of many types
         faults.setdefault("broken shard", f"{type(error).__name__}: {error}")
     for kind, fault in faults.items():
         number += 1
@@ -257,7 +257,7 @@ def read_samples(path: str, start: int = 0) -> Iterator[RawSample]:
 
 
 def _members(tar: tarfile.TarFile, file: Any, faults: dict[str, str]) -> Iterator[tarfile.TarInfo]:
-    """The members in order, up to the end or to a fault, without the files that macOS adds to folders and archives."""
+    """The members in order, up to the end or a fault, without the metadata files that macOS adds."""
     metadata = 0
     try:
         for member in tar:
@@ -266,14 +266,14 @@ def _members(tar: tarfile.TarFile, file: Any, faults: dict[str, str]) -> Iterato
                 metadata += 1
                 faults["macOS metadata"] = f"{metadata} members without a sample, the last {member.name}"
                 continue
-            if member.size < 0:  # tarfile would go back, and round in circles
+            if member.size < 0:  # tarfile would seek back and loop forever
                 raise tarfile.ReadError(f"{member.name} has {member.size} bytes")
             yield member
-        # Where a header cannot be read, tarfile stops as at the end; the end itself is a block of zeros.
+        # tarfile also stops at a header that it cannot read; the true end is a block of zeros.
         file.seek(tar.offset)
         if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
             raise tarfile.ReadError(f"neither a header nor the end at byte {tar.offset}")
-    except Exception as error:  # a corrupt header makes tarfile raise whatever it stumbles over
+    except Exception as error:  # corrupt headers raise errors of many types
         faults["broken shard"] = f"{type(error).__name__}: {error}"
 
 
@@ -307,13 +307,13 @@ def _key(member: tarfile.TarInfo) -> str:
 
 def expand_shards(pattern: str) -> list[str]:
     """
-    The shards that a pattern names, sorted: `{000000..000999}` counts, `*` globs; local, or of any file system that
-    fsspec knows.
+    The shards that a pattern names, sorted: `{000000..000999}` counts, `*` globs; local, or on any file system that
+    fsspec supports.
 
     Raises:
-        ValueError: where the first number is larger than the last.
-        FileNotFoundError: where a glob finds nothing, or a local shard is not there.
-        OSError: where the place cannot be reached.
+        ValueError: if the first number is larger than the last.
+        FileNotFoundError: if a glob matches nothing, or a local shard does not exist.
+        OSError: if the file system cannot be listed.
     """
     if match := re.search(r"\{(\d+)\.\.(\d+)\}", pattern):
         first, last = match.groups()
@@ -325,7 +325,7 @@ def expand_shards(pattern: str) -> list[str]:
         try:
             files, path = fsspec.core.url_to_fs(pattern)
             names = files.glob(path)
-        except Exception as error:  # of a remote file system, whatever it has
+        except Exception as error:  # remote file systems raise errors of many types
             raise OSError(f"{pattern} could not be listed: {type(error).__name__}: {error}") from error
         found = sorted(files.unstrip_protocol(name) if "://" in pattern else name for name in names)
         if not found:

@@ -1,4 +1,4 @@
-"""Tables from files, checked line by line before `datasets` reads them, which does not say where a fault lies."""
+"""Tables from files. They are checked line by line before `datasets` reads them, whose errors name no line."""
 
 import contextlib
 import csv
@@ -15,7 +15,7 @@ from .json_files import check_json_row, read_json
 
 
 FORMATS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv"}
-# An empty field alone is nothing. pandas would take "None", "NA" and "null" for nothing too, and they are captions.
+# Only an empty field is a missing value. pandas also takes "None", "NA" and "null" for one, and they may be captions.
 CSV_OPTIONS = {"keep_default_na": False, "na_values": [""]}
 MAX_FIELD_BYTES = 2**27
 UTF_16 = (b"\xff\xfe", b"\xfe\xff")
@@ -26,9 +26,8 @@ def read_file(path: str, split: str) -> datasets.Dataset:
     A table from parquet, jsonl, json or csv.
 
     Raises:
-        ValueError: for another format, and for a file that cannot be read or has no rows; with the line, if it has
-            lines.
-        FileNotFoundError: for a file that is not there.
+        ValueError: for an unknown format, an invalid file (with the line, if it has lines), or one without rows.
+        FileNotFoundError: for a missing file.
     """
     extension = os.path.splitext(path)[1].lower()
     if extension not in FORMATS:
@@ -42,7 +41,7 @@ def read_file(path: str, split: str) -> datasets.Dataset:
     options = CSV_OPTIONS if extension == ".csv" else {}
     try:
         table = datasets.load_dataset(FORMATS[extension], data_files={split: path}, split=split, **options)
-    except Exception as error:  # of pandas, pyarrow or datasets, which raises "no data" where there are no rows
+    except Exception as error:  # of pandas, pyarrow or datasets, which raises "no data" for a file without rows
         if "corresponds to no data" in str(error):
             raise ValueError(f"{path} has no rows.") from error
         raise ValueError(f"{path} could not be read as {FORMATS[extension]}: {root_cause(error)}.") from error
@@ -51,8 +50,8 @@ def read_file(path: str, split: str) -> datasets.Dataset:
 
 def load_named(name: str, config: str | None, split: str | None = None) -> Any:
     """
-    A dataset of the Hub or of a folder: the table of a split, or all splits by their names. The tables of a folder are
-    checked as those of [`read_file`].
+    A dataset of the Hub or of a folder: the table of a split, or all splits by name. A folder's tables are checked as
+    in [`read_file`].
 
     Raises:
         ValueError: for files that cannot be read, with the line of a local file.
@@ -95,14 +94,14 @@ def _refuse_lost_words(path: str) -> None:
 
 
 def root_cause(error: BaseException) -> str:
-    """What an error began with: `datasets` says that an error occurred, and raises it from the one that did."""
+    """The first error of a chain: `datasets` raises one that only says that another occurred."""
     while error.__cause__ is not None:
         error = error.__cause__
     return f"{type(error).__name__}: {error}".rstrip(".")
 
 
 def _lines(path: str) -> Iterator[tuple[int, str]]:
-    """Every line of a file in UTF-8, with its number. Raises ValueError where it is in another encoding."""
+    """The numbered lines of a file. Raises ValueError if it is not in UTF-8."""
     with open(path, "rb") as file:
         if file.read(2) in UTF_16:
             raise ValueError(f"{path} is in UTF-16, not in UTF-8. {_conversion('UTF-16', path)}")
@@ -130,7 +129,7 @@ def _check_json_rows(path: str) -> None:
 
 
 def _check_json(path: str) -> None:
-    """One document, or lines in spite of the name."""
+    """A .json file is one document, or JSON lines in spite of its name."""
     text = next((line for _, line in _lines(path) if line.strip()), "")
     if text.lstrip().startswith("["):
         rows = read_json(path)
@@ -168,8 +167,4 @@ def _check_csv(path: str) -> None:
         csv.field_size_limit(limit)
 
 
-CHECKS: dict[str, Callable[[str], None]] = {
-    ".jsonl": _check_json_rows,
-    ".json": _check_json,
-    ".csv": _check_csv,
-}
+CHECKS: dict[str, Callable[[str], None]] = {".jsonl": _check_json_rows, ".json": _check_json, ".csv": _check_csv}

@@ -8,7 +8,7 @@ Evaluates a checkpoint in the figures of its field.
 
 import os
 import sys
-from contextlib import ExitStack
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -28,35 +28,34 @@ from .tasks import load_model, run_tasks, score_caption_files
 
 
 def main() -> None:
-    """An evaluation, which has its output folder for itself."""
-    with ExitStack() as held:
-        run(held)
-
-
-def run(held: ExitStack) -> None:
-    """Evaluate and write the report. What the user can put right ends with a line."""
+    """Evaluates and writes the report. Errors that the user can put right end with one line."""
     try:
         (arguments,) = parse_options([EvaluationArguments], "python -m mmgem.evaluation")
-        if int(os.environ.get("RANK", "0")) == 0:
-            held.enter_context(output_lock(arguments.output_dir))  # rather a fault now than after all the work
-        if arguments.caption_results is not None:
-            sections = [score_caption_files(arguments)]
-            names = ("caption_results", "caption_references", "split", "caption_subset")
-            setting = {name: getattr(arguments, name) for name in names}
-        else:
-            state = PartialState(cpu=not torch.cuda.is_available())
-            model, processor = load_model(arguments)
-            sections = run_tasks(model.to(state.device), processor, arguments)
-            setting = describe(arguments, processor, state)
-            if not state.is_main_process:
-                return
-        for section in sections:
-            for name, value in section.metrics.items():
-                print(f"{name:44} {value:.4f}")
-        setting.update(environment(), caption_tokenizer=TOKENIZER)
-        report = write_report(arguments.output_dir, "Evaluation", sections, setting)
+        is_first = int(os.environ.get("RANK", "0")) == 0
+        with output_lock(arguments.output_dir) if is_first else nullcontext():
+            run(arguments)
     except (ValueError, OSError, DatasetsError) as error:
         sys.exit(f"error: {error}")
+
+
+def run(arguments: EvaluationArguments) -> None:
+    """Evaluates in all processes; the first one writes and prints the report."""
+    if arguments.caption_results is not None:
+        sections = [score_caption_files(arguments)]
+        names = ("caption_results", "caption_references", "split", "caption_subset")
+        setting = {name: getattr(arguments, name) for name in names}
+    else:
+        state = PartialState(cpu=not torch.cuda.is_available())
+        model, processor = load_model(arguments)
+        sections = run_tasks(model.to(state.device), processor, arguments)
+        setting = describe(arguments, processor, state)
+        if not state.is_main_process:
+            return
+    for section in sections:
+        for name, value in section.metrics.items():
+            print(f"{name:44} {value:.4f}")
+    setting.update(environment(), caption_tokenizer=TOKENIZER)
+    report = write_report(arguments.output_dir, "Evaluation", sections, setting)
     print(f"Report: {os.path.relpath(report)}")
 
 

@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field, fields
 from typing import Literal
 
+from ..data.arguments import ANNOTATION_FILES, TableArguments
+
 
 LONG_CAPTION_COLUMN = "long_caption"
 MAX_LENGTHS = (50, 200)  # tokens: as trained, and as the paper tests
@@ -10,7 +12,7 @@ TASKS = ("retrieval", "classification", "captioning", "long_text", "regions")
 
 
 @dataclass
-class EvaluationArguments:
+class EvaluationArguments(TableArguments):
     """What to evaluate a model on, and on what data."""
 
     model: str | None = field(default=None, metadata={"help": "MM-GEM checkpoint, a folder or a Hub id."})
@@ -19,34 +21,15 @@ class EvaluationArguments:
         default_factory=lambda: ["retrieval", "captioning"],
         metadata={"help": f"Any of {', '.join(TASKS)}, separated by commas or spaces."},
     )
-    dataset_name: str | None = field(
-        default=None, metadata={"help": "'scenes' (built in), a Hub id, or a local folder of `datasets`."}
-    )
-    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the Hub dataset."})
     split: str = field(default="test", metadata={"help": "Of the dataset, or of Karpathy's file."})
     data_file: str | None = field(default=None, metadata={"help": "Instead: parquet, jsonl, json or csv."})
-    annotations: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": "Instead: COCO's captions_*.json or instances_*.json, NoCaps' file, Karpathy's dataset_*.json, "
-            "Visual Genome's region_descriptions.json, long captions of DCI, DOCCI, ShareGPT4V or Urban1k."
-        },
-    )
-    image_folders: list[str] = field(
-        default_factory=list, metadata={"help": "Where the pictures of the annotations lie."}
-    )
-    image_column: str = field(default="image", metadata={"help": "Pictures, bytes or paths."})
-    caption_column: str = field(default="caption", metadata={"help": "A string, or a list of strings: all count."})
+    annotations: list[str] | None = field(default=None, metadata={"help": f"Instead: {ANNOTATION_FILES}."})
     long_caption_column: str = field(
         default=LONG_CAPTION_COLUMN,
         metadata={"help": f"For long_text; caption_column where there is no {LONG_CAPTION_COLUMN}."},
     )
     label_column: str = field(default="label", metadata={"help": "For classification: numbers of classes."})
-    regions_column: str = field(default="regions", metadata={"help": "For regions: lists of {box, phrase}."})
-    captions_per_image: int = field(
-        default=5,
-        metadata={"help": "For retrieval: the first so many of a picture."},
-    )
+    captions_per_image: int = field(default=5, metadata={"help": "For retrieval: the first so many of an image."})
     class_names: list[str] | None = field(
         default=None, metadata={"help": "For classification: names of the classes, where the data does not name them."}
     )
@@ -58,29 +41,28 @@ class EvaluationArguments:
         metadata={"help": "For classification: YAML, a list of datasets, each a mapping of options such as these."},
     )
     max_lengths: list[int] = field(
-        default_factory=lambda: [*MAX_LENGTHS], metadata={"help": "For long_text: tokens that captions are cut to."}
+        default_factory=lambda: [*MAX_LENGTHS], metadata={"help": "For long_text: tokens to truncate captions to."}
     )
-    caption_samples: int | None = field(default=None, metadata={"help": "Caption so many pictures; all by default."})
+    caption_samples: int | None = field(default=None, metadata={"help": "Caption so many images; all by default."})
     num_beams: int = field(default=1, metadata={"help": "For captioning: beams; 1: the most probable word by word."})
     draws: int = field(
-        default=0, metadata={"help": "Draw so many captions of each picture, and let the model choose; 0: do not."}
+        default=0, metadata={"help": "Draw so many captions of each image, and let the model choose; 0: do not."}
     )
     caption_results: str | None = field(
-        default=None,
-        metadata={"help": "Without a model: captions in COCO's form to score."},
+        default=None, metadata={"help": "Without a model: captions in COCO's form to score."}
     )
     caption_references: str | None = field(
         default=None, metadata={"help": "COCO's, NoCaps' or Karpathy's reference file (with --split)."}
     )
     caption_subset: bool = field(
-        default=False, metadata={"help": "Score the pictures that caption_results has, not all of caption_references."}
+        default=False, metadata={"help": "Score the images that caption_results has, not all of caption_references."}
     )
     max_samples: int | None = field(default=None, metadata={"help": "Use the first so many (scenes: 500)."})
     max_length: int | None = field(default=None, metadata={"help": "Tokens per text; the processor's own by default."})
-    batch_size: int = field(default=64, metadata={"help": "Pictures, or texts, at a time."})
+    batch_size: int = field(default=64, metadata={"help": "Images, or texts, at a time."})
     dtype: Literal["float32", "bfloat16", "float16"] = field(default="float32", metadata={"help": "Of the weights."})
     seed: int = field(default=0, metadata={"help": "Of captions that are drawn."})
-    output_dir: str = field(default="outputs/evaluation", metadata={"help": "For results.json, report.md, pictures."})
+    output_dir: str = field(default="outputs/evaluation", metadata={"help": "For results.json, report.md, images."})
 
     def __post_init__(self) -> None:
         for option in fields(self):
@@ -95,22 +77,18 @@ class EvaluationArguments:
             raise ValueError("caption_results are scored against caption_references: give both.")
         if self.caption_results is not None:
             if self.model is not None:
-                raise ValueError("caption_results are captions that are there already: give them or model, not both.")
+                raise ValueError("caption_results need no model to write captions: give them or model, not both.")
             return
         if self.model is None:
             raise ValueError("Give --model, or captions to score with --caption_results and --caption_references.")
-        sources = (self.dataset_name, self.data_file, self.annotations)
-        suite_alone = self.tasks == ["classification"] and self.classification_suite is not None
-        if sum(source is not None for source in sources) != (0 if suite_alone else 1):
-            raise ValueError("Give dataset_name, data_file or annotations, one of the three.")
-        if self.annotations and not self.image_folders:
-            raise ValueError("Annotations name pictures only; say where these lie with --image_folders.")
-        for name, least in {"batch_size": 1, "captions_per_image": 1, "num_beams": 1, "draws": 0}.items():
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be {least} or more, got {getattr(self, name)}.")
-        for name in ("caption_samples", "max_samples"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}.")
+        sources = ("dataset_name", "data_file", "annotations")
+        if self.classification_suite is None or self.tasks != ["classification"]:
+            self.require_one_of(sources)
+        elif given := [name for name in sources if getattr(self, name) is not None]:
+            raise ValueError(f"classification_suite names its datasets itself; leave out {given[0]}.")
+        self.require_image_folders(self.annotations)
+        self.require_at_least(1, "batch_size", "captions_per_image", "num_beams", "caption_samples", "max_samples")
+        self.require_at_least(0, "draws")
         for length in [*self.max_lengths, *([] if self.max_length is None else [self.max_length])]:
             if length < 4:
                 raise ValueError(f"A text of {length} tokens holds no word beside BOS and [EMB].")

@@ -30,18 +30,34 @@ Vector = tuple[dict[tuple[str, ...], float], np.ndarray, int]
 
 def tokenize(text: str) -> list[str]:
     """
-    Lower-cased words without punctuation, "don't" (with either apostrophe) and "t-shirt" whole; one token per
-    character, with its marks, in scripts without spaces (Chinese, Japanese, Thai, Lao, Khmer, Burmese). The same for
-    references and candidates, but not the PTB tokenizer: figures differ from coco-caption's in the third digit.
+    Lower-cased words without punctuation; "don't" (with either apostrophe) and "t-shirt" are one word each. In scripts
+    without spaces (Chinese, Japanese, Thai, Lao, Khmer, Burmese) every character is a token, with its marks. This is
+    not the PTB tokenizer: scores differ from coco-caption's in the third digit.
     """
     return _TOKEN.findall(unicodedata.normalize("NFC", text).lower().replace("’", "'"))
 
 
 def has_cider(references: Sequence[object], of: str = "these captions") -> bool:
-    """Whether CIDEr is defined: it weighs n-grams by how few images have them, and of a single one says nothing."""
+    """Whether CIDEr is defined. It weighs n-grams by how few images have them, which needs two images or more."""
     if len(references) == 1:
         logger.warning(f"CIDEr of {of} is left out: it is undefined for a single image. Evaluate two or more.")
     return len(references) != 1
+
+
+def caption_scores(
+    candidates: Sequence[str], references: Sequence[Sequence[str]], of: str = "these captions"
+) -> dict[str, float]:
+    """
+    `caption_cider` (if it is defined: see [`has_cider`]), `caption_bleu1` to 4 and `caption_rouge_l`.
+
+    Raises:
+        ValueError: as [`cider_d`].
+    """
+    return {
+        **({"caption_cider": cider_d(candidates, references)[0]} if has_cider(references, of) else {}),
+        **{f"caption_bleu{n}": value for n, value in enumerate(bleu(candidates, references), 1)},
+        "caption_rouge_l": rouge_l(candidates, references)[0],
+    }
 
 
 def cider_d(candidates: Sequence[str], references: Sequence[Sequence[str]]) -> tuple[float, np.ndarray]:
@@ -49,15 +65,15 @@ def cider_d(candidates: Sequence[str], references: Sequence[Sequence[str]]) -> t
     CIDEr-D (Vedantam et al., 2015): n = 1 to 4, sigma = 6, counts clipped, document frequencies from these references.
 
     Args:
-        candidates: one caption per picture.
-        references: per picture its reference captions.
+        candidates: one caption per image.
+        references: per image its reference captions.
 
     Returns:
-        mean over the pictures and the score of each, on coco-caption's scale (0 to 10; papers print it x 100).
+        the mean over the images and the score of each, on coco-caption's scale (0 to 10; papers print it x 100).
 
     Raises:
-        ValueError: for lists of different length, empty ones, or a picture without a reference; for a single picture,
-            of which it is undefined.
+        ValueError: for lists of different length or empty ones, an image without a reference, and a single image, for
+            which CIDEr is undefined.
     """
     _check(candidates, references)
     weigh, reference_vectors = _weighting(references)
@@ -67,11 +83,11 @@ def cider_d(candidates: Sequence[str], references: Sequence[Sequence[str]]) -> t
 
 def best_constant_caption(references: Sequence[Sequence[str]]) -> tuple[str, float]:
     """
-    The one reference that, given to every picture, has the highest mean CIDEr-D: what a model must beat that looks at
-    its picture.
+    The reference that has the highest mean CIDEr-D if every image gets it: a model that looks at its image must beat
+    this.
 
     Args:
-        references: per picture its reference captions.
+        references: per image its reference captions.
 
     Returns:
         the caption and its mean CIDEr-D.
@@ -81,8 +97,8 @@ def best_constant_caption(references: Sequence[Sequence[str]]) -> tuple[str, flo
     """
     _check(references, references)
     weigh, reference_vectors = _weighting(references)
-    # Without clipping and length penalty, both of which only lower it, the mean similarity is linear in the candidate.
-    # So it is a bound, and the exact score is needed of few candidates only.
+    # Clipping and the length penalty only lower the score. Without them, the mean similarity is linear in the
+    # candidate: an upper bound that is cheap to compute, so that only few candidates need the exact score.
     mean: dict[tuple[str, ...], float] = Counter()  # type: ignore[assignment]
     for others in reference_vectors:
         for vector, norms, _ in others:
@@ -139,7 +155,7 @@ def rouge_l(candidates: Sequence[str], references: Sequence[Sequence[str]]) -> t
     and best recall over the references.
 
     Returns:
-        mean over the pictures and the score of each, 0 to 1.
+        mean over the images and the score of each, 0 to 1.
 
     Raises:
         ValueError: as [`cider_d`].
@@ -160,7 +176,7 @@ def rouge_l(candidates: Sequence[str], references: Sequence[Sequence[str]]) -> t
 
 def meteor_exact(candidate: str, references: Sequence[str]) -> float:
     """
-    METEOR (Banerjee and Lavie, 2005) by exact matches alone, without its stems and synonyms: 10 P R / (R + 9 P), less
+    METEOR (Banerjee and Lavie, 2005) by exact matches, without stems and synonyms: 10 P R / (R + 9 P) times 1 minus
     half the cube of chunks per match; the best over the references, 0 to 1.
     """
     words = tokenize(candidate)
@@ -177,7 +193,7 @@ def meteor_exact(candidate: str, references: Sequence[str]) -> float:
 
 
 def _common_subsequence(first: list[str], second: list[str]) -> int:
-    """Length of the longest one."""
+    """Length of the longest common subsequence."""
     row = [0] * (len(second) + 1)
     for word in first:
         diagonal = 0
@@ -189,7 +205,7 @@ def _common_subsequence(first: list[str], second: list[str]) -> int:
 
 
 def _aligned(words: list[str], reference: list[str]) -> list[tuple[int, int]]:
-    """Places of equal words, each used once, in the order of `words`; from the last on, as NLTK does it."""
+    """Index pairs of equal words, each used once, in the order of `words`; matched from the last on, as NLTK does."""
     free = list(range(len(reference)))
     matches = []
     for i in reversed(range(len(words))):
@@ -206,9 +222,9 @@ def _ngrams(words: list[str], max_n: int = 4) -> Ngrams:
 
 
 def _weighting(references: Sequence[Sequence[str]]) -> tuple[Callable[[str], Vector], list[list[Vector]]]:
-    """A function from a text to its vector by these references' document frequencies, and the references' vectors."""
+    """A function from a text to its vector, by the document frequencies of the references, and their own vectors."""
     if len(references) == 1:
-        raise ValueError("CIDEr is undefined for a single image: it compares with others. Evaluate two or more.")
+        raise ValueError("CIDEr is undefined for a single image. Evaluate two or more.")
     reference_ngrams = [[_ngrams(tokenize(reference)) for reference in of_image] for of_image in references]
     frequency: Ngrams = Counter()
     for of_image in reference_ngrams:
@@ -228,7 +244,7 @@ def _weighting(references: Sequence[Sequence[str]]) -> tuple[Callable[[str], Vec
 
 
 def _similarity(candidate: Vector, references: Sequence[Vector]) -> float:
-    """CIDEr-D of one candidate with one picture's references, 0 to 10."""
+    """CIDEr-D of one candidate with one image's references, 0 to 10."""
     weights, norms, length = candidate
     total = 0.0
     for other_weights, other_norms, other_length in references:
@@ -245,9 +261,9 @@ def _similarity(candidate: Vector, references: Sequence[Vector]) -> float:
 def _check(candidates: Sequence[object], references: Sequence[Sequence[str]]) -> None:
     if not candidates or len(candidates) != len(references):
         raise ValueError(
-            f"There are {len(candidates)} candidates and references for {len(references)} pictures; one caption per "
-            "picture, and at least one, is needed."
+            f"There are {len(candidates)} candidates and references for {len(references)} images; one caption per "
+            "image, and at least one, is needed."
         )
     for i, of_image in enumerate(references):
         if not of_image:
-            raise ValueError(f"references[{i}] is empty; every picture needs a reference.")
+            raise ValueError(f"references[{i}] is empty; every image needs a reference.")

@@ -1,4 +1,4 @@
-"""Zero-shot classification: the class whose sentences lie nearest to the picture (Radford et al., 2021)."""
+"""Zero-shot classification: the class whose sentences lie nearest to the image (Radford et al., 2021)."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -12,8 +12,8 @@ from ..data.pairs import PairDataset
 from ..modeling_mmgem import MMGEMModel
 from ..processing import MMGEMProcessor
 from ..processing.tokenization_mmgem import as_sentence
-from .embedding import embed_all_texts, embed_each, evaluating
-from .retrieval import TIE
+from .embedding import embed_all_texts, embed_dataset, evaluating
+from .retrieval import TIE, check_finite
 
 
 logger = logging.get_logger(__name__)
@@ -27,36 +27,33 @@ def classification_metrics(
 ) -> dict[str, float]:
     """
     Args:
-        scores (`torch.Tensor` of shape `(N, C)`): of each picture for each class, such as cosines or probabilities.
+        scores (`torch.Tensor` of shape `(N, C)`): of each image for each class, such as cosines or probabilities.
         labels (`torch.LongTensor` of shape `(N,)`): the right classes.
         seed: of the bootstrap.
         tie: scores that differ by no more are equal.
 
     Returns:
-        `top1` and `top5` (with more than five classes) as fractions of the pictures, where a class as near as the
-        right one counts as nearer; `mean_per_class`, the mean of the classes' own top1; and `top1_low` and
-        `top1_high`, between which 95 % of 1,000 bootstrap resamples of the pictures have their top1.
+        `top1` and `top5` (with more than five classes) as fractions of the images, a tie counting as wrong;
+        `mean_per_class`, the mean top1 of the classes; and `top1_low` and `top1_high`, the 95 % interval of top1 over
+        1,000 bootstrap resamples of the images.
 
     Raises:
         ValueError: for scores that are not finite, or a label that is no class.
     """
     scores, labels = scores.cpu(), labels.cpu()
-    bad = (~scores.isfinite()).any(-1).nonzero().flatten().tolist()
-    if bad:
-        raise ValueError(f"The scores of {len(bad)} of {len(scores)} pictures, first of number {bad[0]}, hold NaN.")
+    check_finite(scores, [f"image {i}" for i in range(len(scores))], "rows of scores")
     wrong = ((labels < 0) | (labels >= scores.shape[1])).nonzero().flatten().tolist()
     if len(labels) != len(scores) or not len(scores) or wrong:
-        found = f"; label {int(labels[wrong[0]])} of picture {wrong[0]} is none" if wrong else ""
+        found = f"; label {int(labels[wrong[0]])} of image {wrong[0]} is none" if wrong else ""
         raise ValueError(
-            f"{len(scores)} pictures need as many labels, of {scores.shape[1]} classes; there are "
-            f"{len(labels)}{found}."
+            f"{len(scores)} images need as many labels, of {scores.shape[1]} classes; there are {len(labels)}{found}."
         )
     own = scores.gather(1, labels[:, None])
     rank = (scores >= own - tie).sum(1)
     first = (rank == 1).double()
     sums = torch.zeros(scores.shape[1], dtype=torch.float64).index_add(0, labels, first)
     counts = torch.bincount(labels, minlength=scores.shape[1])
-    # How many of N drawn with replacement are right, N times top1 being right: binomial, whatever their order.
+    # The number of right images among N drawn with replacement is binomial.
     resampled = np.random.default_rng(seed).binomial(len(first), first.mean().item(), RESAMPLES) / len(first)
     low, high = np.quantile(resampled, (0.025, 0.975)).tolist()
     metrics = {"top1": first.mean().item()}
@@ -74,7 +71,7 @@ def class_embeddings(
     batch_size: int = 64,
 ) -> torch.Tensor:
     """
-    `(C, D)`: the mean of each class's sentences, brought to unit norm again.
+    `(C, D)`: the normalised mean of each class's sentences.
 
     Raises:
         ValueError: for a class without a name, or a template without `{}`.
@@ -101,18 +98,18 @@ def evaluate_classification(
     batch_size: int = 64,
 ) -> tuple[dict[str, float], dict[str, Any]]:
     """
-    [`classification_metrics`] of the pictures of `dataset` that can be read, `labels[i]` being the class of picture i.
-    Classes of one name are one class, unlike in CLIP's evaluation: of the two "sunglasses" of ImageNet, it takes the
-    second for wrong.
+    [`classification_metrics`] of the images of `dataset` that can be read; `labels[i]` is the class of image i.
+    Classes of the same name are merged, unlike in CLIP's evaluation, which counts the second "sunglasses" of ImageNet
+    as wrong.
 
     Returns:
-        the metrics, and `indices` of the pictures that count, their `labels` and the classes `predicted`, by the
-        `class_names` that are left.
+        the metrics, and `indices` of the images that were used, their `labels` and the classes `predicted`, as indices
+        into the merged `class_names`.
     """
     if wrong := [i for i, label in enumerate(labels) if label is None or not 0 <= label < len(class_names)]:
         raise ValueError(
             f"{len(wrong)} of {len(labels)} labels are no class from 0 to {len(class_names) - 1}, such as "
-            f"{labels[wrong[0]]} of picture {wrong[0]}."
+            f"{labels[wrong[0]]} of image {wrong[0]}."
         )
     first = {name: i for i, name in reversed(list(enumerate(class_names)))}
     if len(first) < len(class_names):
@@ -122,7 +119,7 @@ def evaluate_classification(
     class_names = [class_names[i] for i in sorted(first.values())]
     with evaluating(model):
         classes = class_embeddings(model, processor, class_names, templates, batch_size)
-        indices, images = embed_each(model, processor, dataset, batch_size, dataset.picture)
+        indices, images = embed_dataset(model, processor, dataset, batch_size, read=dataset.image)
     all_scores = images @ classes.T
     right = torch.tensor([labels[i] for i in indices])
     metrics = classification_metrics(all_scores, right, tie=TIE)

@@ -18,47 +18,47 @@ def dense_captioning_map(
     predictions: Sequence[Sequence[dict[str, Any]]], references: Sequence[Sequence[dict[str, Any]]]
 ) -> dict[str, float]:
     """
-    Mean average precision over 5 thresholds of IoU and 6 of language, as DenseCap measures it: a prediction belongs to
-    the box of the reference that it overlaps most, of several the surest takes it, and it is right where IoU reaches
-    its threshold and language is above its own (so that for 0 something must match). Equally sure ones (within 1e-6)
-    come all at once, the worst taking the box.
+    Mean average precision over 5 thresholds of IoU and 6 of language, as DenseCap measures it. A prediction is matched
+    to the reference box that it overlaps most; if several are, the one with the highest score takes the box. It is
+    right if its IoU reaches one threshold and its language score exceeds the other (at 0, something must match).
+    Predictions with equal scores (within 1e-6) are ranked together, and the worst of them takes the box.
 
-    Instead of METEOR, which needs Java and a thesaurus, its exact part is taken ([`meteor_exact`]): lower, as synonyms
-    do not count, so figures do not compare with published ones; they do with each other.
+    The language score is METEOR's exact part ([`meteor_exact`]), as METEOR needs Java and a thesaurus. It is lower,
+    because synonyms do not count: compare the results with each other, not with published ones.
 
     Args:
-        predictions: per picture `{"box": [x0, y0, x1, y1], "caption", "score"}`, the score saying how sure it is.
-        references: per picture `{"box", "phrase"}`.
+        predictions: per image `{"box": [x0, y0, x1, y1], "caption", "score"}`, the score being the confidence.
+        references: per image `{"box", "phrase"}`.
 
     Returns:
         `dense_captioning_map`, and `dense_captioning_ap_iou_{threshold}`, the mean over the thresholds of language.
 
     Raises:
-        ValueError: for lists of different length, no reference at all, a score that is no finite number, or a box
-            without area.
+        ValueError: for lists of different length, no reference at all, a score that is not finite, or a box without
+            area.
     """
     if len(predictions) != len(references):
-        raise ValueError(f"There are predictions for {len(predictions)} pictures, references for {len(references)}.")
-    for kind, pictures in {"prediction": predictions, "reference": references}.items():
-        for picture, of_picture in enumerate(pictures):
-            for box in (region["box"] for region in of_picture):
+        raise ValueError(f"There are predictions for {len(predictions)} images, references for {len(references)}.")
+    for kind, images in {"prediction": predictions, "reference": references}.items():
+        for image, regions in enumerate(images):
+            for box in (region["box"] for region in regions):
                 if not np.isfinite(box).all() or box[2] <= box[0] or box[3] <= box[1]:
-                    raise ValueError(f"A {kind} for picture {picture} has the box {list(box)}, which has no area.")
-    merged = [_merged(of_picture) for of_picture in references]
+                    raise ValueError(f"A {kind} for image {image} has the box {list(box)}, which has no area.")
+    merged = [_merged(regions) for regions in references]
     total = sum(map(len, merged))
     if not total:
-        raise ValueError("No picture has a reference, so there is nothing to find.")
+        raise ValueError("There is no reference. Give at least one image a reference box.")
     candidates: list[tuple[int, float, float, tuple[int, int]]] = []
-    for picture, (found, targets) in enumerate(zip(predictions, merged)):
+    for image, (found, targets) in enumerate(zip(predictions, merged)):
         for prediction in found:
             if not np.isfinite(prediction["score"]):
-                raise ValueError(f"A prediction for picture {picture} has the score {prediction['score']}.")
+                raise ValueError(f"A prediction for image {image} has the score {prediction['score']}.")
             overlaps = [box_iou(prediction["box"], box) for box, _ in targets]
             overlap, language, target = max(overlaps, default=0.0), 0.0, -1
             if overlap > 0:
                 target = overlaps.index(overlap)
                 language = meteor_exact(prediction["caption"], targets[target][1])
-            candidates.append((prediction["score"], overlap, language, (picture, target)))
+            candidates.append((prediction["score"], overlap, language, (image, target)))
     ranks = _ranks([score for score, *_ in candidates])
     ranked = [(rank, *candidate[1:]) for rank, candidate in zip(ranks, candidates)]
     ranked.sort(key=lambda item: (item[0], item[2], item[1]))
@@ -70,7 +70,7 @@ def dense_captioning_map(
 
 
 def _ranks(scores: Sequence[float]) -> list[int]:
-    """From 0 for the surest on; scores within 1e-6 of the next are of one rank."""
+    """Ranks by descending score, from 0; scores within 1e-6 of the next share a rank."""
     order = np.argsort(scores)[::-1]
     falls = -np.diff(np.asarray(scores, dtype=np.float64)[order]) > TIE
     ranks = np.zeros(len(scores), dtype=int)
@@ -89,7 +89,7 @@ def box_iou(first: Sequence[float], second: Sequence[float]) -> float:
 
 
 def _merged(references: Sequence[dict[str, Any]]) -> list[tuple[list[float], list[str]]]:
-    """Boxes that overlap the one with most such neighbours become their mean, until none are left."""
+    """Merges overlapping boxes into their mean, those around the box with the most neighbours first."""
     boxes = [list(map(float, reference["box"])) for reference in references]
     near = [[i == j or box_iou(a, b) >= MERGE_IOU for j, b in enumerate(boxes)] for i, a in enumerate(boxes)]
     left = list(range(len(boxes)))
@@ -104,7 +104,7 @@ def _merged(references: Sequence[dict[str, Any]]) -> list[tuple[list[float], lis
 def _average_precision(
     ranked: Sequence[tuple[int, float, float, tuple[int, int]]], iou: float, language: float, total: int
 ) -> float:
-    """Area under the highest precision at each of 101 recalls; of candidates `(rank, overlap, language, target)`."""
+    """Mean of the highest precision at each of 101 recalls; candidates are `(rank, overlap, language, target)`."""
     if not ranked:
         return 0.0
     taken = set()

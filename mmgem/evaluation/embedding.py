@@ -1,4 +1,4 @@
-"""Embeddings of whole datasets, each process doing its part."""
+"""Embeddings and captions of whole datasets, each process doing its share."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
@@ -10,7 +10,8 @@ from transformers.utils import logging
 from ..data.pairs import BadDataError, PairDataset
 from ..modeling_mmgem import MMGEMModel
 from ..processing import MMGEMProcessor
-from .sharing import gather_parts, gather_rows, own_part, process
+from .retrieval import check_finite
+from .sharing import gather_parts, gather_rows, is_first_process, shard_range
 
 
 logger = logging.get_logger(__name__)
@@ -20,7 +21,7 @@ CPU_TOKENS = 1024  # of a batch of texts: with more, what layers hand on to each
 
 @contextlib.contextmanager
 def evaluating(model: MMGEMModel) -> Iterator[None]:
-    """In eval mode for a while, and then as it was, part by part."""
+    """Switches to eval mode, and afterwards every module back to the mode that it had."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -39,8 +40,8 @@ def embed_texts(
     max_length: int | None = None,
 ) -> torch.Tensor:
     """
-    `(N, D)`, unit norm, float32, on the CPU; by this process alone, and cut to `max_length` without a word. Texts of
-    like length go together, `batch_size` at most.
+    `(N, D)`, unit norm, float32, on the CPU; by this process alone, truncated to `max_length` without a warning. Texts
+    of similar length share a batch, `batch_size` at most.
     """
     embeds = torch.empty(len(texts), model.config.projection_dim)
     if not texts:
@@ -67,39 +68,80 @@ def batches_by_length(lengths: Sequence[int], batch_size: int, max_tokens: int |
 
 
 @torch.inference_mode()
-def embed_pictures(
-    model: MMGEMModel, processor: MMGEMProcessor, pictures: Sequence[Any], whole_image_box: bool = False
+def embed_images(
+    model: MMGEMModel, processor: MMGEMProcessor, images: Sequence[Any], whole_image_box: bool = False
 ) -> torch.Tensor:
-    """`(N, D)` of opened pictures, unit norm, float32, on the CPU; with `whole_image_box` through h4."""
-    boxes = [[[0, 0, *picture.size]] for picture in pictures] if whole_image_box else None
-    inputs = processor(images=list(pictures), boxes=boxes, return_tensors="pt").to(model.device)
-    return model.get_embedding(**inputs).float().cpu().view(len(pictures), -1)
+    """`(N, D)` of PIL images, unit norm, float32, on the CPU; with `whole_image_box` through h4."""
+    boxes = [[[0, 0, *image.size]] for image in images] if whole_image_box else None
+    inputs = processor(images=list(images), boxes=boxes, return_tensors="pt").to(model.device)
+    return model.get_embedding(**inputs).float().cpu().view(len(images), -1)
+
+
+def write_captions(model: MMGEMModel, processor: MMGEMProcessor, inputs: Any, **generation: Any) -> list[str]:
+    """The captions of the processor's inputs; greedy unless `generation` says otherwise."""
+    options = {"do_sample": False, "max_new_tokens": processor.max_length, **generation}
+    ids = model.generate(**inputs.to(model.device), **options)
+    return [caption.strip() for caption in processor.batch_decode(ids, skip_special_tokens=True)]
+
+
+def caption_cosines(
+    model: MMGEMModel, processor: MMGEMProcessor, captions: Sequence[str], embeds: Sequence[torch.Tensor]
+) -> list[float]:
+    """The cosine of each caption's embedding with the embedding beside it; -1 for an empty caption."""
+    written = sorted({caption for caption in captions if caption})
+    texts = dict(zip(written, embed_texts(model, processor, written)))
+    return [
+        float(texts[caption] @ embed) if caption else -1.0 for caption, embed in zip(captions, embeds, strict=True)
+    ]
+
+
+def readable_batches(
+    dataset: PairDataset, read: Callable[[int], Any], batch_size: int, faults: list[str]
+) -> Iterator[tuple[list[int], list[Any]]]:
+    """
+    Batches of this process's share of the dataset: indices, and what `read` returns for them. The reasons of those
+    that cannot be read are added to `faults`.
+    """
+    indices: list[int] = []
+    examples: list[Any] = []
+    for index in shard_range(len(dataset)):
+        try:
+            examples.append(read(index))
+            indices.append(index)
+        except BadDataError as error:
+            faults.append(f"{index}: {error}")
+        if len(examples) == batch_size:
+            yield indices, examples
+            indices, examples = [], []
+    if examples:
+        yield indices, examples
+
+
+def gather_readable(found: list[Any], faults: list[str], dataset: PairDataset, kind: str = "examples") -> list[Any]:
+    """
+    What all processes found; a warning says what is left out.
+
+    Raises:
+        BadDataError: if none found anything.
+    """
+    found, faults = gather_parts(found), gather_parts(faults)
+    if not found:
+        raise BadDataError(f"None of the {len(dataset)} {kind} to evaluate on can be used; {faults[0]}.")
+    if faults and is_first_process():
+        logger.warning(f"{len(faults)} of {len(dataset)} {kind} are left out, such as {faults[0]}.")
+    return found
 
 
 def readable_examples(dataset: PairDataset) -> list[int]:
     """
-    The examples that can be read and have a caption, by their indices, found by all processes together.
+    The indices of the examples that can be read and have a caption, found by all processes together.
 
     Raises:
-        BadDataError: where there is none.
+        BadDataError: if there is none.
     """
-    found, reasons = [], []
-    for i in own_part(len(dataset)):
-        try:
-            dataset.read(i)
-            found.append(i)
-        except BadDataError as error:
-            reasons.append(f"{i}: {error}")
-    return _usable(found, reasons, dataset)
-
-
-def _usable(indices: list[int], reasons: list[str], dataset: PairDataset) -> list[int]:
-    indices, reasons = gather_parts(indices), gather_parts(reasons)
-    if not indices:
-        raise BadDataError(f"None of the {len(dataset)} examples to evaluate on can be used; {reasons[0]}.")
-    if reasons and process()[0] == 0:
-        logger.warning(f"{len(reasons)} of {len(dataset)} examples are left out, such as {reasons[0]}.")
-    return indices
+    faults: list[str] = []
+    found = [i for indices, _ in readable_batches(dataset, dataset.read, 1, faults) for i in indices]
+    return gather_readable(found, faults, dataset)
 
 
 def embed_dataset(
@@ -108,88 +150,56 @@ def embed_dataset(
     dataset: PairDataset,
     batch_size: int,
     whole_image_box: bool = False,
+    read: Callable[[int], Any] | None = None,
 ) -> tuple[list[int], torch.Tensor]:
     """
-    The pictures that can be read and have a caption, by their indices, and their embeddings `(N, D)`, by all processes
-    together. With `whole_image_box` a picture is the region that covers it, through h4.
+    The indices of the images that can be read and have a caption, and their embeddings `(N, D)`, by all processes
+    together.
+
+    Args:
+        whole_image_box: embed every image as the region that covers it, through h4.
+        read: what returns the image of an index; by default that of `dataset.read`, which needs a caption.
 
     Raises:
-        BadDataError: where none can be read.
+        BadDataError: if none can be read.
     """
-    return embed_each(
-        model, processor, dataset, batch_size, lambda i: dataset.read(i)["image"], whole_image_box=whole_image_box
-    )
-
-
-def embed_each(
-    model: MMGEMModel,
-    processor: MMGEMProcessor,
-    dataset: PairDataset,
-    batch_size: int,
-    read: Callable[[int], Any],
-    whole_image_box: bool = False,
-) -> tuple[list[int], torch.Tensor]:
-    """As [`embed_dataset`], of the pictures that `read` gives for their indices."""
-    indices: list[int] = []
+    read = read or (lambda index: dataset.read(index)["image"])
+    found: list[int] = []
     embeds = [torch.zeros(0, model.config.projection_dim)]
-    reasons: list[str] = []
-    part = own_part(len(dataset))
-    for start in range(0, len(part), batch_size):
-        pictures = []
-        for i in part[start : start + batch_size]:
-            try:
-                pictures.append(read(i))
-                indices.append(i)
-            except BadDataError as error:
-                reasons.append(f"{i}: {error}")
-        if pictures:
-            embeds.append(embed_pictures(model, processor, pictures, whole_image_box))
-    indices, images = _usable(indices, reasons, dataset), gather_rows(torch.cat(embeds))
-    check_finite(images, [f"picture {i}" for i in indices])
-    return indices, images
+    faults: list[str] = []
+    for indices, images in readable_batches(dataset, read, batch_size, faults):
+        found += indices
+        embeds.append(embed_images(model, processor, images, whole_image_box))
+    found, rows = gather_readable(found, faults, dataset), gather_rows(torch.cat(embeds))
+    check_finite(rows, [f"image {i}" for i in found])
+    return found, rows
 
 
 def embed_all_texts(
-    model: MMGEMModel,
-    processor: MMGEMProcessor,
-    texts: Sequence[str],
-    batch_size: int,
-    max_length: int | None = None,
+    model: MMGEMModel, processor: MMGEMProcessor, texts: Sequence[str], batch_size: int, max_length: int | None = None
 ) -> torch.Tensor:
     """As [`embed_texts`], by all processes together."""
-    part = own_part(len(texts))
-    embeds = gather_rows(embed_texts(model, processor, texts[part.start : part.stop], batch_size, max_length))
+    share = shard_range(len(texts))
+    embeds = gather_rows(embed_texts(model, processor, texts[share.start : share.stop], batch_size, max_length))
     check_finite(embeds, texts)
     return embeds
 
 
-def check_finite(embeds: torch.Tensor, names: Sequence[str]) -> None:
-    bad = (~embeds.isfinite()).any(-1).nonzero().flatten().tolist()
-    if bad:
-        raise ValueError(
-            f"{len(bad)} of {len(embeds)} embeddings hold NaN or infinity, the first that of {names[bad[0]]!r}; the "
-            "model diverged, or its dtype is too small for it."
-        )
-
-
 def embed_pairs(
-    model: MMGEMModel,
-    processor: MMGEMProcessor,
-    dataset: PairDataset,
-    batch_size: int,
-    whole_image_box: bool = False,
+    model: MMGEMModel, processor: MMGEMProcessor, dataset: PairDataset, batch_size: int, whole_image_box: bool = False
 ) -> dict[str, Any]:
     """
-    `image_embeds` of the pictures that can be read (`indices`), `text_embeds` of their captions, and `text_to_image`,
-    which says which belong together.
+    `image_embeds` of the images that can be read (`indices`), `text_embeds` of their captions, and `text_to_image`,
+    the index of each text's image among them.
     """
     indices, images = embed_dataset(model, processor, dataset, batch_size, whole_image_box)
     readable = dataset.select(indices).captions()
     texts = [caption for captions in readable for caption in captions]
-    cut = sum(len(row) > processor.max_length for row in processor.sentence_ids(texts))
-    if cut and process()[0] == 0:
+    truncated = sum(len(row) > processor.max_length for row in processor.sentence_ids(texts))
+    if truncated and is_first_process():
         logger.warning(
-            f"{cut} of {len(texts)} captions are longer than max_length={processor.max_length}, and are cut."
+            f"{truncated} of {len(texts)} captions are longer than max_length={processor.max_length}, and are "
+            "truncated."
         )
     return {
         "indices": indices,

@@ -1,7 +1,8 @@
-"""Retrieval and captions of one model over a dataset of pairs."""
+"""Retrieval and captions of one model over a dataset of pairs, long captions included (the paper's L-DCI)."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -9,31 +10,38 @@ import torch
 
 from ..data.collator import MODEL_INPUTS, PairCollator
 from ..data.pairs import PairDataset
-from ..data.scenes import ScenesDataset, parse_objects
 from ..modeling_mmgem import MMGEMModel
 from ..processing import MMGEMProcessor
-from .captioning import best_constant_caption, bleu, cider_d, has_cider, rouge_l
-from .embedding import embed_pairs, evaluating
-from .retrieval import retrieval_metrics
-from .sharing import gather_parts, own_part
+from .arguments import MAX_LENGTHS
+from .captioning import best_constant_caption, caption_scores, cider_d, has_cider, tokenize
+from .embedding import (
+    caption_cosines,
+    embed_all_texts,
+    embed_dataset,
+    embed_images,
+    embed_pairs,
+    evaluating,
+    write_captions,
+)
+from .retrieval import best_ranks, retrieval_metrics
+from .sharing import gather_parts, shard_range
+
+
+BUCKETS = (0, 50, 100, 150, 200, 300, 10**9)  # words, from one to below the next
 
 
 def evaluate_model(
-    model: MMGEMModel,
-    processor: MMGEMProcessor,
-    dataset: PairDataset,
-    batch_size: int = 64,
-    caption_samples: int = 0,
+    model: MMGEMModel, processor: MMGEMProcessor, dataset: PairDataset, batch_size: int = 64, caption_samples: int = 0
 ) -> tuple[dict[str, float], dict[str, Any]]:
     """
-    [`evaluate_retrieval`] and [`evaluate_captions`] in one. Pictures that cannot be read, or have no caption, are left
-    out. Where there are several processes, all must call it; each does its part, and gets the whole.
+    [`evaluate_retrieval`] and [`evaluate_captions`] in one. Images that cannot be read, or have no caption, are left
+    out. If there are several processes, all must call it; each does its share, and gets the whole.
 
     Returns:
         the metrics and the outputs of both.
 
     Raises:
-        BadDataError: where no example can be read.
+        BadDataError: if no example can be read.
     """
     metrics, outputs = evaluate_retrieval(model, processor, dataset, batch_size)
     readable = dataset.select(outputs["indices"])
@@ -44,10 +52,66 @@ def evaluate_model(
 def evaluate_retrieval(
     model: MMGEMModel, processor: MMGEMProcessor, dataset: PairDataset, batch_size: int = 64
 ) -> tuple[dict[str, float], dict[str, Any]]:
-    """[`retrieval_metrics`] of all pictures and all their captions, and what [`embed_pairs`] gives."""
+    """[`retrieval_metrics`] of all images and all their captions, and what [`embed_pairs`] returns."""
     with evaluating(model):
         outputs = embed_pairs(model, processor, dataset, batch_size)
     return retrieval_metrics(outputs["text_embeds"], outputs["image_embeds"], outputs["text_to_image"]), outputs
+
+
+def evaluate_long_text(
+    model: MMGEMModel,
+    processor: MMGEMProcessor,
+    dataset: PairDataset,
+    batch_size: int = 64,
+    max_lengths: Sequence[int] = MAX_LENGTHS,
+    whole_image_box: bool = False,
+) -> tuple[dict[str, float], dict[str, Any]]:
+    """
+    Retrieval with the captions of `dataset` truncated to each of `max_lengths` tokens.
+
+    Args:
+        whole_image_box: also evaluate every image as the region that covers it, through h4: the paper's path for long
+            captions once "region-retrieval" is loaded.
+
+    Returns:
+        the metrics: `long_text_{max_length}_…` as of [`retrieval_metrics`], with `_whole_box` after the length for
+        that path; `long_text_{max_length}_R@1_{words}_words`, text to image among all images, by the captions' number
+        of words; `long_text_{max_length}_cut`, the share of captions that were truncated. And outputs: `indices` of
+        the images that were used, and the number of `words` of each caption.
+    """
+    with evaluating(model):
+        indices, plain = embed_dataset(model, processor, dataset, batch_size)
+        dataset = dataset.select(indices)
+        images = {"": plain}
+        if whole_image_box:
+            images["_whole_box"] = embed_dataset(model, processor, dataset, batch_size, whole_image_box=True)[1]
+        of_images = dataset.captions()
+        texts = [caption for captions in of_images for caption in captions]
+        owners = torch.tensor([i for i, captions in enumerate(of_images) for _ in captions])
+        words = torch.tensor([len(tokenize(text)) for text in texts])
+        tokens = [len(row) for row in processor.sentence_ids(texts)]
+        metrics: dict[str, float] = {}
+        for length in max_lengths:
+            embeds = embed_all_texts(model, processor, texts, batch_size, max_length=length)
+            for path, image_embeds in images.items():
+                ranks = retrieval_metrics(embeds, image_embeds, owners)
+                metrics.update({f"long_text_{length}{path}_{name}": value for name, value in ranks.items()})
+            metrics.update(_by_words(f"long_text_{length}_R@1", embeds, plain, owners, words))
+            metrics[f"long_text_{length}_cut"] = sum(count > length for count in tokens) / len(tokens)
+    return metrics, {"indices": indices, "words": words.tolist()}
+
+
+def _by_words(
+    name: str, texts: torch.Tensor, images: torch.Tensor, owners: torch.Tensor, words: torch.Tensor
+) -> dict[str, float]:
+    found = best_ranks(texts, images, torch.stack([torch.arange(len(owners)), owners], 1)) == 1
+    metrics = {}
+    for low, high in pairwise(BUCKETS):
+        here = (words >= low) & (words < high)
+        if here.any():
+            label = f"{low}_to_{high - 1}" if high < BUCKETS[-1] else f"{low}_and_more"
+            metrics[f"{name}_{label}_words"] = found[here].double().mean().item()
+    return metrics
 
 
 def evaluate_captions(
@@ -59,8 +123,8 @@ def evaluate_captions(
     **generation: Any,
 ) -> tuple[dict[str, float], dict[str, Any]]:
     """
-    Held-out L_Gen over all captions, and the metrics of captions of the first `caption_samples` pictures (0: none),
-    greedy unless `generation` says otherwise, which are among the outputs as `captions`. Every picture must be
+    Held-out L_Gen over all captions, and the metrics of captions of the first `caption_samples` images (0: none),
+    greedy unless `generation` says otherwise, which are among the outputs as `captions`. Every image must be
     readable: select those that are.
     """
     with evaluating(model):
@@ -79,7 +143,7 @@ def held_out_caption_loss(
     """L_Gen in nats per token, EOS included, over all captions of the dataset."""
     collate = PairCollator(processor, "caption")
     sums = []
-    for examples in _batches(dataset, own_part(len(dataset)), batch_size):
+    for examples in _batches(dataset, len(dataset), batch_size):
         pairs = [{**example, "caption": caption} for example in examples for caption in example["captions"]]
         for start in range(0, len(pairs), batch_size):
             batch = collate(pairs[start : start + batch_size])
@@ -94,63 +158,95 @@ def held_out_caption_loss(
 
 
 def generate_captions(
-    model: MMGEMModel,
-    processor: MMGEMProcessor,
-    dataset: PairDataset,
-    count: int,
-    batch_size: int,
-    **generation: Any,
+    model: MMGEMModel, processor: MMGEMProcessor, dataset: PairDataset, count: int, batch_size: int, **generation: Any
 ) -> list[str]:
-    """Captions of the first `count` pictures; greedy unless `generation` says otherwise."""
-    options = {"do_sample": False, "max_new_tokens": processor.max_length, **generation}
+    """Captions of the first `count` images; greedy unless `generation` says otherwise."""
     captions: list[str] = []
-    for examples in _batches(dataset, own_part(count), batch_size):
+    for examples in _batches(dataset, count, batch_size):
         inputs = processor(images=[e["image"] for e in examples], task="caption", return_tensors="pt")
-        ids = model.generate(**inputs.to(model.device), **options)
-        captions += [caption.strip() for caption in processor.batch_decode(ids, skip_special_tokens=True)]
+        captions += write_captions(model, processor, inputs, **generation)
     return gather_parts(captions)
 
 
 def caption_metrics(captions: list[str], dataset: PairDataset) -> dict[str, float]:
     """
-    CIDEr-D, BLEU-1 to 4, ROUGE-L, how many captions are distinct, how many empty, and object F1 on scenes.
-    `caption_cider_shuffled`, these captions given to other pictures, and `caption_cider_constant`, the best caption
-    for all, say what CIDEr is worth here; of a single picture all three are left out.
+    [`caption_scores`], how many captions are distinct, how many empty, and the metrics that the dataset brings.
+    `caption_cider_shuffled`, these captions given to other images, and `caption_cider_constant`, the best caption for
+    all, say what CIDEr is worth here; of a single image all three are left out.
     """
     references = dataset.captions()[: len(captions)]
-    order, other = np.random.default_rng(0).permutation(len(captions)), np.empty(len(captions), dtype=int)
-    other[order] = np.roll(order, 1)  # one ring, so that no picture keeps its own
-    metrics: dict[str, float] = {}
-    if has_cider(references):
-        metrics = {
-            "caption_cider": cider_d(captions, references)[0],
-            "caption_cider_shuffled": cider_d([captions[i] for i in other], references)[0],
-            "caption_cider_constant": best_constant_caption(references)[1],
-        }
-    metrics |= {
-        **{f"caption_bleu{n}": value for n, value in enumerate(bleu(captions, references), 1)},
-        "caption_rouge_l": rouge_l(captions, references)[0],
+    metrics = {
+        **caption_scores(captions, references),
         "caption_distinct": len(set(captions)) / len(captions),
         "caption_empty": sum(not caption for caption in captions) / len(captions),
     }
-    if isinstance(dataset.table, ScenesDataset):
-        metrics["caption_object_f1"] = object_f1(captions, [of_image[0] for of_image in references])
-        exact = sum(caption == of_image[0] for caption, of_image in zip(captions, references))
-        metrics["caption_exact"] = exact / len(captions)
+    if "caption_cider" in metrics:
+        order, other = np.random.default_rng(0).permutation(len(captions)), np.empty(len(captions), dtype=int)
+        other[order] = np.roll(order, 1)  # one ring, so that no image keeps its own
+        metrics["caption_cider_shuffled"] = cider_d([captions[i] for i in other], references)[0]
+        metrics["caption_cider_constant"] = best_constant_caption(references)[1]
+    if own_metrics := getattr(dataset.table, "caption_metrics", None):
+        metrics.update(own_metrics(captions, [of_image[0] for of_image in references]))
     return metrics
 
 
-def object_f1(captions: list[str], references: list[str]) -> float:
-    """F1 of the (colour, shape) pairs named, counted over the whole set."""
-    hits = named = present = 0
-    for caption, reference in zip(captions, references):
-        found, expected = parse_objects(caption), parse_objects(reference)
-        hits += (found & expected).total()
-        named += found.total()
-        present += expected.total()
-    return 2 * hits / max(named + present, 1)
+def draw_captions(
+    model: MMGEMModel,
+    processor: MMGEMProcessor,
+    dataset: PairDataset,
+    count: int,
+    draws: int,
+    seed: int = 0,
+    **generation: Any,
+) -> list[list[tuple[str, float]]]:
+    """
+    Samples `draws` captions of each of the first `count` images, and ranks them by their cosine with the image (-1 for
+    an empty one). What is drawn depends on the seed and the image's index alone, so images come one by one.
+
+    Args:
+        **generation: of `generate`; by default samples of the most probable 90 % (`top_p`).
+    """
+    options = {"do_sample": True, "top_p": 0.9, "top_k": 0, "num_return_sequences": draws, **generation}
+    drawn = []
+    for i in shard_range(count):
+        image = dataset.read(i)["image"]
+        inputs = processor(images=[image], task="caption", return_tensors="pt")
+        with torch.random.fork_rng():
+            torch.manual_seed(seed * 1_000_003 + i)
+            captions = write_captions(model, processor, inputs, **options)
+        embeds = embed_images(model, processor, [image]).expand(draws, -1)
+        cosines = caption_cosines(model, processor, captions, list(embeds))
+        if not all(map(math.isfinite, cosines)):
+            raise ValueError(f"The embeddings of image {i} or of a caption drawn of it hold NaN.")
+        drawn.append(sorted(zip(captions, cosines), key=lambda item: -item[1]))
+    return gather_parts(drawn)
 
 
-def _batches(dataset: PairDataset, part: range, batch_size: int) -> Iterator[list[dict[str, Any]]]:
-    for start in range(0, len(part), batch_size):
-        yield [dataset[i] for i in part[start : start + batch_size]]
+def evaluate_reranking(
+    model: MMGEMModel, processor: MMGEMProcessor, dataset: PairDataset, count: int, draws: int, **options: Any
+) -> tuple[dict[str, float], list[list[tuple[str, float]]]]:
+    """
+    CIDEr-D of the caption nearest to its image (`caption_cider_reranked`) beside the mean of all that were drawn
+    (`caption_cider_drawn`), which is what one draw is worth, and the best that a choice could reach
+    (`caption_cider_drawn_best`); and what [`draw_captions`] returns, to which the options go.
+    """
+    with evaluating(model):
+        drawn = draw_captions(model, processor, dataset, count, draws, **options)
+    references = dataset.captions()[: len(drawn)]
+    if not has_cider(references, "drawn captions"):
+        return {}, drawn
+    # Row k holds the scores of the captions that are the k-th nearest to their image.
+    scores = torch.tensor([cider_d([of[k][0] for of in drawn], references)[1].tolist() for k in range(draws)])
+    metrics = {
+        "caption_cider_reranked": scores[0].mean().item(),
+        "caption_cider_drawn": scores.mean().item(),
+        "caption_cider_drawn_best": scores.amax(0).mean().item(),
+    }
+    return metrics, drawn
+
+
+def _batches(dataset: PairDataset, count: int, batch_size: int) -> Iterator[list[dict[str, Any]]]:
+    """This process's share of the first `count` examples."""
+    share = shard_range(count)
+    for start in range(0, len(share), batch_size):
+        yield [dataset[i] for i in share[start : start + batch_size]]

@@ -21,19 +21,19 @@ from .._version import __version__
 from ..modeling_mmgem import MMGEMModel
 from ..processing import MMGEMProcessor
 from ..processing.tokenization_mmgem import as_sentence
-from .embedding import embed_pictures, embed_texts
+from .embedding import embed_images, embed_texts
 
 
 class MMGEMEncoder(AbsEncoder):
     """
-    Texts and pictures to one space; an input that has both becomes the mean of its two embeddings, of unit norm again.
-    No instructions: the model knows none.
+    Embeds texts and images into one space; an input with both gets the normalised mean of its two embeddings. The
+    model takes no instructions.
 
     Args:
         model (`str`): folder or Hub id.
         revision (`str`, *optional*): of the Hub.
-        device (`str`, *optional*): the GPU where there is one.
-        max_length (`int`, *optional*): tokens of a text; the processor's own by default.
+        device (`str`, *optional*): by default the GPU if there is one.
+        max_length (`int`, *optional*): tokens per text; the processor's own by default.
     """
 
     def __init__(
@@ -50,26 +50,19 @@ class MMGEMEncoder(AbsEncoder):
         self.processor = MMGEMProcessor.from_pretrained(model, revision=revision or "main")
         if max_length is not None:
             self.processor.max_length = self.processor.checked_length(max_length)
-        self.mteb_model_meta = ModelMeta(
-            loader=None,
-            name=f"mmgem/{model.rstrip('/').split('/')[-1]}",
-            revision=revision or __version__,
-            release_date=None,
-            languages=None,
-            n_parameters=self.model.num_parameters(),
-            memory_usage_mb=None,
-            max_tokens=self.processor.max_length,
-            embed_dim=self.model.config.projection_dim,
-            license=None,
-            open_weights=True,
-            public_training_code=None,
-            public_training_data=None,
-            framework=["PyTorch", "Transformers"],
-            similarity_fn_name=ScoringFunction.COSINE,
-            use_instructions=False,
-            training_datasets=None,
-            modalities=["image", "text"],
-        )
+        described = {
+            "name": f"mmgem/{model.rstrip('/').split('/')[-1]}",
+            "revision": revision or __version__,
+            "n_parameters": self.model.num_parameters(),
+            "max_tokens": self.processor.max_length,
+            "embed_dim": self.model.config.projection_dim,
+            "open_weights": True,
+            "framework": ["PyTorch", "Transformers"],
+            "similarity_fn_name": ScoringFunction.COSINE,
+            "use_instructions": False,
+            "modalities": ["image", "text"],
+        }
+        self.mteb_model_meta = ModelMeta.create_empty(described)
 
     def encode(
         self,
@@ -86,12 +79,12 @@ class MMGEMEncoder(AbsEncoder):
         for batch in inputs:
             parts = []
             if "text" in batch:
-                # Some corpora hold empty documents, which the processor refuses.
+                # Some corpora have empty documents, which the processor refuses.
                 texts = [text if as_sentence(text) else "." for text in batch["text"]]
                 parts.append(embed_texts(self.model, self.processor, texts, len(texts)))
             if "image" in batch:
-                parts.append(embed_pictures(self.model, self.processor, batch["image"]))
+                parts.append(embed_images(self.model, self.processor, batch["image"]))
             if not parts:
-                raise ValueError(f"MM-GEM embeds text and pictures; this batch has {', '.join(batch)}.")
+                raise ValueError(f"MM-GEM embeds text and images; this batch has {', '.join(batch)}.")
             embeds.append(normalize(torch.stack(parts).mean(0), dim=-1))
         return torch.cat(embeds).numpy()

@@ -1,47 +1,50 @@
-"""Regions: which phrase belongs to which box, what the model writes about a box, and where it sees a sentence."""
+"""Regions: retrieval of phrases and boxes, captions of boxes, heat maps; an adapter beside its stage 1."""
 
 import copy
 from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch.nn.functional import normalize
-from transformers.utils import logging
 
-from ..data.pairs import BadDataError
+from ..data.pairs import PairDataset
 from ..data.regions import RegionDataset
-from ..data.scenes import COLOURS, SHAPES, SIZES, ScenesDataset
 from ..modeling_mmgem import MMGEMModel
 from ..processing import MMGEMProcessor
 from .captioning import cider_d, has_cider
 from .dense_captioning import dense_captioning_map
-from .embedding import check_finite, embed_texts, evaluating
-from .retrieval import TIE, retrieval_metrics
-from .sharing import gather_parts, gather_rows, own_part, process
-
-
-logger = logging.get_logger(__name__)
+from .embedding import (
+    caption_cosines,
+    embed_pairs,
+    embed_texts,
+    evaluating,
+    gather_readable,
+    readable_batches,
+    write_captions,
+)
+from .retrieval import TIE, check_finite, retrieval_metrics
+from .sharing import gather_parts, gather_rows
 
 
 def evaluate_regions(
     model: MMGEMModel, processor: MMGEMProcessor, dataset: RegionDataset, stage: str, batch_size: int = 64
 ) -> tuple[dict[str, float], dict[str, Any]]:
     """
-    What a stage is for, with whichever adapters are active. Pictures that cannot be read, and regions that the centre
-    crop cuts away, are left out, which is logged.
+    Evaluates what a stage is for, with whichever adapters are active. Images that cannot be read, and regions that the
+    centre crop cuts away, are left out, which is logged.
 
     - "region-retrieval": R@k of each region's phrase among all distinct phrases and the other way round, where any
       region with that phrase is right (an item as near as the right one counts as nearer); and the pointing game
       (Zhang et al., 2016, but without their tolerance of 15 pixels, and over all regions, not by category): how often
       the patch most similar to a phrase (each of those within 1e-6 of it) lies, with its centre, in a box that it
       describes (is the one nearest to the box's centre, where it holds none), beside `pointing_game_chance`, the share
-      of the picture that they cover.
+      of the image that they cover.
     - "region-caption": CIDEr-D of greedy captions, the share that equals the phrase exactly, and dense captioning's
       mean average precision for these boxes ([`dense_captioning_map`]; the boxes being given, only language counts),
-      ranked by how near the model embeds its caption to the region; on scenes also how often size, colour and shape
-      are named right.
+      ranked by how near the model embeds its caption to the region; and the metrics that the dataset brings.
 
-    Where there are several processes, all must call it.
+    If there are several processes, all must call it.
 
     Returns:
         the metrics, fractions except CIDEr, and what they come from, per region in the order of the dataset: `index`
@@ -50,10 +53,74 @@ def evaluate_regions(
     with evaluating(model):
         if stage == "region-caption":
             regions = caption_regions(model, processor, dataset, batch_size)
-            metrics = region_caption_metrics(regions, isinstance(dataset.table, ScenesDataset))
+            metrics = region_caption_metrics(regions, dataset)
         else:
             metrics, regions = _retrieve_regions(model, processor, dataset, batch_size)
     return metrics, {"regions": regions}
+
+
+def evaluate_adapter(
+    model: MMGEMModel, processor: MMGEMProcessor, dataset: RegionDataset, stage: str, batch_size: int = 64
+) -> tuple[dict[str, float], dict[str, Any]]:
+    """
+    The metrics of [`evaluate_regions`] for stage 1, under names that begin with `stage_1_`, and with the adapter. For
+    "region-retrieval", also retrieval between whole images and their captions (with regions or without), once without
+    a box (`whole_picture_…`, which no adapter changes) and once with the box that covers the image, through h4
+    (`whole_box_…`; the paper's path for long captions).
+
+    Args:
+        model: with this adapter loaded and active, and no other.
+
+    Returns:
+        the metrics, and per region what [`evaluate_regions`] returns: `stage_1` and `stage_2`.
+    """
+    metrics: dict[str, float] = {}
+    outputs: dict[str, Any] = {}
+    captioned = PairDataset(dataset.table, dataset.image_column, dataset.caption_column, root=dataset.root)
+    captioned.max_captions = dataset.max_captions
+    captioned.rows = [row for row, captions in zip(dataset.rows, dataset.captions()) if captions]
+    for name, prefix in (("stage_1", "stage_1_"), ("stage_2", "")):
+        with stage_1(model, processor) if name == "stage_1" else nullcontext(processor) as own_processor:
+            of_regions, found = evaluate_regions(model, own_processor, dataset, stage, batch_size)
+            metrics.update({prefix + key: value for key, value in of_regions.items()})
+            outputs[name] = found["regions"]
+            if stage != "region-retrieval" or not len(captioned):
+                continue
+            for kind in ("whole_picture_", "whole_box_"):
+                with evaluating(model):
+                    pairs = embed_pairs(model, processor, captioned, batch_size, kind == "whole_box_")
+                ranks = retrieval_metrics(pairs["text_embeds"], pairs["image_embeds"], pairs["text_to_image"])
+                metrics.update({f"{prefix}{kind}{key}": value for key, value in ranks.items() if "R@" in key})
+    return metrics, outputs
+
+
+@contextmanager
+def stage_1(model: MMGEMModel, processor: MMGEMProcessor) -> Iterator[MMGEMProcessor]:
+    """
+    Switches off the adapters, if there are any, and yields a processor whose region prompts are stage 1's: one visual
+    token and one [CAP], as for a whole image. Stage 1 was never trained on 64 [CAP] tokens.
+    """
+    own_processor = copy.copy(processor)
+    own_processor.num_soft_prompts = 1
+    grid_size, model.config.region_grid_size = model.config.region_grid_size, 1
+    try:
+        with adapters_off(model):
+            yield own_processor
+    finally:
+        model.config.region_grid_size = grid_size
+
+
+@contextmanager
+def adapters_off(model: MMGEMModel) -> Iterator[None]:
+    """Disables the adapters, if there are any."""
+    loaded = getattr(model, "_hf_peft_config_loaded", False)
+    if loaded:
+        model.disable_adapters()
+    try:
+        yield
+    finally:
+        if loaded:
+            model.enable_adapters()
 
 
 @torch.inference_mode()
@@ -64,24 +131,20 @@ def caption_regions(
     `{"index", "box", "phrase", "caption", "score"}` of every region; greedy unless `generation` says otherwise. The
     score is the cosine of the caption's embedding with the region's (-1 for an empty caption).
     """
-    options = {"do_sample": False, "max_new_tokens": processor.max_length, **generation}
     processor = copy.copy(processor)
     processor.region_grid_size = model.region_grid_size
     regions: list[dict[str, Any]] = []
     faults: list[str] = []
     for examples in _batches(dataset, processor, batch_size, faults):
         images, boxes = [e["image"] for e in examples], [e["boxes"] for e in examples]
-        inputs = processor(images=images, boxes=boxes, task="region-caption", return_tensors="pt").to(model.device)
-        ids = model.generate(**inputs, **options)
-        captions = [text.strip() for text in processor.batch_decode(ids, skip_special_tokens=True)]
-        embeds = embed_regions(model, processor, images, boxes)
-        written = sorted({caption for caption in captions if caption})
-        texts = dict(zip(written, embed_texts(model, processor, written, batch_size)))
+        inputs = processor(images=images, boxes=boxes, task="region-caption", return_tensors="pt")
+        captions = write_captions(model, processor, inputs, **generation)
+        scores = caption_cosines(model, processor, captions, list(embed_regions(model, processor, images, boxes)))
         regions += [
-            {**region, "caption": caption, "score": float(texts[caption] @ embed) if caption else -1.0}
-            for region, caption, embed in zip(_regions(examples), captions, embeds, strict=True)
+            {**region, "caption": caption, "score": score}
+            for region, caption, score in zip(_regions(examples), captions, scores, strict=True)
         ]
-    regions = _gathered(regions, faults, dataset)
+    regions = gather_readable(regions, faults, dataset, "images or regions of them")
     check_finite(torch.tensor([[region["score"]] for region in regions]), _names(regions))
     return regions
 
@@ -90,29 +153,25 @@ def caption_regions(
 def embed_regions(
     model: MMGEMModel, processor: MMGEMProcessor, images: list[Any], boxes: list[list[list[float]]]
 ) -> torch.Tensor:
-    """`(N, D)` of all boxes of all pictures, unit norm, float32, on the CPU."""
+    """`(N, D)` of all boxes of all images, unit norm, float32, on the CPU."""
     inputs = processor(images=images, boxes=boxes, return_tensors="pt").to(model.device)
     return model.get_embedding(**inputs)[inputs["region_mask"]].float().cpu()
 
 
-def region_caption_metrics(regions: list[dict[str, Any]], are_scenes: bool) -> dict[str, float]:
+def region_caption_metrics(regions: list[dict[str, Any]], dataset: RegionDataset) -> dict[str, float]:
     """See [`evaluate_regions`]; `regions` as [`caption_regions`] returns them."""
-    pairs = [(region["caption"], region["phrase"]) for region in regions]
-    metrics = {
-        "region_caption_exact": _share(caption == phrase for caption, phrase in pairs),
-    }
-    captions, phrases = [caption for caption, _ in pairs], [[phrase] for _, phrase in pairs]
-    if has_cider(phrases, "a single region"):
-        metrics["region_caption_cider"] = cider_d(captions, phrases)[0]
-    if are_scenes:
-        vocabulary = {"size": {*SIZES}, "colour": {*COLOURS}, "shape": {*SHAPES}}
-        for name, words in vocabulary.items():
-            named = ([set(text.split()) & words for text in pair] for pair in pairs)
-            metrics[f"region_caption_{name}"] = _share(caption == phrase for caption, phrase in named)
-    by_picture: dict[int, list[dict[str, Any]]] = {}
+    captions, phrases = [region["caption"] for region in regions], [region["phrase"] for region in regions]
+    exact = sum(caption == phrase for caption, phrase in zip(captions, phrases))
+    metrics = {"region_caption_exact": exact / len(regions)}
+    references = [[phrase] for phrase in phrases]
+    if has_cider(references, "a single region"):
+        metrics["region_caption_cider"] = cider_d(captions, references)[0]
+    if own_metrics := getattr(dataset.table, "region_caption_metrics", None):
+        metrics.update(own_metrics(captions, phrases))
+    by_image: dict[int, list[dict[str, Any]]] = {}
     for region in regions:
-        by_picture.setdefault(region["index"], []).append(region)
-    dense = dense_captioning_map(list(by_picture.values()), list(by_picture.values()))
+        by_image.setdefault(region["index"], []).append(region)
+    dense = dense_captioning_map(list(by_image.values()), list(by_image.values()))
     return {**metrics, "dense_captioning_map": dense["dense_captioning_map"]}
 
 
@@ -141,7 +200,7 @@ def _retrieve_regions(
         hits = (right | ~is_highest).all(1)
         shares = right.float().mean(1).tolist()
         regions += [{**region, "hit": bool(hit), "share": share} for region, hit, share in zip(batch, hits, shares)]
-    regions = _gathered(regions, faults, dataset)
+    regions = gather_readable(regions, faults, dataset, "images or regions of them")
     texts = dict(gather_parts(texts.items()))
     phrases = sorted(texts)
     region_embeds, phrase_embeds = gather_rows(torch.cat(embeds)), torch.stack([texts[p] for p in phrases])
@@ -149,13 +208,13 @@ def _retrieve_regions(
     check_finite(phrase_embeds, phrases)
     number = {phrase: i for i, phrase in enumerate(phrases)}
     of_region = torch.tensor([number[region["phrase"]] for region in regions])
-    # A region has one right phrase, a phrase any number of right regions: as texts and pictures elsewhere.
+    # A region has one right phrase, a phrase any number of right regions: as texts and images elsewhere.
     ranks = retrieval_metrics(region_embeds, phrase_embeds, of_region, ks=(1, 5))
     metrics = {
         name.replace("text_to_image", "region_to_phrase").replace("image_to_text", "phrase_to_region"): value
         for name, value in ranks.items()
     }
-    metrics["pointing_game"] = _share(region["hit"] for region in regions)
+    metrics["pointing_game"] = sum(region["hit"] for region in regions) / len(regions)
     metrics["pointing_game_chance"] = sum(region.pop("share") for region in regions) / len(regions)
     return metrics, regions
 
@@ -186,7 +245,7 @@ def patches_inside(model: MMGEMModel, inputs: Any) -> torch.Tensor:
 def heat_map(model: MMGEMModel, processor: MMGEMProcessor, image: Any, sentence: str) -> torch.Tensor:
     """
     Where the model sees what a sentence says: its cosine similarity with every patch through h1 and h4, `(rows,
-    columns)` float32, of the part of the picture that the image processor keeps. Stage 1 has learned no more than the
+    columns)` float32, of the part of the image that the image processor keeps. Stage 1 has learned no more than the
     mean over all patches; "region-retrieval" has learned parts.
     """
     pixels = processor(images=[image], return_tensors="pt").to(model.device)["pixel_values"]
@@ -204,31 +263,15 @@ def _batches(
     left out is added to `faults`.
     """
     dataset = dataset.whole(processor.image_processor)
-    batch = []
-    for index in own_part(len(dataset)):
-        try:
-            example = {**dataset.read(index), "index": index}
-        except BadDataError as error:
-            faults.append(f"picture {index} ({error})")
-            continue
+
+    def read(index: int) -> dict[str, Any]:
+        example = dataset.read(index)
         if example["left_out"]:
-            faults.append(f"{example['left_out']} regions of picture {index}, of which nothing is to be seen")
-        batch.append(example)
-        if len(batch) == batch_size:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
+            faults.append(f"{example['left_out']} regions of image {index}, outside of it or of the centre crop")
+        return {**example, "index": index}
 
-
-def _gathered(regions: list[dict[str, Any]], faults: list[str], dataset: RegionDataset) -> list[dict[str, Any]]:
-    """Those of all processes."""
-    regions, faults = gather_parts(regions), gather_parts(faults)
-    if not regions:
-        raise BadDataError(f"None of the {len(dataset)} pictures to evaluate on has a region to be seen: {faults[0]}.")
-    if faults and process()[0] == 0:
-        logger.warning_once(f"{len(faults)} of {len(dataset)} pictures are left out, or regions of them: {faults[0]}.")
-    return regions
+    for _, examples in readable_batches(dataset, read, batch_size, faults):
+        yield examples
 
 
 def _regions(examples: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -240,18 +283,13 @@ def _regions(examples: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _names(regions: list[dict[str, Any]]) -> list[str]:
-    return [f"region {region['box']} of picture {region['index']}" for region in regions]
+    return [f"region {region['box']} of image {region['index']}" for region in regions]
 
 
 def _same_phrase(regions: list[dict[str, Any]], inside: torch.Tensor) -> torch.Tensor:
-    """`(N, P)`: the union of the boxes of one picture that share a phrase."""
+    """`(N, P)`: the union of the boxes of one image that share a phrase."""
     union: dict[tuple[int, str], torch.Tensor] = {}
     keys = [(region["index"], region["phrase"]) for region in regions]
     for key, patches in zip(keys, inside):
         union[key] = union[key] | patches if key in union else patches
     return torch.stack([union[key] for key in keys])
-
-
-def _share(truths: Any) -> float:
-    values = list(truths)
-    return sum(values) / len(values)

@@ -1,4 +1,4 @@
-"""results.json, report.md and its pictures."""
+"""results.json, report.md and its images."""
 
 import json
 import os
@@ -16,40 +16,37 @@ from .._version import __version__
 from ..data.pairs import PairDataset
 
 
-CELL = 168  # pixels per side of a picture on a sheet
+CELL = 168  # pixels per side of an image on a sheet
 LINE = 14
 GREEN, GREY, BLACK = (20, 120, 40), (110, 110, 110), (20, 20, 20)
 
 
 @dataclass
 class Section:
-    """
-    A part of a report: figures, what there is to read (lines of Markdown), pictures by the names of their files, and
-    how many examples counted and were left out.
-    """
+    """A part of a report: metrics, lines of Markdown, images by file name, and how many examples were used."""
 
     heading: str
-    metrics: dict[str, float]
-    lines: list[str]
-    pictures: dict[str, Image.Image]
+    metrics: dict[str, float] = field(default_factory=dict)
+    lines: list[str] = field(default_factory=list)
+    images: dict[str, Image.Image] = field(default_factory=dict)
     sizes: dict[str, int] = field(default_factory=dict)
 
     def text(self, folder: str = "") -> str:
-        """Markdown; the pictures lie in `folder`."""
-        shown = [f"![]({os.path.join(folder, name)})" for name in self.pictures]
+        """Markdown; the images are in `folder`."""
+        shown = [f"![]({os.path.join(folder, name)})" for name in self.images]
         return "\n".join([f"## {self.heading}", "", *self.lines, "", *(line for p in shown for line in (p, ""))])
 
 
 def write_report(output_dir: str, title: str, sections: Sequence[Section], setting: dict[str, Any]) -> str:
     """
-    Writes `results.json` (the metrics of all sections and the setting), `report.md`, and the pictures; returns the
+    Writes `results.json` (the metrics of all sections and the setting), `report.md`, and the images; returns the
     report's path.
 
     Args:
-        setting: whatever it takes to reproduce the figures: dataset, split, model, seed, versions, …
+        setting: what reproduces the metrics: dataset, split, model, seed, versions, …
 
     Raises:
-        ValueError: where two sections have a metric of one name.
+        ValueError: for two metrics of the same name.
     """
     os.makedirs(output_dir, exist_ok=True)
     metrics: dict[str, float] = {}
@@ -63,8 +60,8 @@ def write_report(output_dir: str, title: str, sections: Sequence[Section], setti
         json.dump({"metrics": metrics, "setting": setting}, file, indent=2, ensure_ascii=False, allow_nan=False)
         file.write("\n")
     for section in sections:
-        for name, picture in section.pictures.items():
-            picture.save(os.path.join(output_dir, name))
+        for name, image in section.images.items():
+            image.save(os.path.join(output_dir, name))
     rows = ["## Setting", "", "| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in setting.items()), ""]
     path = os.path.join(output_dir, "report.md")
     with open(path, "w", encoding="utf-8") as file:
@@ -73,7 +70,7 @@ def write_report(output_dir: str, title: str, sections: Sequence[Section], setti
 
 
 def table(metrics: dict[str, float]) -> list[str]:
-    """Lines of Markdown, with a column of its own for `stage_1_…`, what stage 1 reaches without the adapter."""
+    """Markdown; metrics named `stage_1_…` get a column of their own."""
     before = {name.removeprefix("stage_1_"): v for name, v in metrics.items() if name.startswith("stage_1_")}
     after = {name: value for name, value in metrics.items() if not name.startswith("stage_1_")}
     if not before:
@@ -90,26 +87,37 @@ def pair_sections(metrics: dict[str, float], outputs: dict[str, Any], dataset: P
     readable = dataset.select(outputs["indices"])
     of_captions = {name: value for name, value in metrics.items() if name.startswith("caption_")}
     of_search = {name: value for name, value in metrics.items() if name not in of_captions}
-    lines = [*table(of_search), "", "The five nearest pictures of each sentence; green is the right one."]
-    sections = [Section("Search", of_search, lines, {"retrieval.png": retrieval_sheet(readable, outputs)})]
-    lines, pictures = table(of_captions), {}
+    search = retrieval_section("Search", of_search, outputs, readable)
+    captions = Section("Captions", of_captions, table(of_captions))
     if outputs.get("captions"):
-        lines += ["", "Grey: a reference. Black: written by the model."]
-        pictures["captions.png"] = caption_sheet(readable, outputs["captions"])
-    return [*sections, Section("Captions", of_captions, lines, pictures)]
+        captions.lines += ["", "Grey: a reference. Black: written by the model."]
+        captions.images["captions.png"] = caption_sheet(readable, outputs["captions"])
+    return [search, captions]
+
+
+def retrieval_section(
+    heading: str, metrics: dict[str, float], outputs: dict[str, Any], readable: PairDataset, with_sheet: bool = True
+) -> Section:
+    """A table of the metrics, and `retrieval.png`."""
+    lines = [*table(metrics), "", "The five nearest images of each sentence; green is the right one."]
+    return Section(
+        heading, metrics, lines, {"retrieval.png": retrieval_sheet(readable, outputs)} if with_sheet else {}
+    )
 
 
 def environment() -> dict[str, Any]:
-    """The commit and the versions that figures were made with."""
+    """The commit and the versions that produce the metrics."""
     versions = {"mmgem": __version__, "transformers": transformers.__version__, "torch": torch.__version__}
     return {"commit": current_commit(), "versions": versions}
 
 
 def current_commit() -> str | None:
-    """The commit of the checkout that this code runs from, "-dirty" behind it where files were changed since; None for
-    an installed wheel, or without git."""
+    """
+    The commit of the checkout that this code runs from, followed by "-dirty" if files have changed since. None for an
+    installed wheel, or without git.
+    """
     root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-    if not os.path.exists(os.path.join(root, ".git")):  # git would look further up, and find somebody else's
+    if not os.path.exists(os.path.join(root, ".git")):  # git would search the parent folders for another repository
         return None
     command = ["git", "-C", root, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
@@ -118,14 +126,10 @@ def current_commit() -> str | None:
         return None
 
 
-def caption_sheet(dataset: PairDataset, captions: list[str], count: int = 16, columns: int = 4) -> Image.Image:
-    """Pictures with a reference and the caption generated."""
-    count = min(count, len(captions))
-    rows = -(-count // columns)
-    width, height = CELL + 72, CELL + 8 * LINE
-    sheet = Image.new("RGB", (columns * width, rows * height), "white")
-    for i in range(count):
-        left, top = i % columns * width + 8, i // columns * height + 8
+def caption_sheet(dataset: PairDataset, captions: list[str], count: int = 16) -> Image.Image:
+    """Images with a reference and the caption generated."""
+    sheet, corners = empty_sheet(min(count, len(captions)), 4, CELL + 72, CELL + 8 * LINE)
+    for i, (left, top) in enumerate(corners):
         example = dataset[i]
         paste(sheet, example["image"], left, top)
         below = write_text(sheet, example["captions"][0], left, top + CELL + 4, GREY, 36, 3)
@@ -134,20 +138,17 @@ def caption_sheet(dataset: PairDataset, captions: list[str], count: int = 16, co
 
 
 def retrieval_sheet(dataset: PairDataset, outputs: dict[str, Any], count: int = 8, nearest: int = 5) -> Image.Image:
-    """Sentences, one of every few pictures, with their nearest pictures."""
+    """Sentences with their nearest images, the right one in green."""
     texts, images, owners = outputs["text_embeds"], outputs["image_embeds"], outputs["text_to_image"]
-    count, nearest = min(count, len(texts)), min(nearest, len(images))
-    queries = torch.linspace(0, len(texts) - 1, count).long().tolist()
     captions = [caption for of_image in dataset.captions() for caption in of_image]
+    queries, nearest = evenly_spaced(count, len(texts)), min(nearest, len(images))
     step = CELL + 12
-    sheet = Image.new("RGB", (230 + nearest * step, count * step + 8), "white")
+    sheet, corners = empty_sheet(len(queries), 1, 230 + nearest * step, step)
     draw = ImageDraw.Draw(sheet)
-    for row, query in enumerate(queries):
-        top = 8 + row * step
-        write_text(sheet, captions[query], 8, top + 20, BLACK, 32, 9)
-        best = (images @ texts[query]).topk(nearest).indices.tolist()
-        for column, i in enumerate(best):
-            left = 230 + column * step
+    for query, (left, top) in zip(queries, corners):
+        write_text(sheet, captions[query], left, top + 20, BLACK, 32, 9)
+        for i in (images @ texts[query]).topk(nearest).indices.tolist():
+            left += 222 if left < 222 else step
             if i == int(owners[query]):
                 draw.rectangle((left - 5, top - 5, left + CELL + 4, top + CELL + 4), fill=GREEN)
             paste(sheet, dataset[i]["image"], left, top)
@@ -155,24 +156,34 @@ def retrieval_sheet(dataset: PairDataset, outputs: dict[str, Any], count: int = 
 
 
 def class_sheet(
-    dataset: PairDataset, outputs: dict[str, Any], class_names: Sequence[str], count: int = 18, columns: int = 6
+    dataset: PairDataset, outputs: dict[str, Any], class_names: Sequence[str], count: int = 18
 ) -> Image.Image:
-    """Pictures, one of every few, with the class that each was taken for (green where right) and its own."""
-    count = min(count, len(dataset))
-    width, height = CELL + 12, CELL + 3 * LINE + 8
-    sheet = Image.new("RGB", (columns * width + 8, -(-count // columns) * height + 8), "white")
-    for cell, i in enumerate(torch.linspace(0, len(dataset) - 1, count).long().tolist()):
-        left, top = cell % columns * width + 8, cell // columns * height + 8
+    """Images with the class that each was taken for (green where right) and its own."""
+    chosen = evenly_spaced(count, len(dataset))
+    sheet, corners = empty_sheet(len(chosen), 6, CELL + 12, CELL + 3 * LINE + 8)
+    for i, (left, top) in zip(chosen, corners):
         found, right = (class_names[int(outputs[name][i])] for name in ("predicted", "labels"))
-        paste(sheet, dataset.picture(i), left, top)
+        paste(sheet, dataset.image(i), left, top)
         below = write_text(sheet, found, left, top + CELL + 2, GREEN if found == right else BLACK, 26, 1)
         if found != right:
             write_text(sheet, right, left, below, GREY, 26, 1)
     return sheet
 
 
+def evenly_spaced(count: int, size: int) -> list[int]:
+    """At most `count` indices spread over `size` items."""
+    return torch.linspace(0, size - 1, min(count, size)).long().tolist()
+
+
+def empty_sheet(count: int, columns: int, width: int, height: int) -> tuple[Image.Image, list[tuple[int, int]]]:
+    """A white sheet for `count` cells of `width` x `height`, and the top left corner of each, inside its margin."""
+    rows = -(-count // columns)
+    sheet = Image.new("RGB", (columns * width + 8, rows * height + 8), "white")
+    return sheet, [(i % columns * width + 8, i // columns * height + 8) for i in range(count)]
+
+
 def paste(sheet: Image.Image, image: Image.Image, left: int, top: int) -> None:
-    """The whole picture, scaled to fit a cell and centred in it."""
+    """The whole image, scaled to fit a cell and centred in it."""
     scale = CELL / max(image.size)
     size = (max(round(image.width * scale), 1), max(round(image.height * scale), 1))
     resized = image.resize(size, Image.Resampling.BICUBIC)

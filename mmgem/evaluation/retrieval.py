@@ -1,4 +1,4 @@
-"""Retrieval between texts and pictures: R@k and the median rank, both ways."""
+"""Retrieval between texts and images: R@k and the median rank, both ways."""
 
 from collections.abc import Sequence
 
@@ -21,32 +21,26 @@ def retrieval_metrics(
     chunk_size: int = 2048,
 ) -> dict[str, float]:
     """
-    The protocol of COCO and Flickr30k: a query scores by the best-ranked of its right items, among all that are wrong
-    for it. A wrong item as near as the right one counts as nearer, so that a constant embedding does not score.
+    The protocol of COCO and Flickr30k: a query's rank is that of its best right item among all wrong items. A wrong
+    item as near as the right one counts as nearer, so that a constant embedding does not score.
 
     Args:
         text_embeds (`torch.Tensor` of shape `(T, D)`), image_embeds (`torch.Tensor` of shape `(N, D)`): unit norm.
-        text_to_image (`torch.LongTensor` of shape `(T,)` or `(M, 2)`): the picture that each text describes; or, where
-            texts have several, all right pairs of text and picture.
-        ks: ranks to report recall at. One for which there are too few items says nothing, and is left out.
-        chunk_size: queries and items at a time: beside the embeddings, memory is its square.
+        text_to_image (`torch.LongTensor` of shape `(T,)` or `(M, 2)`): the image that each text describes; or, if a
+            text describes several, all right pairs of text and image.
+        ks: ranks to report recall at; those larger than the number of items are left out.
+        chunk_size: queries and items at a time. The similarities take its square of memory.
 
     Returns:
-        `text_to_image_R@k` and `image_to_text_R@k` as fractions, `…_median_rank` from 1 on (of an even number, the
-        mean of the two in the middle, rounded down).
+        `text_to_image_R@k` and `image_to_text_R@k` as fractions, `…_median_rank` from 1 on, rounded down.
 
     Raises:
-        ValueError: for embeddings that are not finite (a NaN would rank first) or not of unit norm, or a text or
-            picture without another that is right.
+        ValueError: for embeddings that are not finite (a NaN would rank first) or not of unit norm, or a text or image
+            without a right partner.
     """
     texts, images = text_embeds.float(), image_embeds.to(text_embeds.device).float()
     for side, embeds in (("text", texts), ("image", images)):
-        bad = (~embeds.isfinite()).any(-1).nonzero().flatten().tolist()
-        if bad:
-            raise ValueError(
-                f"{len(bad)} of {len(embeds)} {side} embeddings hold NaN or infinity, the first is number {bad[0]}; "
-                "nothing can be ranked."
-            )
+        check_finite(embeds, [f"{side} {i}" for i in range(len(embeds))])
         norms = embeds.norm(dim=-1)
         wrong = ((norms - 1).abs() > NORM_TOLERANCE).nonzero().flatten().tolist()
         if wrong:
@@ -57,9 +51,9 @@ def retrieval_metrics(
     pairs = text_to_image.to(texts.device)
     if pairs.ndim == 1:
         if len(pairs) != len(texts):
-            raise ValueError(f"text_to_image names a picture for {len(pairs)} of {len(texts)} texts.")
+            raise ValueError(f"text_to_image names an image for {len(pairs)} of {len(texts)} texts.")
         pairs = torch.stack([torch.arange(len(pairs), device=pairs.device), pairs], 1)
-    for side, column, embeds in (("text", 0, texts), ("picture", 1, images)):
+    for side, column, embeds in (("text", 0, texts), ("image", 1, images)):
         _check_named(side, pairs[:, column], len(embeds))
     metrics = {}
     for direction, queries, items, right in (
@@ -80,7 +74,7 @@ def best_ranks(
     queries: torch.Tensor, items: torch.Tensor, right: torch.Tensor, chunk_size: int = 2048
 ) -> torch.Tensor:
     """
-    The rank, from 1 on, of the best right item of each query among the wrong ones: `(Q,)`.
+    `(Q,)`: the rank, from 1 on, of each query's best right item among its wrong items.
 
     Args:
         queries (`(Q, D)`), items (`(N, D)`): unit norm, finite.
@@ -101,6 +95,16 @@ def best_ranks(
             nearer[here[:, 0] - start, here[:, 1] - begin] = False
             ranks[start:end] += nearer.sum(1)
     return ranks
+
+
+def check_finite(values: torch.Tensor, names: Sequence[str], kind: str = "embeddings") -> None:
+    """Raises ValueError for rows of `values` `(N, …)` that hold NaN or infinity, with the name of the first."""
+    bad = (~values.isfinite()).any(-1).nonzero().flatten().tolist()
+    if bad:
+        raise ValueError(
+            f"{len(bad)} of {len(values)} {kind} hold NaN or infinity, the first that of {names[bad[0]]!r}; the model "
+            "diverged, or its dtype is too small for it."
+        )
 
 
 def _check_named(side: str, numbers: torch.Tensor, size: int) -> None:

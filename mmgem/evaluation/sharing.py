@@ -1,4 +1,4 @@
-"""Several processes evaluate together: each does its part, and all get the whole."""
+"""Several processes evaluate together: each does its share, and all get the whole."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 
 class OtherProcessFailed(RuntimeError):
-    """Another process could not do its part."""
+    """Another process could not do its share."""
 
 
 @dataclass
@@ -17,31 +17,36 @@ class _Failure:
     message: str
 
 
-def process() -> tuple[int, int]:
-    """This process's number, and how many there are."""
+def rank_and_world_size() -> tuple[int, int]:
+    """This process's rank, and the number of processes."""
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
     return 0, 1
 
 
-def own_part(count: int) -> range:
-    """Which of `count` items this process does: as many in a row as the others, one more or less."""
-    rank, size = process()
-    return range(rank * count // size, (rank + 1) * count // size)
+def is_first_process() -> bool:
+    """Whether this is the process that writes and logs."""
+    return rank_and_world_size()[0] == 0
+
+
+def shard_range(count: int) -> range:
+    """This process's share of `count` items: contiguous, and of the same size in each process up to one."""
+    rank, world_size = rank_and_world_size()
+    return range(rank * count // world_size, (rank + 1) * count // world_size)
 
 
 def gather_parts(part: Iterable[Any]) -> list[Any]:
     """
-    The parts of all processes in one list, in the order of the processes. Every process must call this.
+    The items of all processes in one list, in the order of the ranks. Every process must call this.
 
     Raises:
-        OtherProcessFailed: where another process called [`report_failure`] instead.
+        OtherProcessFailed: if another process called [`report_failure`] instead.
     """
     own = list(part)
-    size = process()[1]
-    if size == 1:
+    world_size = rank_and_world_size()[1]
+    if world_size == 1:
         return own
-    parts: list[Any] = [None] * size
+    parts: list[Any] = [None] * world_size
     dist.all_gather_object(parts, own)
     for rank, other in enumerate(parts):
         if isinstance(other, _Failure):
@@ -55,7 +60,7 @@ def gather_rows(part: torch.Tensor) -> torch.Tensor:
 
 
 def report_failure(error: Exception) -> None:
-    """Instead of the next [`gather_parts`], so that the other processes end there too and do not wait for this one."""
-    size = process()[1]
-    if size > 1 and not isinstance(error, OtherProcessFailed):
-        dist.all_gather_object([None] * size, _Failure(f"{type(error).__name__}: {error}"))
+    """Replaces this process's next [`gather_parts`], so that the other processes fail too instead of waiting."""
+    world_size = rank_and_world_size()[1]
+    if world_size > 1 and not isinstance(error, OtherProcessFailed):
+        dist.all_gather_object([None] * world_size, _Failure(f"{type(error).__name__}: {error}"))

@@ -1,4 +1,4 @@
-"""The tasks of the suite: each loads its data, evaluates, and gives a section of the report."""
+"""The tasks of the suite: each loads its data, evaluates, and returns a section of the report."""
 
 import copy
 import os
@@ -10,36 +10,32 @@ from peft import PeftConfig
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from ..data.pairs import PairDataset
-from ..data.regions import RegionDataset
 from ..loading import load_checkpoint
 from ..modeling_mmgem import MMGEMModel
 from ..modeling_mmgem.adapters_mmgem import REGION_ADAPTERS
 from ..processing import MMGEMProcessor
-from .adapters import adapter_alone, adapters_off, evaluate_adapter, stage_1
 from .arguments import EvaluationArguments
 from .caption_files import read_caption_references, read_caption_results, score_captions, write_caption_results
 from .classification import evaluate_classification
 from .data import load_labelled, load_pairs, load_regions
 from .embedding import evaluating, readable_examples
-from .evaluator import evaluate_captions, evaluate_retrieval
-from .long_text import evaluate_long_text
+from .evaluator import evaluate_captions, evaluate_long_text, evaluate_reranking, evaluate_retrieval
 from .region_report import region_section
-from .regions import evaluate_regions
-from .report import Section, caption_sheet, class_sheet, retrieval_sheet, table
-from .reranking import evaluate_reranking
-from .sharing import process
+from .regions import adapters_off, evaluate_adapter, evaluate_regions, stage_1
+from .report import Section, caption_sheet, class_sheet, retrieval_section, table
+from .sharing import is_first_process
 
 
 def run_tasks(model: MMGEMModel, processor: MMGEMProcessor, arguments: EvaluationArguments) -> list[Section]:
     """
-    A section for each of `arguments.tasks`, with its metrics. Where there are several processes, all must call it;
-    each does its part of embedding and writing, and gets all the figures; pictures are drawn by the first.
+    A section for each of `arguments.tasks`, with its metrics. If there are several processes, all must call it; each
+    does its share of embedding and writing, and gets all the figures; the first one draws the images.
 
     Args:
         model: with the adapters that `arguments` name loaded under the names of their stages, as [`load_model`] does.
 
     Raises:
-        ValueError, FileNotFoundError: for data that is not there, or not as it should be.
+        ValueError, FileNotFoundError: for missing or invalid data.
     """
     tasks = {
         "retrieval": retrieval,
@@ -60,7 +56,7 @@ def load_model(arguments: EvaluationArguments) -> tuple[MMGEMModel, MMGEMProcess
 
     Raises:
         OSError: for a checkpoint or adapter that cannot be loaded.
-        ValueError: for a checkpoint with missing or NaN weights; for an adapter of no stage, or two of one.
+        ValueError: for a checkpoint with missing or NaN weights, an adapter of no stage, or two of the same stage.
     """
     assert arguments.model is not None
     if find_adapter_config_file(arguments.model) is not None:
@@ -90,33 +86,34 @@ def retrieval(model: MMGEMModel, processor: MMGEMProcessor, arguments: Evaluatio
     dataset = load_pairs(arguments, _image_size(model), max_captions=arguments.captions_per_image)
     metrics, outputs = evaluate_retrieval(model, processor, dataset, arguments.batch_size)
     readable = dataset.select(outputs["indices"])
-    lines = [f"{_counted(readable, dataset)}, {len(outputs['text_embeds'])} captions.", "", *table(metrics)]
-    lines += ["", "The five nearest pictures of each sentence; green is the right one."]
-    pictures = {"retrieval.png": retrieval_sheet(readable, outputs)} if _is_first() else {}
-    return Section("Retrieval", metrics, lines, pictures, _sizes(readable, dataset))
+    section = retrieval_section("Retrieval", metrics, outputs, readable, with_sheet=is_first_process())
+    counted = f"{_counted(readable, dataset)}, {len(outputs['text_embeds'])} captions."
+    section.lines = [counted, "", *section.lines]
+    section.sizes = _sizes(len(readable), dataset)
+    return section
 
 
 def classification(model: MMGEMModel, processor: MMGEMProcessor, arguments: EvaluationArguments) -> Section:
-    section = Section("Zero-shot classification", {}, [], {})
-    main = []
-    for data in load_labelled(arguments, _image_size(model)):
+    section = Section("Zero-shot classification")
+    main_metrics = []
+    for i, data in enumerate(load_labelled(arguments, _image_size(model)), 1):
         found, outputs = evaluate_classification(
             model, processor, data.dataset, data.labels, data.class_names, data.templates, arguments.batch_size
         )
+        main_metrics.append(found[data.metric])
+        class_names, readable = outputs["class_names"], data.dataset.select(outputs["indices"])
         prefix = f"classification_{data.name}_" if data.name else "classification_"
+        sizes = {**_sizes(len(readable), data.dataset), "classes": len(class_names)}
         section.metrics.update({prefix + name: value for name, value in found.items()})
-        main.append(found[data.metric])
-        readable = data.dataset.select(outputs["indices"])
-        sizes = {**_sizes(readable, data.dataset), "classes": len(outputs["class_names"])}
         section.sizes.update({prefix + name: value for name, value in sizes.items()})
-        kinds = f"{len(outputs['class_names'])} classes, templates {', '.join(map(repr, data.templates))}"
+        kinds = f"{len(class_names)} classes, templates {', '.join(map(repr, data.templates))}"
         section.lines += [f"{data.name or 'The dataset'}: {_counted(readable, data.dataset)}, {kinds}.", ""]
-        if _is_first():
-            file = "classification.png" if not data.name else f"classification_{len(main)}.png"
-            section.pictures[file] = class_sheet(readable, outputs, outputs["class_names"])
-    if len(main) > 1:
-        section.metrics["classification_mean"] = sum(main) / len(main)
-    section.lines += [*table(section.metrics), "", "What each picture was taken for; grey: what it is."]
+        if is_first_process():
+            file = f"classification_{i}.png" if data.name else "classification.png"
+            section.images[file] = class_sheet(readable, outputs, class_names)
+    if len(main_metrics) > 1:
+        section.metrics["classification_mean"] = sum(main_metrics) / len(main_metrics)
+    section.lines += [*table(section.metrics), "", "What each image was taken for; grey: what it is."]
     return section
 
 
@@ -126,31 +123,41 @@ def captioning(model: MMGEMModel, processor: MMGEMProcessor, arguments: Evaluati
     readable = dataset.select(readable_examples(dataset))
     count = min(arguments.caption_samples or len(readable), len(readable))
     ids = _image_ids(readable, count) if arguments.annotations else []
+    drawn: list[list[tuple[str, float]]] = []
     with adapters_off(model):
         metrics, outputs = evaluate_captions(
             model, processor, readable, arguments.batch_size, count, num_beams=arguments.num_beams
         )
-        drawn = None
         if arguments.draws:
-            of_draws, drawn = evaluate_reranking(model, processor, readable, count, arguments.draws, arguments.seed)
+            of_draws, drawn = evaluate_reranking(
+                model, processor, readable, count, arguments.draws, seed=arguments.seed
+            )
             metrics.update(of_draws)
-    if ids and _is_first():
+    if ids and is_first_process():
         os.makedirs(arguments.output_dir, exist_ok=True)
         write_caption_results(os.path.join(arguments.output_dir, "captions.json"), ids, outputs["captions"])
-    if ids and (domains := _domains(readable, count)):
+    domains = _column(readable, "domain", count)
+    if ids and any(domains):
         references = dict(zip(ids, readable.captions()))
         scores = score_captions(dict(zip(ids, outputs["captions"])), references, dict(zip(ids, domains)))
         metrics.update({name: value for name, value in scores.items() if name.endswith("domain")})
-    lines = [f"{_counted(readable, dataset)}; {count} were captioned.", "", *table(metrics), ""]
     how = "most probable word by word" if arguments.num_beams == 1 else f"with {arguments.num_beams} beams"
-    lines += [f"Grey: a reference. Black: written by the model, {how}."]
-    if drawn:
-        lines += ["", f"Of {arguments.draws} captions drawn of a picture, the nearest to it and the furthest:", ""]
-        lines += ["| nearest | | furthest | |", "|---|---|---|---|"]
-        for (near, nearest), (far, furthest) in ([of[0], of[-1]] for of in drawn[:8]):
-            lines.append(f"| {_escaped(near)} | {nearest:.2f} | {_escaped(far)} | {furthest:.2f} |")
-    pictures = {"captions.png": caption_sheet(readable, outputs["captions"])} if _is_first() else {}
-    return Section("Captions", metrics, lines, pictures, {**_sizes(readable, dataset), "captioned": count})
+    lines = [f"{_counted(readable, dataset)}; {count} were captioned.", "", *table(metrics), ""]
+    lines += [f"Grey: a reference. Black: written by the model, {how}.", *_drawn_lines(drawn[:8], arguments.draws)]
+    images = {"captions.png": caption_sheet(readable, outputs["captions"])} if is_first_process() else {}
+    return Section("Captions", metrics, lines, images, {**_sizes(len(readable), dataset), "captioned": count})
+
+
+def _drawn_lines(drawn: list[list[tuple[str, float]]], draws: int) -> list[str]:
+    """A table of the nearest and the furthest caption of each image."""
+    if not drawn:
+        return []
+    lines = ["", f"Of {draws} captions drawn of an image, the nearest to it and the furthest:", ""]
+    lines += ["| nearest | | furthest | |", "|---|---|---|---|"]
+    for captions in drawn:
+        (near, nearest), (far, furthest) = captions[0], captions[-1]
+        lines.append(f"| {_escaped(near)} | {nearest:.2f} | {_escaped(far)} | {furthest:.2f} |")
+    return lines
 
 
 def long_text(model: MMGEMModel, processor: MMGEMProcessor, arguments: EvaluationArguments) -> Section:
@@ -165,7 +172,7 @@ def long_text(model: MMGEMModel, processor: MMGEMProcessor, arguments: Evaluatio
         f"{_counted(readable, dataset)}, {len(words)} captions of {min(words)} to {max(words)} words, on average "
         f"{sum(words) / len(words):.0f}.",
         "",
-        f"| cut to | that many are | pictures | {' | '.join(names)} |",
+        f"| truncated to | that many are | images | {' | '.join(names)} |",
         "|---" * (3 + len(names)) + "|",
     ]
     for length in arguments.max_lengths:
@@ -176,32 +183,36 @@ def long_text(model: MMGEMModel, processor: MMGEMProcessor, arguments: Evaluatio
                 cut = f"{metrics[f'long_text_{length}_cut']:.0%}"
                 lines.append(f"| {length} tokens | {cut} | {called} | {' | '.join(cells)} |")
     by_words = {name: value for name, value in metrics.items() if name.endswith("_words")}
-    return Section("Long texts", metrics, [*lines, "", *table(by_words)], {}, _sizes(readable, dataset))
+    return Section("Long texts", metrics, [*lines, "", *table(by_words)], {}, _sizes(len(readable), dataset))
 
 
 def regions(model: MMGEMModel, processor: MMGEMProcessor, arguments: EvaluationArguments) -> Section:
     """Stage 1 alone, or stage 1 beside each adapter."""
     dataset = load_regions(arguments, _image_size(model))
-    section = Section("Regions", {}, [], {})
+    section = Section("Regions")
     stages = _stages(model)
+    found: list[dict[str, Any]] = []
     for stage in stages:
-        with adapter_alone(model, stage, stages):
+        model.set_adapter(stage)  # another active adapter would change the scores of captions
+        try:
             metrics, outputs = evaluate_adapter(model, processor, dataset, stage, arguments.batch_size)
-            own = region_section(stage, metrics, outputs, model, processor, dataset) if _is_first() else None
-        section.sizes = _region_sizes(outputs["stage_2"], dataset)
-        section.metrics.update(metrics)
-        if own:
-            section.lines += [f"### {own.heading}", "", *own.lines, ""]
-            section.pictures.update(own.pictures)
-    if stages:
-        return section
-    with stage_1(model, processor) as own_processor:
-        for stage in REGION_ADAPTERS:
-            metrics, outputs = evaluate_regions(model, own_processor, dataset, stage, arguments.batch_size)
+            found = outputs["stage_2"]
             section.metrics.update(metrics)
-            section.sizes = _region_sizes(outputs["regions"], dataset)
-    section.lines += ["Stage 1 alone, which has learned no more than the mean over all patches.", ""]
-    section.lines += table(section.metrics)
+            if is_first_process():
+                own = region_section(stage, metrics, outputs, model, processor, dataset)
+                section.lines += [f"### {own.heading}", "", *own.lines, ""]
+                section.images.update(own.images)
+        finally:
+            model.set_adapter(stages)
+    if not stages:
+        with stage_1(model, processor) as own_processor:
+            for stage in REGION_ADAPTERS:
+                metrics, outputs = evaluate_regions(model, own_processor, dataset, stage, arguments.batch_size)
+                found = outputs["regions"]
+                section.metrics.update(metrics)
+        section.lines = ["Stage 1 alone, which has learned no more than the mean over all patches.", ""]
+        section.lines += table(section.metrics)
+    section.sizes = {**_sizes(len({region["index"] for region in found}), dataset), "regions": len(found)}
     return section
 
 
@@ -218,53 +229,37 @@ def _image_size(model: MMGEMModel) -> int:
     return model.config.vision_config.image_size
 
 
-def _is_first() -> bool:
-    return process()[0] == 0
-
-
 def _stages(model: MMGEMModel) -> list[str]:
     """Of the adapters loaded."""
     return [stage for stage in REGION_ADAPTERS if stage in getattr(model, "peft_config", {})]
 
 
-def _sizes(used: PairDataset, dataset: PairDataset) -> dict[str, int]:
-    """Of what the data names, how many pictures count; the others cannot be read, or are not there."""
-    return {"size": len(used), "left_out": len(dataset) - len(used) + dataset.missing}
-
-
-def _region_sizes(regions: list[dict[str, Any]], dataset: RegionDataset) -> dict[str, int]:
-    pictures = len({region["index"] for region in regions})
-    return {"size": pictures, "left_out": len(dataset) - pictures + dataset.missing, "regions": len(regions)}
+def _sizes(used: int, dataset: PairDataset) -> dict[str, int]:
+    """How many images of the data count; the others cannot be read, or do not exist."""
+    return {"size": used, "left_out": len(dataset) - used + dataset.missing}
 
 
 def _counted(used: PairDataset, dataset: PairDataset) -> str:
-    left_out = _sizes(used, dataset)["left_out"]
-    return f"{len(used)} pictures" + (f" ({left_out} more are left out)" if left_out else "")
+    left_out = _sizes(len(used), dataset)["left_out"]
+    return f"{len(used)} images" + (f" ({left_out} more are left out)" if left_out else "")
 
 
-def _column(dataset: Any, name: str, count: int) -> list[Any]:
-    """Of a table of annotations; empty for others."""
+def _column(dataset: PairDataset, name: str, count: int) -> list[Any]:
+    """The first values of a column; empty for a table without it."""
     if name not in getattr(dataset.table, "column_names", ()):
         return []
     values = dataset.table[name]
     return [values[row] for row in dataset.rows[:count]]
 
 
-def _image_ids(dataset: Any, count: int) -> list[str]:
-    """Of a table of annotations; the name of the file where it gives none."""
+def _image_ids(dataset: PairDataset, count: int) -> list[str]:
+    """The ids of a table of annotations; the name of the file for an image without one."""
     files, ids = _column(dataset, dataset.image_column, count), _column(dataset, "image_id", count)
     ids = [os.path.basename(file) if own is None else own for file, own in zip(files, ids)]
     for image, times in Counter(ids).most_common(1):
         if times > 1:
-            raise ValueError(
-                f"The annotations have {times} pictures of the id {image}; evaluate their files by turns."
-            )
+            raise ValueError(f"The annotations have {times} images of the id {image}. Evaluate one file at a time.")
     return ids
-
-
-def _domains(dataset: Any, count: int) -> list[str | None]:
-    domains = _column(dataset, "domain", count)
-    return domains if any(domains) else []
 
 
 def _escaped(text: str) -> str:

@@ -2,7 +2,6 @@
 
 import os
 from contextlib import suppress
-from types import SimpleNamespace
 from typing import Any
 
 import datasets
@@ -11,8 +10,9 @@ import torch.distributed as dist
 from peft import PeftModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from ..data.loading import checked_table
-from ..data.region_collator import RegionCollator
+from ..data.arguments import TableArguments
+from ..data.collator import RegionCollator
+from ..data.loading import Table, checked_table
 from ..data.regions import RegionDataset
 from ..evaluation.regions import evaluate_regions
 from ..modeling_mmgem import MMGEMModel, contrastive_loss
@@ -48,10 +48,10 @@ class RegionTrainer(MMGEMTrainer):
         self._settings["base_revision"] = self._base().peft_config["default"].revision
 
     def wrap_table(self, table: datasets.Dataset, args: MMGEMTrainingArguments, is_training: bool) -> RegionDataset:
-        columns = {**self.columns, "regions_column": self.regions_column}
-        table = checked_table(table, SimpleNamespace(**columns), ("image_column", "regions_column"), limit=None)
-        drawn = {"max_regions": 16, "whole_image_weight": 0.2} if is_training else {}  # as train.py's defaults
-        return RegionDataset(table, **columns, **drawn, seed=data_seed(args))  # type: ignore[arg-type]
+        columns: Any = {**self.columns, "regions_column": self.regions_column}
+        rows = checked_table(Table(table), TableArguments(**columns), ("image_column", "regions_column")).rows
+        drawn: Any = {"max_regions": 16, "whole_image_weight": 0.2} if is_training else {}  # as train.py's defaults
+        return RegionDataset(rows, **columns, **drawn, seed=data_seed(args))
 
     def make_trainable(self, model: MMGEMModel, args: MMGEMTrainingArguments) -> PeftModel:
         if args.activation_checkpointing:

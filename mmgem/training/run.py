@@ -9,9 +9,9 @@ import transformers
 from ..configuration import MMGEMConfig
 from ..data.loading import is_hub_id, load_pairs, load_regions
 from ..data.pairs import PairDataset
-from ..evaluation.adapters import evaluate_adapter
 from ..evaluation.evaluator import evaluate_model
 from ..evaluation.region_report import add_to_report_of_base, region_section
+from ..evaluation.regions import evaluate_adapter
 from ..evaluation.report import environment, pair_sections, write_report
 from ..loading import load_checkpoint
 from .arguments import DataArguments, MMGEMTrainingArguments, ModelArguments, data_seed

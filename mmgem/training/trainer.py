@@ -2,7 +2,6 @@
 
 import copy
 import os
-from types import SimpleNamespace
 from typing import Any
 
 import datasets
@@ -14,8 +13,9 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 from transformers.utils import logging
 
+from ..data.arguments import TableArguments
 from ..data.collator import MODEL_INPUTS, PairCollator
-from ..data.loading import checked_table
+from ..data.loading import Table, checked_table
 from ..data.pairs import PairDataset
 from ..data.shards import ShardStream
 from ..evaluation.evaluator import evaluate_model
@@ -94,7 +94,7 @@ class MMGEMTrainer(LoggingTrainer):
         **kwargs: Any,
     ):
         self.processing_class = processing_class
-        self.columns = {"image_column": image_column, "caption_column": caption_column}
+        self.columns: Any = {"image_column": image_column, "caption_column": caption_column}
         if isinstance(train_dataset, datasets.Dataset):
             train_dataset = self.wrap_table(train_dataset, args, is_training=True)
         if isinstance(eval_dataset, datasets.Dataset):
@@ -140,9 +140,9 @@ class MMGEMTrainer(LoggingTrainer):
 
     def wrap_table(self, table: datasets.Dataset, args: MMGEMTrainingArguments, is_training: bool) -> PairDataset:
         """Wraps a plain table in the dataset class of this stage."""
-        names = SimpleNamespace(**self.columns)
-        table = checked_table(table, names, ("image_column", "caption_column"), limit=None)
-        return PairDataset(table, **self.columns, seed=data_seed(args))  # type: ignore[arg-type]
+        columns = TableArguments(**self.columns)
+        rows = checked_table(Table(table), columns, ("image_column", "caption_column")).rows
+        return PairDataset(rows, **self.columns, seed=data_seed(args))
 
     def make_trainable(self, model: MMGEMModel, args: MMGEMTrainingArguments) -> MMGEMModel | PeftModel:
         """Freezes what this stage does not train; returns the model, or PEFT's around it."""

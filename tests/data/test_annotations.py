@@ -87,7 +87,7 @@ def test_sharegpt4v(folder):
     content = [row("d", " Another. "), {"id": "text alone", "conversations": []}, row("a", "A long one.")]
     table = captions(read(folder, content), "long_caption")
     assert list(table.items()) == [("d.jpg", ["Another."]), ("a.jpg", ["A long one."])], "its order: the first 1,000"
-    with pytest.raises(ValueError, match=r"coco/train2017/d\.jpg and sam/d\.jpg have one name"):
+    with pytest.raises(ValueError, match=r"coco/train2017/d\.jpg and sam/d\.jpg have the same name"):
         read(folder, [*content, {**content[0], "image": "sam/d.jpg"}])
     content[2]["conversations"] = content[2]["conversations"][:1]
     with pytest.raises(ValueError, match=r"file\.json is not as its kind is published.*coco/train2017/a\.jpg"):
@@ -118,13 +118,13 @@ def test_long_captions_stand_beside_short_ones(folder):
 
 def test_ids_and_files_that_come_twice_are_refused(folder):
     images = [{"id": 1, "file_name": "a.jpg"}, {"id": 1, "file_name": "b.jpg"}]
-    with pytest.raises(ValueError, match=r"file\.json has several pictures of the id 1"):
+    with pytest.raises(ValueError, match=r"file\.json has several images of the id 1"):
         read(folder, {"images": images, "annotations": []})
     images = [{"id": 1, "file_name": "x/a.jpg"}, {"id": 2, "file_name": "y/a.jpg"}]
-    with pytest.raises(ValueError, match=r"file\.json has several pictures of the name a\.jpg"):
+    with pytest.raises(ValueError, match=r"file\.json has several images of the name a\.jpg"):
         read(folder, {"images": images, "annotations": []})
     images = [{"filename": "a.jpg", "split": "test", "sentences": [{"raw": "one"}]}] * 2
-    with pytest.raises(ValueError, match=r"file\.json has several pictures of the name a\.jpg"):
+    with pytest.raises(ValueError, match=r"file\.json has several images of the name a\.jpg"):
         read(folder, {"images": images})
     with pytest.raises(ValueError, match="is given twice"):
         read_annotations([str(folder / "file.json")] * 2, [str(folder / "images")])
@@ -146,24 +146,26 @@ def test_faults_name_the_file_and_the_picture(folder):
     with pytest.raises(ValueError, match="none of COCO's"):
         read(folder, '{"a": 1}\n{"a": 2}', name="other.jsonl")
     images = [{"id": 7, "file_name": "a.jpg"}]
-    with pytest.raises(ValueError, match=r"has 5 as a text about picture 7, but a text must be a string"):
+    with pytest.raises(ValueError, match=r"has 5 as a text about image 7, but a text must be a string"):
         read(folder, {"images": images, "annotations": [{"image_id": 7, "caption": 5}]})
     coco = {"images": images, "categories": [{"id": 1, "name": "dog"}, {"id": 2, "name": 5}]}
     for bbox in ([], [1, 2, 3], [1, 2, 3, "4"], None):
-        with pytest.raises(ValueError, match=r"file\.json has .* as a box of picture 7, which is not \[x, y, width"):
+        with pytest.raises(
+            ValueError, match=r"file\.json has .* as a box of image 7, but a box must be \[x, y, width"
+        ):
             read(folder, {**coco, "annotations": [{"image_id": 7, "category_id": 1, "bbox": bbox}]})
-    with pytest.raises(ValueError, match=r"has 5 as a text about picture 7"):
+    with pytest.raises(ValueError, match=r"has 5 as a text about image 7"):
         read(folder, {**coco, "annotations": [{"image_id": 7, "category_id": 2, "bbox": [1, 2, 3, 4]}]})
     make_picture(0).save(folder / "images" / "8.jpg")
     region = {"x": 0, "y": 0, "width": 9, "height": 9, "phrase": "a hat"}
-    with pytest.raises(ValueError, match=r"has 5 as a text about picture 8"):
+    with pytest.raises(ValueError, match=r"has 5 as a text about image 8"):
         read(folder, [{"id": 8, "regions": [region, {**region, "phrase": 5}]}])
-    with pytest.raises(ValueError, match=r"file\.json has several pictures of the id 8"):
+    with pytest.raises(ValueError, match=r"file\.json has several images of the name 8"):
         read(folder, [{"id": 8, "regions": [region]}] * 2)
     (folder / "caption").mkdir()
     (folder / "caption" / "a.txt").write_bytes(b"caf\xe9")
     with pytest.raises(ValueError, match=r"caption/a\.txt is no text"):
         read_annotations([str(folder / "caption")], [str(folder / "images")])
     images = [{"filename": "a.jpg", "split": "test", "sentences": [{"raw": {"a": 1}}]}]
-    with pytest.raises(ValueError, match=r"as a text about picture a\.jpg, but a text must be a string"):
+    with pytest.raises(ValueError, match=r"as a text about image a\.jpg, but a text must be a string"):
         read(folder, {"images": images})

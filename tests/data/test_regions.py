@@ -12,9 +12,9 @@ import torch
 from PIL import Image
 
 from mmgem.data.annotations import read_annotations
+from mmgem.data.collator import RegionCollator
 from mmgem.data.loading import load_pairs
 from mmgem.data.pairs import BadDataError, PairDataset
-from mmgem.data.region_collator import RegionCollator
 from mmgem.data.regions import RegionDataset, as_regions
 from mmgem.data.scenes import ScenesDataset
 from mmgem.processing.tokenization_mmgem import CAP_TOKEN, EMB_TOKEN, IMAGE_TOKEN
@@ -162,7 +162,7 @@ def test_coco_and_visual_genome_are_joined_by_picture(annotations, caplog):
         (["one", "uno"], [{"box": [1, 2, 11, 22], "phrase": "dog"}]),
         ([], [{"box": [3, 4, 8, 10], "phrase": "a hat"}]),
     ]
-    assert "1 pictures, such as 9, are not in" in caplog.text
+    assert "1 images, such as 9, are not in" in caplog.text
     dataset = RegionDataset(table)
     assert [dataset[i]["phrases"] for i in range(2)] == [["dog"], ["a hat"]]
 
@@ -183,7 +183,7 @@ def test_ids_of_one_dataset_are_not_those_of_the_other(annotations):
     assert "000000000009.jpg" not in rows, "Visual Genome's 9 is not there"
     (folder / "other").mkdir()
     make_picture(9).save(folder / "other" / "2.jpg")
-    with pytest.raises(ValueError, match="have one name"):
+    with pytest.raises(ValueError, match="have the same name"):
         read_annotations(files, [str(folder / "images"), str(folder / "other")])
 
 
@@ -195,13 +195,13 @@ def test_files_that_are_something_else_are_named(annotations, tmp_path):
         with pytest.raises(ValueError, match=f"other.json.*{message}"):
             read_annotations([str(tmp_path / "other.json")], images)
     (tmp_path / "other.json").write_text('{"images": [{"id": 1}], "annotations": []}')
-    with pytest.raises(ValueError, match=r"other\.json is not as its kind"):
+    with pytest.raises(ValueError, match=r"None of the images that .*other\.json describe"):
         read_annotations([str(tmp_path / "other.json")], images)
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="image_folders"):
         read_annotations(files, [str(tmp_path / "empty")])
     options = {"dataset_name": None, "train_annotations": files[2:], "image_folders": images}
-    with pytest.raises(ValueError, match="no captions of whole pictures"):
+    with pytest.raises(ValueError, match="no captions of whole images"):
         load_pairs(DataArguments(**options), 32, 0)
 
 
@@ -213,7 +213,7 @@ def test_annotations_open_nothing_outside_their_folders(annotations):
         "annotations": [{"image_id": 77, "caption": "not yours"}],
     }
     (folder / "evil.json").write_text(json.dumps(content))
-    with pytest.raises(ValueError, match="None of the pictures"):
+    with pytest.raises(ValueError, match="None of the images"):
         read_annotations([str(folder / "evil.json")], [str(folder / "images")])
 
 
@@ -284,11 +284,11 @@ def test_regions_that_the_crop_cuts_away_are_left_out(processor):
     collate = RegionCollator(processor, "contrastive")
     assert len(collate(examples_of(RegionDataset(table)))["input_ids"]) == 1
     table[0]["regions"].pop()
-    with pytest.raises(BadDataError, match="cuts away all regions of 1 pictures"):
+    with pytest.raises(BadDataError, match="cuts away all regions of 1 images"):
         collate(examples_of(RegionDataset(table)))
     dataset = RegionDataset(table)
     dataset.image_processor = processor.image_processor  # as the Trainer sets it: such a picture is passed over
-    with pytest.raises(BadDataError, match="of which something is to be seen"):
+    with pytest.raises(BadDataError, match="neither a caption nor a visible region"):
         dataset.read(0)
     table[0]["caption"] = ["all of it"]
     dataset.max_regions = 3

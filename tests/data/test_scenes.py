@@ -5,7 +5,10 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from mmgem.data.scenes import OPPOSITE, SHAPES, ScenesDataset, draw, parse_objects, relation
+from mmgem.data.scenes import SHAPES, ScenesDataset, draw, parse_objects, relation
+
+
+OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 
 
 @pytest.fixture(scope="module")

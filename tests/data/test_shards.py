@@ -98,12 +98,12 @@ def png_header(width, height):
 
 
 FAULTS = {
-    "unreadable picture": {"jpg": b"\xff\xd8\xff\xe0 no jpeg", "txt": b"a"},
+    "unreadable image": {"jpg": b"\xff\xd8\xff\xe0 no jpeg", "txt": b"a"},
     "too many pixels": {"png": png_header(40_000, 40_000), "txt": b"a"},
     "empty caption": {"jpg": None, "txt": b"  \n"},
     "invalid UTF-8": {"jpg": None, "txt": b"\xff\xfe caption"},
     "invalid JSON": {"jpg": None, "json": b"{"},
-    "unreadable picture ": {"jpg": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "txt": b"a"},
+    "unreadable image ": {"jpg": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "txt": b"a"},
     "invalid caption": {"jpg": None, "json": b'{"caption": "\\ud83d"}'},
     "invalid caption ": {"jpg": None, "json": b'{"caption": {"en": "a"}}'},
     "invalid caption  ": {"jpg": None, "txt": b"['a', 'b']"},
@@ -112,7 +112,7 @@ FAULTS = {
     "empty caption ": {"jpg": None, "json": b'{"caption": [null, " "]}'},
     "invalid JSON ": {"jpg": None, "json": b'{"caption": ' + b"9" * 5000 + b"}"},
     "no caption": {"jpg": None},
-    "no picture": {"txt": b"a"},
+    "no image": {"txt": b"a"},
     "unsafe path": {"../../outside.jpg": None},
 }
 
@@ -190,7 +190,7 @@ def test_what_comes_twice_is_counted_and_what_macos_adds_is_passed_over(tmp_path
     (first, second) = take(ShardStream([[path]], window=1), 2)
     assert first["caption"] == second["caption"] == "a dog"
     kinds = Counter(reason.partition(":")[0] for reason in second["bad"].values())
-    assert kinds == {"no caption": 1, "no picture": 1, "key twice": 1, "file twice": 1, "macOS metadata": 1}
+    assert kinds == {"no caption": 1, "no image": 1, "key twice": 1, "file twice": 1, "macOS metadata": 1}
 
 
 @pytest.mark.parametrize(

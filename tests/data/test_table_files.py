@@ -214,7 +214,7 @@ def test_a_dataset_that_cannot_be_read_says_why(tmp_path):
 
 def test_what_to_evaluate_on_is_named_once(tmp_path):
     options = {"validation_annotations": ["a.json"], "image_folders": ["."]}
-    with pytest.raises(ValueError, match="validation_annotations go with train_annotations"):
+    with pytest.raises(ValueError, match="validation_annotations go with train_file"):
         load_regions(DataArguments(dataset_name="scenes", **options), 32, seed=0)
     (tmp_path / "a.jsonl").write_text('{"image": "a", "caption": "b"}\n')
     with pytest.raises(ValueError, match="validation_file or validation_annotations, not both"):
@@ -236,7 +236,7 @@ def test_json_with_a_mark_and_json_that_is_nested_deeply(tmp_path):
         read_json_lines(str(tmp_path / "a.jsonl"))
     content["annotations"][0]["caption"] = "\ud83d"
     (tmp_path / "coco.json").write_text(json.dumps(content))
-    with pytest.raises(ValueError, match=r"coco\.json has no text about picture 1: half a surrogate pair"):
+    with pytest.raises(ValueError, match=r"coco\.json has no text about image 1: half a surrogate pair"):
         read_annotations([str(tmp_path / "coco.json")], [str(tmp_path)])
 
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from mmgem.evaluation.adapters import stage_1
+from mmgem.evaluation.regions import stage_1
 from tests.conftest import make_model, make_picture
 
 

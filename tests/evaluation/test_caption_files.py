@@ -68,7 +68,7 @@ def test_bad_files_name_the_offender(tmp_path, caplog):
         with pytest.raises(ValueError, match=r"captions\.json is not valid JSON"):
             read(str(path))
     path.write_text('[{"image_id": 7, "caption": "a"}, {"image_id": "7", "caption": "b"}]')
-    with pytest.raises(ValueError, match="several captions for 1 pictures, such as image_id 7"):
+    with pytest.raises(ValueError, match="several captions for 1 images, such as image_id 7"):
         read_caption_results(str(path))
     path.write_text('[{"image_id": 7, "caption": null}]')
     with pytest.raises(ValueError, match="no text as the caption of image_id 7"):
@@ -77,17 +77,16 @@ def test_bad_files_name_the_offender(tmp_path, caplog):
     with pytest.raises(ValueError, match="no list of image_id and caption"):
         read_caption_results(str(path))
     path.write_text('{"images": [{"id": 3}, {"id": 3}], "annotations": []}')
-    with pytest.raises(ValueError, match="several pictures of the id 3"):
+    with pytest.raises(ValueError, match="several images of the name 3"):
         read_caption_references(str(path))
     path.write_text('{"images": [{"id": 3}], "annotations": [{"image_id": 4, "caption": "a"}]}')
-    with pytest.raises(ValueError, match="not as COCO writes references: KeyError\\('4'\\)"):
-        read_caption_references(str(path))
+    assert read_caption_references(str(path)) == ({"3": []}, {}), "whatever is said about images that are not listed"
     path.write_text('{"images": [{"id": 3}], "annotations": [{"image_id": 3, "caption": null}]}')
-    with pytest.raises(ValueError, match="no text as a reference of picture 3"):
+    with pytest.raises(ValueError, match=r"captions\.json has None as a text about image 3"):
         read_caption_references(str(path))
     with pytest.raises(ValueError, match="1 captions have no references, such as that of image_id 9"):
         score_captions({**RESULTS, "9": "a dog"}, REFERENCES)
-    with pytest.raises(ValueError, match="1 of 3 pictures have no caption, such as image_id x"):
+    with pytest.raises(ValueError, match="1 of 3 images have no caption, such as image_id x"):
         score_captions({"1": "a", "02": "b"}, REFERENCES)
     two = {image: REFERENCES[image] for image in ("1", "02")}
     results = {image: RESULTS[image] for image in two}

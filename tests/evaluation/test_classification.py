@@ -132,11 +132,11 @@ def test_errors_name_the_offender(processor):
     with pytest.raises(ValueError, match=r"'a photo' has no \{\}"):
         class_embeddings(model, processor, ["dog"], ["a photo"])
     dataset = PairDataset(Table([{"image": make_picture(0)}] * 2))
-    with pytest.raises(ValueError, match="1 of 2 labels are no class from 0 to 1, such as None of picture 1"):
+    with pytest.raises(ValueError, match="1 of 2 labels are no class from 0 to 1, such as None of image 1"):
         evaluate_classification(model, processor, dataset, [0, None], ["dog", "cat"])
     scores = torch.ones(3, 2)
-    with pytest.raises(ValueError, match="label 5 of picture 1 is none"):
+    with pytest.raises(ValueError, match="label 5 of image 1 is none"):
         classification_metrics(scores, torch.tensor([0, 5, 1]))
     scores[1, 0] = float("nan")
-    with pytest.raises(ValueError, match="first of number 1"):
+    with pytest.raises(ValueError, match="the first that of 'image 1'"):
         classification_metrics(scores, torch.tensor([0, 1, 1]))

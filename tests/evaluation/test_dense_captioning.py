@@ -142,15 +142,15 @@ def test_equal_scores_come_at_once_whatever_the_order(order):
 
 
 def test_errors_name_the_offender():
-    with pytest.raises(ValueError, match="1 pictures, references for 2"):
+    with pytest.raises(ValueError, match="1 images, references for 2"):
         dense_captioning_map([[]], [[], []])
-    with pytest.raises(ValueError, match="No picture has a reference"):
+    with pytest.raises(ValueError, match="No image has a reference"):
         dense_captioning_map([[]], [[]])
     nan = [[], [found([0, 0, 1, 1], "a", float("nan"))]]
-    with pytest.raises(ValueError, match="picture 1 has the score nan"):
+    with pytest.raises(ValueError, match="image 1 has the score nan"):
         dense_captioning_map(nan, [[wanted([0, 0, 1, 1], "a")], []])
     for box in ([0, 0, float("nan"), 1], [4, 0, 2, 4]):
-        with pytest.raises(ValueError, match=r"A prediction for picture 0 has the box .* which has no area"):
+        with pytest.raises(ValueError, match=r"A prediction for image 0 has the box .* which has no area"):
             dense_captioning_map([[found(box, "a", 0.5)]], [[wanted([0, 0, 1, 1], "a")]])
-        with pytest.raises(ValueError, match=r"A reference for picture 0 has the box .* which has no area"):
+        with pytest.raises(ValueError, match=r"A reference for image 0 has the box .* which has no area"):
             dense_captioning_map([[]], [[wanted(box, "a")]])

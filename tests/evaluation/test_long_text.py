@@ -6,8 +6,7 @@ import torch
 from mmgem.data.pairs import PairDataset
 from mmgem.data.scenes import ScenesDataset
 from mmgem.evaluation.captioning import cider_d
-from mmgem.evaluation.long_text import evaluate_long_text
-from mmgem.evaluation.reranking import draw_captions, evaluate_reranking
+from mmgem.evaluation.evaluator import draw_captions, evaluate_long_text, evaluate_reranking
 from mmgem.evaluation.retrieval import retrieval_metrics
 from tests.conftest import Table, make_model, make_picture
 

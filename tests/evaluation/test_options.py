@@ -38,7 +38,7 @@ def test_options_reach_their_tasks(checkpoint, run, tmp_path):
     results = run(*files, "--caption_subset", "true")
     assert results["metrics"]["caption_bleu2"] == 1
     assert results["setting"]["caption_subset"] is True and results["setting"]["caption_tokenizer"] == TOKENIZER
-    with pytest.raises(SystemExit, match="2 of 3 pictures have no caption"):
+    with pytest.raises(SystemExit, match="2 of 3 images have no caption"):
         run(*files)
 
 
@@ -48,7 +48,7 @@ def test_options_reach_their_tasks(checkpoint, run, tmp_path):
         (["--tasks", "retrieval"], "Give --model"),
         (["--model", "x", "--dataset_name", "scenes", "--tasks", "regions,regions"], "named twice"),
         (["--model", "x", "--caption_results", "a", "--caption_references", "b"], "not both"),
-        (["--model", "x"], "one of the three"),
+        (["--model", "x"], "exactly one of dataset_name"),
         (["--model", "x", "--dataset_name", "scenes", "--tasks", "capshoning"], "Unknown task 'capshoning'"),
         (["--model", "x", "--dataset_name", "scenes", "--task", "retrieval"], "did you mean 'tasks'"),
         (["--model", "x", "--annotations", "a.json"], "--image_folders"),

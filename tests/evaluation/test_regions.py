@@ -7,6 +7,7 @@ from PIL import Image
 
 from mmgem.data.pairs import BadDataError
 from mmgem.data.regions import RegionDataset
+from mmgem.data.scenes import ScenesDataset
 from mmgem.evaluation.region_report import draw_heat_map, region_sheet, with_boxes
 from mmgem.evaluation.regions import (
     caption_regions,
@@ -87,7 +88,7 @@ def test_embeddings_that_are_no_numbers_name_the_region(processor, dataset):
         model = make_model(processor)
         with torch.no_grad():
             model.get_submodule(projection).weight.fill_(float("nan"))
-        with pytest.raises(ValueError, match=r"region \[0.0, 0.0, 20.0, 20.0\] of picture 0"):
+        with pytest.raises(ValueError, match=r"region \[0.0, 0.0, 20.0, 20.0\] of image 0"):
             evaluate_regions(model, processor, dataset, stage)
 
 
@@ -112,7 +113,7 @@ def test_what_counts_as_right_in_a_caption():
     written = ["a small red star", "a large red star", "red", "a small red star and a blue star"]
     region = {"index": 0, "phrase": "a small red star", "score": 0.5}
     regions = [{**region, "box": [9 * i, 0, 9 * i + 8, 8], "caption": caption} for i, caption in enumerate(written)]
-    metrics = region_caption_metrics(regions, are_scenes=True)
+    metrics = region_caption_metrics(regions, RegionDataset(ScenesDataset("test", 1)))
     assert metrics["region_caption_exact"] == 0.25
     assert metrics["region_caption_size"] == 0.5
     assert metrics["region_caption_colour"] == 0.75, "a second colour is wrong"
@@ -124,13 +125,13 @@ def test_what_is_left_out_is_logged(model, processor, dataset, caplog):
     for count, stage in enumerate(("region-caption", "region-retrieval"), 1):
         dataset.table[0]["regions"].append({"box": [500, 500, 510, 510], "phrase": "nothing"})
         evaluate_regions(model, processor, dataset, stage)
-        assert f"2 of 3 pictures are left out, or regions of them: {count} regions of picture 0" in caplog.text
+        assert f"2 of 3 images or regions of them are left out, such as {count} regions of image 0" in caplog.text
 
 
 def test_nothing_readable_is_an_error(model, processor):
     dataset = RegionDataset(Table([{"image": b"?", "regions": [{"box": [0, 0, 9, 9], "phrase": "a"}]}]))
     for stage in ("region-caption", "region-retrieval"):
-        with pytest.raises(BadDataError, match="None of the 1 pictures"):
+        with pytest.raises(BadDataError, match="None of the 1 images"):
             evaluate_regions(model, processor, dataset, stage)
 
 

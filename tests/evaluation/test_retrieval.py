@@ -147,20 +147,20 @@ def test_constant_embeddings_do_not_score():
 def test_embeddings_that_are_not_finite_are_refused(value):
     texts, images = unit(4, 0), unit(4, 1)
     texts[2, 0] = value
-    with pytest.raises(ValueError, match=r"1 of 4 text embeddings .* the first is number 2"):
+    with pytest.raises(ValueError, match=r"1 of 4 embeddings .* the first that of 'text 2'"):
         retrieval_metrics(texts, images, torch.arange(4))
-    with pytest.raises(ValueError, match=r"1 of 4 image embeddings .* the first is number 2"):
+    with pytest.raises(ValueError, match=r"1 of 4 embeddings .* the first that of 'image 2'"):
         retrieval_metrics(images, texts, torch.arange(4))
 
 
 def test_picture_without_a_text_and_text_without_a_picture_are_refused():
     with pytest.raises(ValueError, match="text 1 is wrong"):
         retrieval_metrics(unit(2, 0), unit(1, 1), torch.tensor([[0, 0]]))
-    with pytest.raises(ValueError, match="a picture for 1 of 2 texts"):
+    with pytest.raises(ValueError, match="an image for 1 of 2 texts"):
         retrieval_metrics(unit(2, 0), unit(1, 1), torch.tensor([0]))
-    with pytest.raises(ValueError, match="picture 1 is wrong"):
+    with pytest.raises(ValueError, match="image 1 is wrong"):
         retrieval_metrics(unit(2, 0), unit(3, 1), torch.tensor([0, 2]))
-    with pytest.raises(ValueError, match="picture -1 is wrong"):
+    with pytest.raises(ValueError, match="image -1 is wrong"):
         retrieval_metrics(unit(2, 0), unit(2, 1), torch.tensor([0, -1]))
-    with pytest.raises(ValueError, match="picture 5 is wrong"):
+    with pytest.raises(ValueError, match="image 5 is wrong"):
         retrieval_metrics(unit(3, 0), unit(2, 1), torch.tensor([0, 1, 5]))

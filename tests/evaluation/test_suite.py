@@ -27,7 +27,7 @@ from mmgem.evaluation.data import load_labelled, load_pairs
 from mmgem.evaluation.dense_captioning import dense_captioning_map
 from mmgem.evaluation.evaluator import evaluate_model
 from mmgem.evaluation.retrieval import retrieval_metrics
-from mmgem.evaluation.sharing import own_part
+from mmgem.evaluation.sharing import shard_range
 from mmgem.evaluation.tasks import load_model, run_tasks
 from mmgem.training.adapters import add_region_adapter
 from mmgem.training.arguments import MMGEMTrainingArguments
@@ -98,8 +98,8 @@ def test_two_processes_and_any_batch_give_the_same_figures(checkpoint, adapters,
 def test_parts_are_a_partition(monkeypatch, count, size):
     parts = []
     for rank in range(size):
-        monkeypatch.setattr("mmgem.evaluation.sharing.process", lambda rank=rank: (rank, size))
-        parts.append(own_part(count))
+        monkeypatch.setattr("mmgem.evaluation.sharing.rank_and_world_size", lambda rank=rank: (rank, size))
+        parts.append(shard_range(count))
     assert [i for part in parts for i in part] == list(range(count))
     assert max(map(len, parts)) - min(map(len, parts)) <= 1
 
@@ -138,14 +138,14 @@ def test_karpathy_protocol_takes_five_captions_of_each_picture(checkpoint, run, 
     (tmp_path / "dataset_flickr8k.json").write_text(json.dumps({"images": images}))
     data = ["--annotations", tmp_path / "dataset_flickr8k.json", "--image_folders", tmp_path / "images"]
     results = run("--model", checkpoint, "--tasks", "retrieval", *data)
-    assert "10 pictures, 50 captions" in (tmp_path / "out" / "report.md").read_text()
+    assert "10 images, 50 captions" in (tmp_path / "out" / "report.md").read_text()
     assert results["setting"]["sizes"]["Retrieval"] == {"size": 10, "left_out": 0}
     files = [str(tmp_path / "dataset_flickr8k.json")]
-    options = EvaluationArguments("x", annotations=files, image_folders=[str(tmp_path / "images")])
+    options = EvaluationArguments(model="x", annotations=files, image_folders=[str(tmp_path / "images")])
     first = [f"picture 1 in words {k}" for k in range(5)]
     assert load_pairs(options, 32, max_captions=5).captions()[0] == first
     run("--model", checkpoint, "--tasks", "retrieval", *data, "--captions_per_image", 7)
-    assert "10 pictures, 70 captions" in (tmp_path / "out" / "report.md").read_text()
+    assert "10 images, 70 captions" in (tmp_path / "out" / "report.md").read_text()
     os.remove(tmp_path / "images" / "3.jpg")
     (tmp_path / "images" / "7.jpg").write_bytes(b"no picture")
     results = run("--model", checkpoint, "--tasks", "retrieval", *data)
@@ -189,7 +189,7 @@ def test_classification_of_a_suite(checkpoint, run, labelled):
         ({"name": "a", "max_samples": "5"}, "max_samples must be of type int"),
         ({"name": "a", "metric": "f1"}, "metric is top1 or mean_per_class"),
         ({"dataset_name": "a"}, "needs a name that no other has"),
-        ({"name": "a"}, "one of the three"),
+        ({"name": "a"}, "exactly one of dataset_name"),
     ):
         (labelled / "suite.yaml").write_text(yaml.safe_dump([entry]))
         with pytest.raises(SystemExit, match=rf"Entry 0 of .*suite\.yaml: .*{message}"):
@@ -197,7 +197,7 @@ def test_classification_of_a_suite(checkpoint, run, labelled):
 
 
 def options_of(folder):
-    return EvaluationArguments("x", tasks=["classification"], classification_suite=str(folder / "suite.yaml"))
+    return EvaluationArguments(model="x", tasks=["classification"], classification_suite=str(folder / "suite.yaml"))
 
 
 def test_what_counts_of_each_dataset_of_a_suite(checkpoint, run, labelled):
@@ -329,9 +329,9 @@ def test_adapters_are_on_again_after_a_fault(checkpoint, adapters, tmp_path):
     with pytest.raises(ValueError, match="caption loss is nan"):
         run_tasks(model, processor, options)
     assert not model.caption_projection._disable_adapters
-    with pytest.raises(ValueError, match="the first that of 'picture 0'"):
+    with pytest.raises(ValueError, match="the first that of 'image 0'"):
         run_tasks(model, processor, dataclasses.replace(options, tasks=["retrieval"]))
-    with pytest.raises(ValueError, match=r"region .* of picture 0"):
+    with pytest.raises(ValueError, match=r"region .* of image 0"):
         scenes = dataclasses.replace(options, tasks=["regions"], data_file=None, dataset_name="scenes", max_samples=2)
         run_tasks(model, processor, scenes)
     assert {*model.active_adapters()} == {"region-caption", "region-retrieval"}
@@ -355,7 +355,7 @@ def test_annotations_with_regions_and_short_and_long_captions(checkpoint, adapte
     data.insert(1, tmp_path / "instances.json")
     results = run("--model", checkpoint, "--tasks", "retrieval,regions", "--adapters", adapters[1], *data)
     metrics, sizes = results["metrics"], results["setting"]["sizes"]
-    assert "3 pictures, 3 captions" in (tmp_path / "out" / "report.md").read_text()
+    assert "3 images, 3 captions" in (tmp_path / "out" / "report.md").read_text()
     assert sizes["Regions"] == {"size": 1, "left_out": 2, "regions": 1}
     for way in ("text_to_image", "image_to_text"):
         assert metrics[f"whole_picture_{way}_R@1"] == metrics[f"{way}_R@1"] < 1, "pictures without a region too"

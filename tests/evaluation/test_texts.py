@@ -11,8 +11,7 @@ from mmgem.data.pairs import PairDataset
 from mmgem.data.regions import RegionDataset
 from mmgem.evaluation.classification import class_embeddings, evaluate_classification
 from mmgem.evaluation.embedding import embed_texts
-from mmgem.evaluation.evaluator import evaluate_model
-from mmgem.evaluation.long_text import evaluate_long_text
+from mmgem.evaluation.evaluator import evaluate_long_text, evaluate_model
 from mmgem.evaluation.mteb import MMGEMEncoder
 from mmgem.evaluation.regions import evaluate_regions, heat_map
 

@@ -88,7 +88,7 @@ def test_own_files_from_scratch_then_on_from_that_checkpoint(train, pairs, tmp_p
         (["--init_from", "bert", "--vision_config", "{}", "--text_config", "{}"], "'bert' checkpoint, not 'mmgem'"),
         (["--image_column", "captions"], "None of the 16 examples could be read"),
         (["--pack_length", "20"], "max_length 50 needs 52"),
-        (["--dataset_name", "scenes"], "one of the four"),
+        (["--dataset_name", "scenes"], "exactly one of dataset_name"),
         (["--caption_loss_weight", "0"], "--objective contrastive"),
         (["--optim", "soap", "--optim_args", "precondition_frequency"], "'precondition_frequency' is not"),
         (["--train_file", "pairs.txt"], "pairs.txt"),

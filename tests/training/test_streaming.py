@@ -54,7 +54,7 @@ def test_resumed_stream_trains_to_the_same_weights(processor, tmp_path, shards, 
     whole.train()
     logging.disable_propagation()
     assert f"{whole.counts.bad_kinds.total()} training examples could not be read" in caplog.text
-    assert whole.counts.bad_kinds.keys() == {"unreadable picture"} and 3 <= whole.counts.bad_kinds.total() <= 12
+    assert whole.counts.bad_kinds.keys() == {"unreadable image"} and 3 <= whole.counts.bad_kinds.total() <= 12
     for step in (3, 9):
         resumed = trainer(f"resumed-{step}")
         resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{step}"))

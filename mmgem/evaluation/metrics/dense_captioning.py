@@ -14,15 +14,12 @@ class DenseCaptioning(evaluate.Metric):
         text = datasets.Value("string")
         predictions = datasets.List({"box": box, "caption": text, "score": datasets.Value("float64")})
         references = datasets.List({"box": box, "phrase": text})
-        return evaluate.MetricInfo(
-            description=self.__doc__,
-            citation="",
-            inputs_description=(
-                "predictions: of each picture, boxes [x0, y0, x1, y1] with a caption and a score. references: of each "
-                "picture, boxes with a phrase."
-            ),
-            features=datasets.Features({"predictions": predictions, "references": references}),
+        features = datasets.Features({"predictions": predictions, "references": references})
+        inputs = (
+            "predictions: of each image, boxes [x0, y0, x1, y1] with a caption and a score. references: of each "
+            "image, boxes with a phrase."
         )
+        return evaluate.MetricInfo(self.__doc__, "", features, inputs)
 
     def _compute(self, predictions, references):  # type: ignore[no-untyped-def]
         return dense_captioning_map(predictions, references)

@@ -3,7 +3,7 @@
 import datasets
 import evaluate
 
-from mmgem.evaluation.captioning import TOKENIZER, bleu, cider_d, has_cider, rouge_l
+from mmgem.evaluation.captioning import TOKENIZER, caption_scores
 
 
 class ImageCaptioning(evaluate.Metric):
@@ -11,19 +11,13 @@ class ImageCaptioning(evaluate.Metric):
 
     def _info(self) -> evaluate.MetricInfo:
         text = datasets.Value("string")
-        return evaluate.MetricInfo(
-            description=self.__doc__,
-            citation="",
-            inputs_description=(
-                f"predictions: a caption of each picture. references: its references. Cut into words by {TOKENIZER}; "
-                "a character of a script without spaces is a word."
-            ),
-            features=datasets.Features({"predictions": text, "references": datasets.List(text)}),
+        features = datasets.Features({"predictions": text, "references": datasets.List(text)})
+        inputs = (
+            f"predictions: a caption of each image. references: its references. Split into words by {TOKENIZER}; a "
+            "character of a script without spaces is a word."
         )
+        return evaluate.MetricInfo(self.__doc__, "", features, inputs)
 
     def _compute(self, predictions, references):  # type: ignore[no-untyped-def]
-        return {
-            **({"cider": cider_d(predictions, references)[0]} if has_cider(references) else {}),
-            **{f"bleu{n}": value for n, value in enumerate(bleu(predictions, references), 1)},
-            "rouge_l": rouge_l(predictions, references)[0],
-        }
+        scores = caption_scores(predictions, references)
+        return {name.removeprefix("caption_"): value for name, value in scores.items()}

@@ -13,18 +13,16 @@ class ImageTextRetrieval(evaluate.Metric):
 
     def _info(self) -> evaluate.MetricInfo:
         embedding = datasets.List(datasets.Value("float32"))
-        return evaluate.MetricInfo(
-            description=self.__doc__,
-            citation="",
-            inputs_description=(
-                "predictions: the embedding of each text, of unit norm. references: the number of the picture that it "
-                "describes, or a list of them. image_embeds: the embeddings of the pictures, of unit norm."
-            ),
-            features=[
-                datasets.Features({"predictions": embedding, "references": right})
-                for right in (datasets.Value("int64"), datasets.List(datasets.Value("int64")))
-            ],
+        index = datasets.Value("int64")
+        features = [
+            datasets.Features({"predictions": embedding, "references": right})
+            for right in (index, datasets.List(index))
+        ]
+        inputs = (
+            "predictions: the embedding of each text, of unit norm. references: the index of the image that it "
+            "describes, or a list of them. image_embeds: the embeddings of the images, of unit norm."
         )
+        return evaluate.MetricInfo(self.__doc__, "", features, inputs)
 
     def _compute(self, predictions, references, image_embeds, ks=(1, 5, 10)):  # type: ignore[no-untyped-def]
         texts, images = (torch.from_numpy(np.asarray(part, dtype=np.float32)) for part in (predictions, image_embeds))

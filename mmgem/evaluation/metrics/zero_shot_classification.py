@@ -13,14 +13,8 @@ class ZeroShotClassification(evaluate.Metric):
 
     def _info(self) -> evaluate.MetricInfo:
         features = {"predictions": datasets.List(datasets.Value("float32")), "references": datasets.Value("int64")}
-        return evaluate.MetricInfo(
-            description=self.__doc__,
-            citation="",
-            inputs_description=(
-                "predictions: the scores of all classes for each picture. references: the number of the right class."
-            ),
-            features=datasets.Features(features),
-        )
+        inputs = "predictions: the scores of all classes for each image. references: the index of the right class."
+        return evaluate.MetricInfo(self.__doc__, "", datasets.Features(features), inputs)
 
     def _compute(self, predictions, references, seed=0):  # type: ignore[no-untyped-def]
         scores = torch.from_numpy(np.asarray(predictions, dtype=np.float32))
