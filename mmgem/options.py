@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import os
 import re
 import sys
 from argparse import ArgumentParser
@@ -32,9 +33,11 @@ def parse_options(types: Sequence[Any], script: str, arguments: list[str] | None
 
     Raises:
         ValueError: for an unknown option, with the nearest known one; for a list where the option takes one value, or
-            whose items have another type.
+            whose items have another type; for a path that the locale cannot write.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
+    for word in (os.getcwd(), *arguments):
+        check_encodable(word)
     usage = f"{script} [--config FILE] [--option VALUE …]   (--help lists the options)"
     parser = HfArgumentParser(list(types), usage=usage, allow_abbrev=False)  # type: ignore[arg-type]
     config_parser = ArgumentParser(usage=usage, add_help=False, allow_abbrev=False)
@@ -51,12 +54,31 @@ def parse_options(types: Sequence[Any], script: str, arguments: list[str] | None
             parser.set_defaults(**{name: value})
         else:  # goes in front of the command line, so that argparse converts and checks it
             words.insert(0, f"--{name}={value if isinstance(value, str) else json.dumps(value, default=str)}")
-    *parsed, remaining = parser.parse_args_into_dataclasses(words, return_remaining_strings=True)
+    try:
+        *parsed, remaining = parser.parse_args_into_dataclasses(words, return_remaining_strings=True)
+    except RecursionError as error:  # transformers parses its own options that are mappings
+        raise ValueError("An option holds JSON that is nested too deeply. Write it flatter.") from error
     unknown = [word.removeprefix("--").split("=")[0] for word in remaining if word.startswith("--")]
     _refuse_unknown(unknown, known | {"config"}, "on the command line")
     if remaining:
         raise ValueError(f"Unexpected arguments: {' '.join(remaining)!r}. Write options as --name value.")
     return tuple(parsed)
+
+
+def check_encodable(path: str) -> None:
+    """
+    Raises:
+        ValueError: for a path that Python could not decode in this locale, or cannot encode: the libraries that write
+            weights and tokenizers take UTF-8 alone.
+    """
+    try:
+        path.encode("utf-8")
+        os.fsencode(path)
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{path!a} cannot be a path in this locale, whose encoding is {sys.getfilesystemencoding()}. Set "
+            "PYTHONUTF8=1 in the environment, or rename it in ASCII."
+        ) from error
 
 
 def load_yaml(source: Any, name: str) -> Any:

@@ -35,6 +35,7 @@ class LoggingTrainer(Trainer):
         self._logit_scale: torch.Tensor | None = None
         self._steps_since_log = 0
         self._resumed_from: str | None = None
+        self._started = time.perf_counter()
         self._start_interval()
 
     def _start_interval(self) -> None:
@@ -55,6 +56,8 @@ class LoggingTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds both losses, tau, samples per second and the share of time spent waiting for data."""
+        if "train_runtime" in logs:
+            self._time_by_steady_clock(logs)
         if "loss" in logs and self._sums:
             logs.update({name: total / self._steps_since_log for name, total in self._mean_sums().items()})
             self._steps_since_log = 0
@@ -71,6 +74,14 @@ class LoggingTrainer(Trainer):
                 )
             self._start_interval()
         super().log(logs, start_time)
+
+    def _time_by_steady_clock(self, logs: dict[str, float]) -> None:
+        """Replaces Trainer's times, which are wrong if the system's clock is set while it trains."""
+        seconds = time.perf_counter() - self._started
+        for name in ("train_samples_per_second", "train_steps_per_second"):
+            if name in logs:
+                logs[name] = round(logs[name] * logs["train_runtime"] / seconds, 3)
+        logs["train_runtime"] = round(seconds, 4)
 
     def _mean_sums(self) -> dict[str, float]:
         """

@@ -8,6 +8,7 @@ import pytest
 from transformers import TrainingArguments
 from transformers.training_args import OptimizerNames
 
+from mmgem.output_lock import output_lock
 from mmgem.training.arguments import MMGEMTrainingArguments, parse_arguments
 from mmgem.training.checks import UNSUPPORTED
 from mmgem.training.stages import check_optimizer
@@ -38,6 +39,14 @@ def test_options_come_from_yaml_and_the_command_line_wins(tmp_path):
         parse_arguments(["--dataset_name", "scenes", "--max_step", "3"])
     with pytest.raises(ValueError, match="dataset_name, train_file, train_shards, train_annotations"):
         parse_arguments([])
+
+
+def test_a_path_that_the_locale_cannot_write_is_refused():
+    undecoded = "gr\udcc3\udcb6\udcc3\udc9fe"  # how Python reads "größe" where the locale is ASCII
+    with pytest.raises(ValueError, match=r"'gr\\udcc3.* cannot be a path in this locale.* PYTHONUTF8=1"):
+        parse_arguments(["--dataset_name", "scenes", "--output_dir", undecoded])
+    with pytest.raises(ValueError, match="PYTHONUTF8=1"), output_lock(undecoded):
+        pass
 
 
 def test_an_estimate_for_gpus_can_be_asked_for_without_one(tmp_path):
@@ -185,6 +194,7 @@ def test_values_that_could_not_have_their_effect_are_refused(tmp_path, options, 
         (["--max_bad_fraction", "nan"], r"max_bad_fraction must lie in \[0, 1\], got nan"),
         (["--do_train", "false"], "do_train is not supported"),
         (["--vision_config", "[" * 100_000], "vision_config is no JSON: it is nested more than"),
+        (["--lr_scheduler_kwargs", '{"a": ' * 100_000], "An option holds JSON that is nested too deeply"),
         (["--projection_lr_multiplier", "-1"], "projection_lr_multiplier must be a finite number"),
     ],
 )
