@@ -25,6 +25,7 @@ from transformers.models.clip import CLIPImageProcessorPil
 
 import mmgem
 from mmgem import MMGEMConfig, MMGEMModel, MMGEMProcessor
+from mmgem.data.arguments import DataArguments
 from mmgem.data.collator import MODEL_INPUTS, PairCollator
 from mmgem.data.scenes import ScenesDataset
 from mmgem.data.tokenizer import train_tokenizer
@@ -33,9 +34,10 @@ from mmgem.modeling_mmgem import contrastive_loss
 from mmgem.modeling_mmgem.conversion_mmgem import configure_generation
 from mmgem.processing import to_mmgem_tokenizer
 from mmgem.processing.tokenization_mmgem import special_token_ids
-from mmgem.training.arguments import DataArguments, DryRunArguments, MMGEMTrainingArguments
-from mmgem.training.dry_run import GIB, estimate, measured_tflops
+from mmgem.training.arguments import DryRunArguments, MMGEMTrainingArguments
+from mmgem.training.dry_run import estimate, measured_tflops
 from mmgem.training.gradient_cache import cached_backward
+from mmgem.training.memory import GIB
 
 
 @dataclasses.dataclass
@@ -197,8 +199,9 @@ def planned(size: Size, model: MMGEMModel, processor: MMGEMProcessor, mini_batch
     batch = batches(size, processor, 0, torch.device("cpu"))
     lengths = batch["position_ids"].flatten()[batch["text_positions"]] + 1
     options = {"per_device_train_batch_size": size.batch_size, "mini_batch_size": mini_batch_size}
+    options["pack_length"] = PACK_LENGTH
     args = MMGEMTrainingArguments(output_dir="unused", bf16=True, use_cpu=True, report_to="none", **options)
-    data_args = DataArguments(dataset_name="scenes", pack_length=PACK_LENGTH)
+    data_args = DataArguments(dataset_name="scenes")
     dry_run = DryRunArguments(dry_run_caption_tokens=round(lengths.float().mean().item()))
     return estimate(model.config, args, data_args, dry_run)
 

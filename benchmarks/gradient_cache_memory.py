@@ -56,7 +56,7 @@ def train(batch_size: int, mini_batch_size: int) -> dict[str, int]:
             report_to="none",
             disable_tqdm=True,
         )
-        MMGEMTrainer(MMGEMModel(config), args, processor, dataset, pack_length=128).train()
+        MMGEMTrainer(MMGEMModel(config), args, processor, dataset).train()
     pictures = batch_size * 3 * SIDE * SIDE
     embeddings = 2 * batch_size * DIMENSION * 4
     # Pictures as PIL and as float tensors, embeddings with and without gradient, and their gradients.

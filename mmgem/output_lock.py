@@ -11,8 +11,6 @@ from typing import Any
 import psutil
 from filelock import FileLock, Timeout
 
-from .options import check_encodable
-
 
 LOCK_NAME = ".run.lock"
 ORPHANS = 15.0  # seconds until the data loader's workers notice that their process was killed, and end too
@@ -25,10 +23,8 @@ def output_lock(folder: str) -> Iterator[None]:
     however that ends.
 
     Raises:
-        ValueError: where another process holds the folder, with its id and start; for a folder that the locale cannot
-            name.
+        ValueError: where another process holds the folder, with its id and start.
     """
-    check_encodable(folder)
     os.makedirs(folder, exist_ok=True)
     lock, note = FileLock(os.path.join(folder, LOCK_NAME)), os.path.join(folder, f"{LOCK_NAME}.json")
     try:

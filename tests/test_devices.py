@@ -9,8 +9,8 @@ from accelerate.state import AcceleratorState
 from mmgem.data.pairs import PairDataset
 from mmgem.data.scenes import ScenesDataset
 from mmgem.modeling_mmgem.adapters_mmgem import REGION_ADAPTERS
+from mmgem.training.adapters import add_region_adapter
 from mmgem.training.arguments import MMGEMTrainingArguments
-from mmgem.training.region_adapters import add_region_adapter
 from mmgem.training.trainer import MMGEMTrainer
 from tests import emulated_accelerator
 from tests.conftest import make_model, make_picture
@@ -117,9 +117,10 @@ def accelerator(monkeypatch):
 def step(processor, tmp_path, pack_length=0, **options):
     """The Trainer's loss and gradients of one batch, and who waited for the device."""
     defaults = {"per_device_train_batch_size": 4, "max_steps": 1, "report_to": "none", "disable_tqdm": True}
+    defaults |= {"packing": pack_length > 0, "pack_length": pack_length}
     args = MMGEMTrainingArguments(output_dir=str(tmp_path), **defaults, **options)
     model = make_model(processor)
-    trainer = MMGEMTrainer(model, args, processor, PairDataset(ScenesDataset("train", 4, 32)), pack_length=pack_length)
+    trainer = MMGEMTrainer(model, args, processor, PairDataset(ScenesDataset("train", 4, 32)))
     trainer.create_optimizer()
     batches = iter(trainer.get_train_dataloader())
     trainer.current_gradient_accumulation_steps = 1

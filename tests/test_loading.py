@@ -13,7 +13,7 @@ from mmgem.evaluation.arguments import EvaluationArguments
 from mmgem.evaluation.tasks import load_model
 from mmgem.hub.export import export
 from mmgem.loading import load_checkpoint
-from mmgem.training.region_adapters import add_region_adapter
+from mmgem.training.adapters import add_region_adapter
 
 from .conftest import make_model
 from .training.test_cli import ROOT

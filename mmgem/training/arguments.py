@@ -3,54 +3,49 @@
 import importlib.util
 import math
 import os
-from dataclasses import dataclass, field, fields
-from typing import Any, Literal
+from dataclasses import MISSING, dataclass, fields
+from typing import Literal
 
 from transformers import TrainingArguments
 
 from ..data.arguments import DataArguments
 from ..data.json_files import parse_json
 from ..evaluation.arguments import EvaluationArguments
-from ..options import checked_token, load_yaml, parse_options
-from .unsupported import refuse_unsupported, refuse_unsupported_loaders
+from ..options import checked_token, option, parse_options
+from .checks import PYTORCH_OPTIMIZERS, refuse_unsupported, refuse_unsupported_loaders
 
 
-LEAST = dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"), 1)
-LEAST |= {"lora_alpha": 1}
-LEAST |= dict.fromkeys(("dataloader_num_workers", "lora_rank", "mini_batch_size", "caption_samples"), 0)
+MINIMA = {
+    "per_device_train_batch_size": 1,
+    "per_device_eval_batch_size": 1,
+    "gradient_accumulation_steps": 1,
+    "lora_alpha": 1,
+    "lora_rank": 0,
+    "mini_batch_size": 0,
+    "caption_samples": 0,
+    "dataloader_num_workers": 0,
+}
 
 
 @dataclass
 class ModelArguments:
-    """Where the model comes from: a checkpoint of ours, two checkpoints of towers, or nothing."""
+    """Where the model comes from: an MM-GEM checkpoint, checkpoints of two towers, or configurations."""
 
-    init_from: str | None = field(
-        default=None, metadata={"help": "MM-GEM checkpoint (folder or Hub id) to go on from, on new data."}
+    init_from: str | None = option(None, "MM-GEM checkpoint (folder or Hub id) to go on from, on new data.")
+    vision_model_name_or_path: str | None = option(
+        None, "CLIP, SigLIP, DINOv2 or ViT checkpoint for the vision tower."
     )
-    vision_model_name_or_path: str | None = field(
-        default=None, metadata={"help": "CLIP, SigLIP, DINOv2 or ViT checkpoint for the vision tower."}
+    text_model_name_or_path: str | None = option(None, "Causal language model checkpoint.")
+    vision_config: dict | str | None = option(None, "From scratch: settings of the vision tower (JSON).")
+    text_config: dict | str | None = option(None, "From scratch: settings of the language model (JSON).")
+    vocab_size: int = option(None, "From scratch: size of the BPE trained on the captions; 4096 by default.")
+    image_size: int | None = option(None, "Pixels per side; position embeddings are interpolated where it is new.")
+    attn_implementation: str | None = option(
+        None, "Attention of both towers: sdpa (default), eager, flash_attention_2, …"
     )
-    text_model_name_or_path: str | None = field(default=None, metadata={"help": "Causal language model checkpoint."})
-    vision_config: dict | str | None = field(
-        default=None, metadata={"help": "From scratch: settings of the vision tower (JSON)."}
-    )
-    text_config: dict | str | None = field(
-        default=None, metadata={"help": "From scratch: settings of the language model (JSON)."}
-    )
-    vocab_size: int = field(  # type: ignore[assignment]  # None until __post_init__: not given
-        default=None, metadata={"help": "From scratch: size of the BPE trained on the captions; 4096 by default."}
-    )
-    image_size: int | None = field(
-        default=None, metadata={"help": "Pixels per side; position embeddings are interpolated where it is new."}
-    )
-    attn_implementation: str | None = field(
-        default=None, metadata={"help": "Attention of both towers: sdpa (default), eager, flash_attention_2, …"}
-    )
-    projection_dim: int = field(  # type: ignore[assignment]  # None until __post_init__: not given
-        default=None, metadata={"help": "D, the size of the embedding space of a new model; 512 by default."}
-    )
-    region_grid_size: int | None = field(
-        default=None, metadata={"help": "k: a region becomes k x k visual tokens; by default the checkpoint's own."}
+    projection_dim: int = option(None, "D, the size of the embedding space of a new model; 512 by default.")
+    region_grid_size: int | None = option(
+        None, "k: a region becomes k x k visual tokens; by default the checkpoint's own."
     )
 
     def __post_init__(self) -> None:
@@ -58,10 +53,10 @@ class ModelArguments:
         self.text_config = _as_mapping(self.text_config, "text_config")
         if bool(self.vision_model_name_or_path) != bool(self.text_model_name_or_path):
             raise ValueError(
-                "vision_model_name_or_path and text_model_name_or_path go together; give both or neither."
+                "vision_model_name_or_path and text_model_name_or_path go together. Give both or neither."
             )
-        if self.init_from and (self.vision_model_name_or_path or self.vision_config or self.text_config):
-            raise ValueError("init_from brings its own architecture; drop the settings of the towers.")
+        if self.init_from and self.vision_model_name_or_path:
+            raise ValueError("init_from brings its own towers. Leave out --vision_model_name_or_path and its pair.")
         if self.init_from and self.projection_dim is not None:
             raise ValueError("projection_dim of the checkpoint of --init_from is kept. Leave out --projection_dim.")
         for name in ("vocab_size", "vision_config", "text_config"):
@@ -72,15 +67,14 @@ class ModelArguments:
                 )
         self.projection_dim = 512 if self.projection_dim is None else self.projection_dim
         self.vocab_size = 4096 if self.vocab_size is None else self.vocab_size
-        for name in ("projection_dim", "vocab_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}.")
-        if self.region_grid_size is not None and self.region_grid_size < 1:
-            raise ValueError(f"region_grid_size must be 1 or more, got {self.region_grid_size}.")
+        for name in ("projection_dim", "vocab_size", "region_grid_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be 1 or more, got {value}.")
 
 
 def _as_mapping(value: dict | str | None, name: str) -> dict:
-    """A mapping from YAML as it is, JSON from the command line parsed."""
+    """Returns a mapping from YAML as it is, and parses JSON from the command line."""
     try:
         mapping = parse_json(value) if isinstance(value, str) else value or {}
     except ValueError as error:
@@ -92,158 +86,125 @@ def _as_mapping(value: dict | str | None, name: str) -> dict:
 
 @dataclass
 class DryRunArguments:
-    """An estimate instead of a run, from configurations alone: neither weights nor data are read."""
+    """What `--dry_run` estimates for, from configurations alone: it reads neither weights nor data."""
 
-    dry_run: bool = field(
-        default=False, metadata={"help": "Print parameters, memory per device and cost of a step, and stop."}
-    )
-    dry_run_devices: int = field(default=1, metadata={"help": "Devices of the run; the batch size is that of each."})
-    dry_run_memory: float | None = field(
-        default=None, metadata={"help": "GiB of each device, to warn by; this machine's by default."}
-    )
-    dry_run_tflops: float | None = field(
-        default=None, metadata={"help": "Peak of each device in TFLOP/s; measured on this machine by default."}
-    )
-    dry_run_mfu: float = field(
-        default=0.4, metadata={"help": "Share of the peak that training reaches, what is computed twice included."}
-    )
-    dry_run_sharded: bool = field(
-        default=False,
-        metadata={"help": "Weights, gradients and optimiser divided among the devices, as FSDP does."},
-    )
-    dry_run_caption_tokens: int = field(
-        default=20, metadata={"help": "Tokens of an average caption, BOS and [EMB] included."}
-    )
+    dry_run_devices: int = option(1, "Devices of the run; the batch size is that of each.")
+    dry_run_memory: float | None = option(None, "GiB of each device, to warn by; this machine's by default.")
+    dry_run_tflops: float | None = option(None, "Peak of each device in TFLOP/s; measured on this machine by default.")
+    dry_run_mfu: float = option(0.4, "Share of the peak that training reaches, what is computed twice included.")
+    dry_run_sharded: bool = option(False, "Weights, gradients and optimiser divided among the devices, as FSDP does.")
+    dry_run_caption_tokens: int = option(20, "Tokens of an average caption, BOS and [EMB] included.")
 
 
 @dataclass
 class MMGEMTrainingArguments(TrainingArguments):
     """
-    transformers' TrainingArguments, plus what the stages need. `learning_rate` is the backbones' rate in stage 1, that
-    of the adapter in stage 2.
+    transformers' TrainingArguments and the options of both stages. `learning_rate` is the rate of the backbones in
+    stage 1, and of the adapter in stage 2.
     """
 
-    stage: Literal["1", "region-caption", "region-retrieval"] = field(
-        default="1",
-        metadata={
-            "help": "1 trains everything on pictures with captions. Stage 2 trains an adapter on regions, beside the "
-            "frozen model of --init_from: h3 and soft prompts (region-caption) or h4 (region-retrieval)."
-        },
+    stage: Literal["1", "region-caption", "region-retrieval"] = option(
+        "1",
+        "1 trains everything on images with captions. Stage 2 trains an adapter on regions, beside the frozen "
+        "model of --init_from: h3 and soft prompts (region-caption) or h4 (region-retrieval).",
     )
-    cache_features: bool = field(
-        default=False,
-        metadata={
-            "help": "Stage 2: run the ViT once over all pictures, and read its features from a file in output_dir."
-        },
+    dry_run: bool = option(False, "Print parameters, memory per device and cost of a step, and stop.")
+    cache_features: bool = option(
+        False, "Stage 2: run the ViT once over all images, and read its features from a file."
     )
+    packing: bool = option(True, "Stage 1: pack sequences into rows without padding; false gives each a padded row.")
+    pack_length: int = option(128, "Length of the packed rows.")
+    max_bad_fraction: float = option(0.01, "Stop when more than this share of the training set cannot be read.")
 
-    optim: str = field(
-        default="adamw_torch",
-        metadata={"help": "'lamb' or 'soap' (from pytorch-optimizer), or any of transformers' OptimizerNames."},
+    optim: str = option(
+        "adamw_torch", "'lamb' or 'soap' (from pytorch-optimizer), or any of transformers' OptimizerNames."
     )
-    objective: Literal["joint", "contrastive", "caption"] = field(
-        default="joint", metadata={"help": "L_Emb + L_Gen, or one alone (the paper's ablation)."}
+    objective: Literal["joint", "contrastive", "caption"] = option(
+        "joint", "L_Emb + L_Gen, or one alone (the paper's ablation)."
     )
-    caption_loss_weight: float = field(
-        default=1.0,
-        metadata={
-            "help": "L = L_Emb + this x L_Gen. The paper adds them; its L_Gen is a mean per token, so raise it where "
-            "captions matter and the language model starts from scratch."
-        },
+    caption_loss_weight: float = option(
+        1.0,
+        "L = L_Emb + this x L_Gen. The paper adds them; its L_Gen is a mean per token, so raise it where captions "
+        "matter and the language model starts from scratch.",
     )
-    mini_batch_size: int = field(
-        default=0,
-        metadata={
-            "help": "Gradient cache: each device's batch goes through the model in parts of this size, at "
-            "their memory, with the contrastive loss and its gradient of the whole; 0: off."
-        },
+    mini_batch_size: int = option(
+        0,
+        "Gradient cache: each device's batch goes through the model in parts of this size, at their memory, with "
+        "the contrastive loss and its gradient of the whole; 0: off.",
     )
-    projection_lr_multiplier: float = field(
-        default=10.0, metadata={"help": "Learning rate of projections and logit_scale over the backbones'."}
+    projection_lr_multiplier: float = option(10.0, "Learning rate of projections and logit_scale over the backbones'.")
+    lora_rank: int = option(
+        0,
+        "Train LoRA matrices of this rank beside the language model's, its new tokens' rows and the projections, "
+        "and nothing else; 0: everything. What is saved in the end is one plain model.",
     )
-    lora_rank: int = field(
-        default=0,
-        metadata={
-            "help": "Train LoRA matrices of this rank beside the language model's, its new tokens' rows and the "
-            "projections, and nothing else; 0: everything. What is saved in the end is one plain model."
-        },
-    )
-    lora_alpha: int | None = field(default=None, metadata={"help": "LoRA's scale; twice the rank by default."})
-    freeze: list[str] = field(
-        default_factory=list,
-        metadata={"help": "Parameters not to train: names or beginnings of names, such as vision_model."},
-    )
-    # transformers' options whose defaults are others here; unsupported.py says why no other value will do.
-    hub_strategy: str = field(default="end", metadata={"help": "The finished run is pushed, with its evaluation."})
-    do_train: bool = field(default=True, metadata={"help": "train.py always trains."})
-    dataloader_drop_last: bool = field(default=True, metadata={"help": "Every batch has the same size."})
-    remove_unused_columns: bool = field(default=False, metadata={"help": "The collator chooses the columns."})
+    lora_alpha: int | None = option(None, "LoRA's scale; twice the rank by default.")
+    freeze: list[str] = option([], "Parameters not to train: names or beginnings of names, such as vision_model.")
+    # transformers' options with another default; UNSUPPORTED in checks.py says why no other value is accepted.
+    hub_strategy: str = option("end", "The finished run is pushed, with its evaluation.")
+    do_train: bool = option(True, "train.py always trains.")
+    dataloader_drop_last: bool = option(True, "Every batch has the same size.")
+    remove_unused_columns: bool = option(False, "The collator chooses the columns.")
 
-    caption_samples: int = field(
-        default=500, metadata={"help": "Pictures to caption in the final evaluation; 0 for none."}
-    )
-
-    evaluation_config: str | None = field(
-        default=None,
-        metadata={"help": "Stage 1: options of `python -m mmgem.evaluation` (YAML), to run too at each evaluation."},
+    caption_samples: int = option(500, "Images to caption in the final evaluation; 0 for none.")
+    evaluation_config: str | None = option(
+        None, "Stage 1: options of `python -m mmgem.evaluation` (YAML), to run too at each evaluation."
     )
 
     def __post_init__(self) -> None:
         refuse_unsupported(self)
-        # Not Trainer's own; these are handed to it.
-        self.kept_optimizer = {"lamb": "Lamb", "soap": "SOAP"}.get(self.optim)
-        if self.kept_optimizer:
-            if importlib.util.find_spec("pytorch_optimizer") is None:
-                raise ValueError(f"--optim {self.optim} needs pytorch-optimizer: pip install 'mmgem[optimizers]'.")
-            self.optim = "adamw_torch"
-        if not self.caption_loss_weight > 0:
-            raise ValueError(
-                f"caption_loss_weight must be above 0, got {self.caption_loss_weight}; for no captions at all there "
-                "is --objective contrastive."
-            )
-        for option in fields(self):
-            value = getattr(self, option.name)
-            if isinstance(value, float) and not 0 <= value < math.inf:
-                raise ValueError(f"{option.name} must be a finite number of 0 or more, got {value}.")
-        for name, least in LEAST.items():
-            if getattr(self, name) is not None and getattr(self, name) < least:
-                raise ValueError(f"{name} must be {least} or more, got {getattr(self, name)}.")
-        if self.max_steps == 0:
-            raise ValueError("max_steps must be 1 or more, or -1 to train for num_train_epochs.")
-        if self.max_steps < 0 and self.num_train_epochs == 0:
-            raise ValueError("num_train_epochs must be above 0, got 0; or give --max_steps.")
-        if self.lora_alpha is not None and not self.lora_rank:
-            raise ValueError("lora_alpha is the scale of LoRA's matrices: give --lora_rank too, or leave it out.")
+        self._check_numbers()
         self._set_metric_for_best_model()
-        self.max_grad_norm = self.max_grad_norm or 0.0  # null in YAML
-        if self.mini_batch_size and self.objective == "caption":
-            raise ValueError(
-                "mini_batch_size is for the contrastive loss; a caption loss alone needs accumulation only."
-            )
-        if self.evaluation_config:
-            if self.stage != "1":
-                raise ValueError("evaluation_config is for stage 1; stage 2 evaluates its own adapter.")
-            of_it = ["--config", self.evaluation_config, "--model", str(self.output_dir)]
-            of_it += ["--output_dir", str(self.output_dir)]
-            (self.evaluation,) = parse_options([EvaluationArguments], self.evaluation_config, of_it)
-            if self.evaluation.adapters:
-                raise ValueError(f"{self.evaluation_config}: a model in training has no adapters.")
-        if self.stage == "1" and self.cache_features:
-            raise ValueError("cache_features is for stage 2; in stage 1 the ViT itself is trained.")
+        self._read_evaluation_config()
         if self.stage != "1":
             self._set_up_stage_2()
-        # On the command line this option is a string, also where a truth value is meant.
+        elif self.cache_features:
+            raise ValueError("cache_features is for stage 2; in stage 1 the ViT itself is trained.")
+        if self.mini_batch_size and self.objective == "caption":
+            raise ValueError(
+                "mini_batch_size is for the contrastive loss. A caption loss alone needs gradient accumulation only."
+            )
+        if self.optim in PYTORCH_OPTIMIZERS and importlib.util.find_spec("pytorch_optimizer") is None:
+            raise ValueError(f"--optim {self.optim} needs pytorch-optimizer: pip install 'mmgem[optimizers]'.")
+        self.max_grad_norm = self.max_grad_norm or 0.0  # null in YAML
+        # On the command line this option is a string, even where a boolean is meant.
         switch = str(self.resume_from_checkpoint).lower()
         if switch in ("true", "false"):
             self.resume_from_checkpoint = True if switch == "true" else None  # type: ignore[assignment]
         if self.ddp_find_unused_parameters is None:
-            # What an objective does not reach is frozen, so there is nothing to search for after every forward.
+            # Parameters that an objective does not reach are frozen, so DistributedDataParallel need not search.
             self.ddp_find_unused_parameters = False
-        self.optimizer_options = _parse_options(self.optim_args)
+        if self.dry_run:
+            self.use_cpu = True  # so that the options of a GPU run are accepted on a machine without one
+        optim = self.optim
+        self.optim = "adamw_torch" if optim in PYTORCH_OPTIMIZERS else optim  # transformers refuses unknown names
         super().__post_init__()
+        self.optim = optim if optim in PYTORCH_OPTIMIZERS else self.optim
         refuse_unsupported_loaders(self)
-        if self.push_to_hub:
-            self.hub_token = None if self.hub_token is None else checked_token(self.hub_token)
+        if self.push_to_hub and self.hub_token is not None:
+            self.hub_token = checked_token(self.hub_token)
+
+    def _check_numbers(self) -> None:
+        if not self.caption_loss_weight > 0:
+            raise ValueError(
+                f"caption_loss_weight must be above 0, got {self.caption_loss_weight}. To train without captions, "
+                "pass --objective contrastive."
+            )
+        if not 0 <= self.max_bad_fraction <= 1:
+            raise ValueError(f"max_bad_fraction must lie in [0, 1], got {self.max_bad_fraction}.")
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, float) and not 0 <= value < math.inf:
+                raise ValueError(f"{field.name} must be a finite number of 0 or more, got {value}.")
+        for name, minimum in MINIMA.items():
+            if getattr(self, name) is not None and getattr(self, name) < minimum:
+                raise ValueError(f"{name} must be {minimum} or more, got {getattr(self, name)}.")
+        if self.max_steps == 0:
+            raise ValueError("max_steps must be 1 or more, or -1 to train for num_train_epochs.")
+        if self.max_steps < 0 and self.num_train_epochs == 0:
+            raise ValueError("num_train_epochs must be above 0, got 0. Raise it, or give --max_steps.")
+        if self.lora_alpha is not None and not self.lora_rank:
+            raise ValueError("lora_alpha is the scale of LoRA's matrices: give --lora_rank too, or leave it out.")
 
     def _set_metric_for_best_model(self) -> None:
         """transformers' default is a loss that no evaluation here gives, and takes the highest rank for the best."""
@@ -257,46 +218,48 @@ class MMGEMTrainingArguments(TrainingArguments):
         elif self.greater_is_better is None:
             self.greater_is_better = not self.metric_for_best_model.endswith(("loss", "rank"))
 
+    def _read_evaluation_config(self) -> None:
+        """Reads the options of the evaluation suite into `self.evaluation`."""
+        if self.evaluation_config is None:
+            return
+        if self.stage != "1":
+            raise ValueError("evaluation_config is for stage 1; stage 2 evaluates its own adapter.")
+        folder = str(self.output_dir)
+        options = ["--config", self.evaluation_config, "--model", folder, "--output_dir", folder]
+        (self.evaluation,) = parse_options([EvaluationArguments], self.evaluation_config, options)
+        if self.evaluation.adapters:
+            raise ValueError(f"{self.evaluation_config}: a model in training has no adapters.")
+
     def _set_up_stage_2(self) -> None:
         """The objective follows from the stage, and there is one learning rate."""
+        defaults = {f.name: f.default if f.default is not MISSING else [] for f in fields(self)}
         for name in ("objective", "mini_batch_size", "lora_rank", "freeze", "projection_lr_multiplier"):
-            field_ = type(self).__dataclass_fields__[name]
-            default = field_.default_factory() if callable(field_.default_factory) else field_.default
-            if getattr(self, name) != default:
+            if getattr(self, name) != defaults[name]:
                 raise ValueError(f"{name} is for stage 1; --stage {self.stage} trains its adapter and nothing else.")
         self.objective = "caption" if self.stage == "region-caption" else "contrastive"
         self.projection_lr_multiplier = 1.0
 
 
-def _parse_options(options: str | None) -> dict[str, Any]:
-    """The mapping that `a=1,b=true` means."""
-    parsed = {}
-    for option in filter(None, (options or "").split(",")):
-        name, equals, value = option.partition("=")
-        if not equals:
-            raise ValueError(f"optim_args are name=value, separated by commas; {option!r} is not.")
-        parsed[name.strip()] = load_yaml(value, "optim_args")
-    return parsed
+def data_seed(args: TrainingArguments) -> int:
+    """Returns the seed of everything random about the data: `--data_seed`, or `--seed`."""
+    return args.seed if args.data_seed is None else args.data_seed
 
 
 def parse_arguments(
     arguments: list[str] | None = None,
 ) -> tuple[ModelArguments, DataArguments, MMGEMTrainingArguments, DryRunArguments]:
     """
-    `--config file.yaml` and `--option value`, the command line winning over the file.
+    Parses `--config file.yaml` and `--option value`; the command line wins over the file.
 
     Raises:
-        ValueError: for an unknown option, with the nearest known one.
+        ValueError: for an unknown option, with the nearest known one; for options that do not go together.
     """
     types = (ModelArguments, DataArguments, MMGEMTrainingArguments, DryRunArguments)
-    # What GPUs will do can be asked on a machine without.
-    model_args, data_args, args, dry_run_args = parse_options(
-        types, "train.py", arguments, lambda known: ["--use_cpu=true"] if known.dry_run else []
-    )
+    model_args, data_args, args, dry_run_args = parse_options(types, "train.py", arguments)
     if args.stage != "1":
-        _check_stage_2(model_args, data_args, args, dry_run_args)
+        _check_stage_2(model_args, data_args, args)
     elif model_args.region_grid_size is not None:
-        raise ValueError("region_grid_size is for --stage region-caption; stage 1 has one visual token per picture.")
+        raise ValueError("region_grid_size is for --stage region-caption; stage 1 has one visual token per image.")
     if data_args.train_shards and (args.ignore_data_skip or args.train_sampling_strategy != "random"):
         raise ValueError(
             "ignore_data_skip and train_sampling_strategy are for tables: a stream goes on where it was, in its order."
@@ -306,8 +269,8 @@ def parse_arguments(
     return model_args, data_args, args, dry_run_args
 
 
-def _check_stage_2(model_args: Any, data_args: Any, args: Any, dry_run_args: Any) -> None:
-    """An adapter is worth nothing without the very model that it was trained on."""
+def _check_stage_2(model_args: ModelArguments, data_args: DataArguments, args: MMGEMTrainingArguments) -> None:
+    """An adapter works beside the model that it was trained on, and beside no other."""
     if not model_args.init_from:
         raise ValueError(f"--stage {args.stage} trains an adapter of a stage-1 model: give --init_from FOLDER.")
     if model_args.image_size is not None:
@@ -316,7 +279,7 @@ def _check_stage_2(model_args: Any, data_args: Any, args: Any, dry_run_args: Any
         raise ValueError("region_grid_size is for captions; retrieval has one embedding per region.")
     if data_args.augmentation_scale != 1:
         raise ValueError("augmentation_scale is for stage 1: a random crop would move the regions.")
-    if dry_run_args.dry_run:
+    if args.dry_run:
         raise ValueError("The dry run is for stage 1.")
     if args.push_to_hub and not os.path.isdir(model_args.init_from):
         raise ValueError("push_to_hub uploads an adapter together with its base, so --init_from must be a folder.")

@@ -1,4 +1,4 @@
-"""The model and processor that a run starts from."""
+"""Builds the model and processor that a run starts from."""
 
 import difflib
 import math
@@ -33,16 +33,16 @@ def build_model_and_processor(
     checkpoint: str | None = None,
 ) -> tuple[MMGEMModel, MMGEMProcessor]:
     """
-    From an MM-GEM checkpoint (`init_from`), from two towers' checkpoints, or from scratch with a tokenizer trained on
-    the training captions.
+    Builds them from an MM-GEM checkpoint (`init_from`), from the checkpoints of two towers, or from scratch with a
+    tokenizer trained on the training captions.
 
     Args:
         checkpoint: folder that the run resumes from. Tokenizer and image processor come from there, and the model too
-            unless it holds an adapter alone.
+            unless the folder holds an adapter only.
 
     Raises:
-        ValueError: where `init_from` is a checkpoint of another model type, or damaged; for an attention that is not
-            there.
+        ValueError: if `init_from` is a checkpoint of another model type, or damaged; if the attention is unknown or
+            not installed.
     """
     model, processor = _build(arguments, train_dataset, max_length, checkpoint)
     if arguments.attn_implementation is not None:
@@ -59,12 +59,12 @@ def _build(
     saved = None if checkpoint is None else MMGEMProcessor.from_pretrained(checkpoint)
     source = _source(arguments, checkpoint)
     if source is not None:
-        _own_config(source)
-        # A checkpoint in 16 bits too: steps that are small against a weight would be rounded away.
+        _load_config(source)
+        # float32 for a 16-bit checkpoint too, in which small steps of the optimizer would be rounded away.
         model = load_checkpoint(source, dtype=torch.float32)
         processor = saved or MMGEMProcessor.from_pretrained(source)
         for name in ("auto_map", "custom_pipelines"):
-            vars(model.config).pop(name, None)  # of an export: the code that they name does not come along
+            vars(model.config).pop(name, None)  # an export names code that is not saved with this run
         processor.max_length = max_length
         if arguments.region_grid_size is not None:
             processor.region_grid_size = arguments.region_grid_size
@@ -88,25 +88,25 @@ def _build(
 
 def planned_config(arguments: ModelArguments, checkpoint: str | None = None) -> MMGEMConfig:
     """
-    The architecture that a run would start from, of configurations alone; see [`build_model_and_processor`].
+    Returns the architecture that a run would start from, without loading weights; see [`build_model_and_processor`].
 
     Raises:
-        ValueError: where nothing says which model to train.
+        ValueError: if no option says which model to train.
     """
     source = _source(arguments, checkpoint)
     if source is not None:
-        config = _own_config(source)
+        config = _load_config(source)
     elif arguments.vision_model_name_or_path and arguments.text_model_name_or_path:
         vision = vision_config_of(arguments.vision_model_name_or_path).to_dict()
         text = AutoConfig.from_pretrained(arguments.text_model_name_or_path).to_dict()
-        vision["dtype"] = text["dtype"] = "float32"  # as both are loaded, whatever they are stored in
+        vision["dtype"] = text["dtype"] = "float32"  # as both are loaded, whatever the files hold
         text["vocab_size"] += len(TOKEN_IDS)
         config = MMGEMConfig(vision_config=vision, text_config=text, projection_dim=arguments.projection_dim)
     elif arguments.vision_config and arguments.text_config:
         return _config_from_scratch(arguments, {"vocab_size": arguments.vocab_size}, {})
     else:
         raise ValueError(
-            "Nothing says which model to train. Give --init_from CHECKPOINT (an MM-GEM model, to go on from), "
+            "No option says which model to train. Give --init_from CHECKPOINT (an MM-GEM model, to go on from), "
             "--vision_model_name_or_path and --text_model_name_or_path (two pretrained towers), or --vision_config "
             "and --text_config (JSON: a model from scratch, as configs/scenes.yaml has it)."
         )
@@ -116,21 +116,20 @@ def planned_config(arguments: ModelArguments, checkpoint: str | None = None) -> 
 
 
 def _source(arguments: ModelArguments, checkpoint: str | None) -> str | None:
-    """The MM-GEM checkpoint that the model comes from: a resumed run's own, unless that holds an adapter alone."""
+    """Returns the MM-GEM checkpoint to load: the resumed one, unless it holds an adapter only, or `init_from`."""
     if checkpoint is not None and os.path.isfile(os.path.join(checkpoint, "config.json")):
         return checkpoint
     return arguments.init_from
 
 
-def _own_config(name: str) -> MMGEMConfig:
-    if os.path.isfile(os.path.join(name, "adapter_config.json")) and not os.path.isfile(
-        os.path.join(name, "config.json")
-    ):
+def _load_config(name: str) -> MMGEMConfig:
+    files = {file: os.path.isfile(os.path.join(name, file)) for file in ("config.json", "adapter_config.json")}
+    if files["adapter_config.json"] and not files["config.json"]:
         raise ValueError(f"{name} is an adapter; give --init_from the model that it was trained on.")
     config = AutoConfig.from_pretrained(name)
     if config.model_type != "mmgem":
         raise ValueError(
-            f"{name} is a '{config.model_type}' checkpoint, not 'mmgem'; a vision tower or language model goes into "
+            f"{name} is a '{config.model_type}' checkpoint, not 'mmgem'. Give a vision tower or language model as "
             "--vision_model_name_or_path or --text_model_name_or_path."
         )
     return config
@@ -174,21 +173,21 @@ def _config_from_scratch(arguments: ModelArguments, text: dict[str, Any], token_
     except (StrictDataclassError, KeyError, TypeError) as error:
         raise ValueError(f"vision_config or text_config describes no model: {error}") from error
     for name in ("vision_config", "text_config"):
-        # transformers keeps what it does not know, so that some models' rarer settings are no fields of their class.
+        # Not all settings are fields of a configuration's class: transformers keeps unknown ones as attributes.
         known = getattr(config, name).__dataclass_fields__.keys() | type(getattr(config, name))().to_dict().keys()
         for key in getattr(arguments, name).keys() - known:
             if nearest := difflib.get_close_matches(key, known, n=1, cutoff=0.8):
                 raise ValueError(f"{name} has no setting {key!r}; did you mean {nearest[0]!r}?")
-    # Keeps the variance. At 0.02 five small matrices in a row stand between a picture and the word for it.
+    # Keeps the variance. With transformers' 0.02, five matrices in a row would all but extinguish an image's signal.
     config.initializer_range = config.text_config.hidden_size**-0.5
     return config
 
 
 def _pixel_statistics(dataset: PairDataset | ShardStream) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation of each colour, in [0, 1]."""
+    """Returns mean and standard deviation of each colour, in [0, 1]."""
     count, total, squares = 0, np.zeros(3), np.zeros(3)
-    for picture in dataset.some_pictures():
-        pixels = np.asarray(picture).reshape(-1, 3) / 255
+    for image in dataset.some_pictures():
+        pixels = np.asarray(image).reshape(-1, 3) / 255
         count += len(pixels)
         total += pixels.sum(0)
         squares += (pixels**2).sum(0)
@@ -200,21 +199,21 @@ def _pixel_statistics(dataset: PairDataset | ShardStream) -> tuple[list[float], 
 @torch.no_grad()
 def _whiten_patches(vision_model: PreTrainedModel, image_processor: Any, dataset: PairDataset | ShardStream) -> None:
     """
-    Starts the patch embedding of a new tower as a whitening of this data's patches (as Page, "How to train your
-    ResNet", 2018, does with a first convolution), turned at random, with unit variance. A random embedding passes on
-    what makes up most of a patch, its colour; edges, by which shapes are told apart, take long to come through.
+    Initializes the patch embedding of a new tower as a randomly rotated whitening of this data's patches, with unit
+    variance (as Page, "How to train your ResNet", 2018, does with a first convolution). A random embedding passes on
+    mainly the colour of a patch; edges, which distinguish shapes, take long to be learned.
     """
     patches = _patch_embedding(vision_model)
     size = patches.kernel_size[0]
     moments, count = torch.zeros(3 * size**2, 3 * size**2), 0
-    for picture in dataset.some_pictures():
-        pixel_values = image_processor(picture, return_tensors="pt")["pixel_values"]
+    for image in dataset.some_pictures():
+        pixel_values = image_processor(image, return_tensors="pt")["pixel_values"]
         vectors = nn.functional.unfold(pixel_values, size, stride=size)[0]
         moments += vectors @ vectors.T
         count += vectors.shape[1]
     variances, directions = torch.linalg.eigh((moments / count).double())
     kept = min(patches.out_channels, len(variances))
-    floor = 1e-3  # of a pixel's variance, which is 1: what hardly varies is not blown up
+    floor = 1e-3  # of a pixel's variance, which is 1: keeps directions that hardly vary from being amplified
     whitening = (directions / (variances + floor).sqrt())[:, -kept:].T.float()
     rotation = torch.linalg.qr(torch.randn(patches.out_channels, kept)).Q * math.sqrt(patches.out_channels / kept)
     patches.weight.copy_((rotation @ whitening).view_as(patches.weight))
@@ -227,9 +226,9 @@ def _patch_embedding(vision_model: PreTrainedModel) -> nn.Conv2d:
 @torch.no_grad()
 def _set_sinusoidal_positions(vision_model: PreTrainedModel, side: int) -> None:
     """
-    Starts the position embeddings of a new tower as sines and cosines of row and column (Beyer et al., "Better plain
-    ViT baselines for ImageNet-1k", 2022), of unit variance as the embeddings of the patches. Where they start as faint
-    noise, as transformers has it, the pooled features say little about what lies where for many hundred steps.
+    Initializes the position embeddings of a new tower as sines and cosines of row and column (Beyer et al., "Better
+    plain ViT baselines for ImageNet-1k", 2022), with unit variance like the patch embeddings. With transformers' faint
+    noise, the pooled features say little about positions for many hundred steps.
     """
     hidden_size = _patch_embedding(vision_model).out_channels
     positions = next(value for name, value in vision_model.named_parameters() if "position_embedding" in name)

@@ -1,20 +1,94 @@
-"""What is refused before a run starts, because it would train on something else than it says."""
+"""Options and models that would train on something else than they say, refused before a run starts."""
 
 import os
+from dataclasses import fields
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 
 from ..modeling_mmgem import MMGEMModel
-from .arguments import MMGEMTrainingArguments
+
+
+# Optimizers that transformers does not have: names of classes of pytorch-optimizer.
+PYTORCH_OPTIMIZERS = {"lamb": "Lamb", "soap": "SOAP"}
+
+# Options of transformers' TrainingArguments that would have no effect here, or another than they say, by the reason.
+# Any other value than the default of MMGEMTrainingArguments is refused.
+_UNSUPPORTED_BY_REASON = {
+    "L_Gen has no label smoothing": ["label_smoothing_factor"],
+    "optimizers that treat some modules otherwise (GaLore, APOLLO) are not supported": ["optim_target_modules"],
+    "Liger has no kernels for MM-GEM": ["use_liger_kernel", "liger_kernel_config"],
+    "training does not use a key-value cache": ["use_cache"],
+    "equal batches keep the number of negatives equal": ["dataloader_drop_last"],
+    "equal batches keep the number of negatives equal; --mini_batch_size lowers the memory": ["auto_find_batch_size"],
+    "padding of packed rows would count; the log has samples_per_second": ["include_num_input_tokens_seen"],
+    "packing makes rows of equal length": ["length_column_name"],
+    "the collator chooses the columns": ["remove_unused_columns"],
+    "workers learn of the next epoch, which chooses captions, when they start": ["dataloader_persistent_workers"],
+    "a resumed run would skip other batches than those it was trained on": ["dataloader_in_order"],
+    "several devices train by DistributedDataParallel or FSDP2": ["parallelism_config", "deepspeed"],
+    "train.py always trains; python -m mmgem.evaluation evaluates without training": ["do_train"],
+    "train.py evaluates where there is held-out data, and so does python -m mmgem.evaluation": [
+        *("do_eval", "do_predict"),
+    ],
+    "train.py would evaluate the interrupted run as if it were finished; use --save_steps": ["enable_jit_checkpoint"],
+    "train.py pushes the finished run once, with its evaluation": ["hub_strategy", "hub_always_push"],
+    "evaluation runs in the precision of training; python -m mmgem.evaluation has --dtype": [
+        *("bf16_full_eval", "fp16_full_eval"),
+    ],
+    "each evaluation goes through the whole held-out set and computes retrieval and L_Gen": [
+        *("prediction_loss_only", "eval_do_concat_batches", "eval_use_gather_object", "eval_accumulation_steps"),
+        *("include_for_metrics", "batch_eval_metrics", "label_names"),
+    ],
+}
+UNSUPPORTED = {name: reason for reason, names in _UNSUPPORTED_BY_REASON.items() for name in names}
+
+
+def refuse_unsupported(args: Any) -> None:
+    """
+    Checks training arguments as they were given, before transformers derives others from them.
+
+    Raises:
+        ValueError: naming the first option that is not supported, and why.
+    """
+    defaults = {field.name: field.default for field in fields(args)}
+    for name, reason in UNSUPPORTED.items():
+        also_off = False if defaults[name] == "no" else None  # the command line's parser reads "no" as False
+        if getattr(args, name) not in (defaults[name], also_off, None, []):
+            raise ValueError(f"{name} is not supported: {reason}. Leave out --{name}.")
+    if args.train_sampling_strategy not in ("random", "sequential"):
+        raise ValueError(
+            f"train_sampling_strategy {args.train_sampling_strategy!r} is not supported: packing makes rows of equal "
+            "length. Choose random or sequential."
+        )
+    for name in ("neftune_noise_alpha", "torch_empty_cache_steps"):
+        if getattr(args, name) is not None and args.mini_batch_size:
+            raise ValueError(f"{name} is not supported beside mini_batch_size. Leave out one of the two.")
+    if args.neftune_noise_alpha is not None and args.stage != "1":
+        raise ValueError("neftune_noise_alpha is for stage 1: stage 2 keeps the language model in eval mode.")
+
+
+def refuse_unsupported_loaders(args: Any) -> None:
+    """
+    Checks `accelerator_config` once transformers has read it.
+
+    Raises:
+        ValueError: for batches that accelerate would divide among processes.
+    """
+    for name in ("split_batches", "dispatch_batches"):
+        if getattr(args.accelerator_config, name):
+            raise ValueError(
+                f"accelerator_config's {name} is not supported: per_device_train_batch_size is the batch of each "
+                "process, which reads its own examples. Leave it out."
+            )
 
 
 @torch.no_grad()
 def check_packing(model: MMGEMModel, accelerator: Accelerator) -> None:
     """
-    Two sequences in one row must not see each other. Some language models, and flash attention where there are
-    several rows, pay no heed to positions that restart.
+    Checks that two sequences in one row do not see each other. Some language models, and flash attention with several
+    rows, ignore positions that restart.
 
     Raises:
         ValueError: where they do, with the remedy.
@@ -65,12 +139,12 @@ def check_positions(model: MMGEMModel, longest: int) -> None:
         )
 
 
-def check_parallelism(args: MMGEMTrainingArguments, fsdp: Any = None, deepspeed: bool = False) -> None:
+def check_parallelism(args: Any, fsdp: Any = None, deepspeed: bool = False, lora: bool = False) -> None:
     """
-    Refuses what would not train on the gradients of the whole batch, or not at all. `fsdp` is Accelerate's plugin.
+    Checks that the processes of a run train on the gradients of the whole batch. `fsdp` is Accelerate's plugin.
 
     Raises:
-        ValueError: naming it, with the remedy.
+        ValueError: naming what prevents it, with the remedy.
     """
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if started > args.world_size:
@@ -83,25 +157,27 @@ def check_parallelism(args: MMGEMTrainingArguments, fsdp: Any = None, deepspeed:
             f"This one process sees {args.n_gpu} GPUs, and would split each batch without its negatives; start one "
             "process per GPU (accelerate launch), or set CUDA_VISIBLE_DEVICES."
         )
+    if args.world_size > 1 and not args.average_tokens_across_devices:
+        raise ValueError("Captions are averaged over the tokens of all processes: keep average_tokens_across_devices.")
     if deepspeed:
         raise ValueError("DeepSpeed is not supported; several GPUs train by DistributedDataParallel or FSDP2.")
-    if fsdp and fsdp.fsdp_version == 1:
+    if not fsdp:
+        return
+    if fsdp.fsdp_version == 1:
         raise ValueError(
             "FSDP 1 makes one vector of all parameters; set fsdp_version: 2 (configs/accelerate/fsdp.yaml)."
         )
-    if fsdp and args.kept_optimizer:
+    if args.optim in PYTORCH_OPTIMIZERS:
         raise ValueError(
-            f"{args.kept_optimizer} looks at whole matrices, of which each process has a part under FSDP; choose "
+            f"{args.optim} looks at whole matrices, of which each process has a part under FSDP; choose "
             "--optim adamw_torch, or DistributedDataParallel."
         )
-    if fsdp and args.eval_strategy != "no":
+    if args.eval_strategy != "no":
         raise ValueError("Under FSDP there is no evaluation while training; pass --eval_strategy no.")
-    if fsdp and "FULL" not in str(fsdp.state_dict_type):
+    if "FULL" not in str(fsdp.state_dict_type):
         raise ValueError(
             f"fsdp_state_dict_type {fsdp.state_dict_type} would write no model that can be loaded; choose "
             "FULL_STATE_DICT."
         )
-    if fsdp and args.lora_rank:
+    if lora:
         raise ValueError("LoRA's weights are merged where they are whole: train it without FSDP.")
-    if args.world_size > 1 and not args.average_tokens_across_devices:
-        raise ValueError("Captions are averaged over the tokens of all processes: keep average_tokens_across_devices.")

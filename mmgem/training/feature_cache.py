@@ -1,4 +1,4 @@
-"""Patch features of a frozen ViT, computed once and read from a file that is mapped into memory."""
+"""Patch features of a frozen ViT, computed once and read from a memory-mapped file."""
 
 import os
 import shutil
@@ -17,12 +17,12 @@ from ..modeling_mmgem.vision_mmgem import patch_features
 
 
 class DiskFullError(OSError):
-    """The features will not fit where they should go."""
+    """The features do not fit on the disk of `output_dir`."""
 
 
 class FeatureDataset(torch.utils.data.Dataset):
     """
-    A [`RegionDataset`] after the ViT: its examples hold `patch_features` `(rows, columns, C)` instead of a picture.
+    A [`RegionDataset`] after the ViT: its examples hold `patch_features` `(rows, columns, C)` instead of an image.
     """
 
     def __init__(
@@ -35,13 +35,13 @@ class FeatureDataset(torch.utils.data.Dataset):
 
     @property
     def features(self) -> torch.Tensor:
-        """`(pictures, rows, columns, C)`, whose memory is the file: each process maps it for itself."""
+        """`(images, rows, columns, C)`; each process maps the file for itself."""
         if self._features is None:
-            self._features = _mapped(self.path, self.shape, self.dtype)
+            self._features = _memory_mapped(self.path, self.shape, self.dtype)
         return self._features
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_features": None}  # for a loader's worker that is spawned
+        return {**self.__dict__, "_features": None}  # a spawned worker of the loader maps the file itself
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -52,8 +52,8 @@ class FeatureDataset(torch.utils.data.Dataset):
         return {**example, "patch_features": self.features[example["index"]], "bad": {}}
 
 
-class _Described(torch.utils.data.Dataset):
-    """Every `step`-th example of a dataset with all its regions, or why it cannot be read."""
+class _ProcessShare(torch.utils.data.Dataset):
+    """Every `step`-th example of a dataset with all its regions, or the reason why it cannot be read."""
 
     def __init__(self, dataset: RegionDataset, start: int, step: int):
         self.dataset = dataset
@@ -81,30 +81,30 @@ def cache_features(
     **loader: Any,
 ) -> tuple[FeatureDataset, dict[int | str, str]]:
     """
-    Runs the ViT over all pictures, in eval mode. The processes of a machine share the work and the file.
+    Runs the ViT over all images, in eval mode. The processes of a machine share the work and the file.
 
     Args:
-        path: of the file: pictures x patches x C numbers. The caller removes it in the end.
-        quiet: no progress bar.
-        **loader: of the DataLoader that reads the pictures: `batch_size`, `num_workers`, …
+        path: of the file, images x patches x C numbers. The caller removes it in the end.
+        quiet: shows no progress bar.
+        **loader: arguments of the DataLoader that reads the images: `batch_size`, `num_workers`, …
 
     Returns:
-        the dataset of what could be read, and the reasons of the rest, of this process's share, by index.
+        the dataset of the readable images; of this process's share, the reasons of unreadable ones by index.
 
     Raises:
-        BadDataError: where no picture can be read.
-        DiskFullError: where the file does not fit on its disk, with both sizes.
+        BadDataError: if no image can be read.
+        DiskFullError: if the file does not fit on its disk, with both sizes.
     """
     model.eval()
     local_rank = accelerator.local_process_index
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if accelerator.num_processes > 1 else 1
-    if local_rank == 0 and os.path.exists(path):  # of a run that was killed
+    if local_rank == 0 and os.path.exists(path):  # left by a run that was killed
         os.remove(path)
     accelerator.wait_for_everyone()
-    batches = torch.utils.data.DataLoader(_Described(dataset, local_rank, local_size), collate_fn=list, **loader)
+    batches = torch.utils.data.DataLoader(_ProcessShare(dataset, local_rank, local_size), collate_fn=list, **loader)
     described: dict[int, dict[str, Any]] = {}
     bad: dict[int | str, str] = {}
-    features, form = None, None
+    features, shape_and_dtype = None, None
     for batch in tqdm(batches, desc="Patch features", disable=quiet or not accelerator.is_main_process):
         bad.update({index: reason for index, reason in batch if isinstance(reason, str)})
         readable = {index: example for index, example in batch if not isinstance(example, str)}
@@ -114,23 +114,23 @@ def cache_features(
         with accelerator.autocast():
             patches, grid = patch_features(model.vision_model, pixels.to(model.device))
         if features is None:
-            form = (torch.Size((len(dataset), *grid, patches.shape[-1])), patches.dtype)
-            features = _mapped(path, *form)
+            shape_and_dtype = (torch.Size((len(dataset), *grid, patches.shape[-1])), patches.dtype)
+            features = _memory_mapped(path, *shape_and_dtype)
         features[list(readable)] = patches.unflatten(1, grid).cpu()
         described.update({index: {**example, "index": index} for index, example in readable.items()})
     if accelerator.num_processes > 1:
         shares: list[Any] = [None] * accelerator.num_processes
-        dist.all_gather_object(shares, (described, form))
-        for other_described, other_form in shares:
+        dist.all_gather_object(shares, (described, shape_and_dtype))
+        for other_described, other_shape_and_dtype in shares:
             described.update(other_described)
-            form = form or other_form
-    if form is None:
-        raise BadDataError(f"None of the {len(dataset)} pictures could be read: {next(iter(bad.values()))}")
-    return FeatureDataset(dataset, [described[index] for index in sorted(described)], path, *form), bad
+            shape_and_dtype = shape_and_dtype or other_shape_and_dtype
+    if shape_and_dtype is None:
+        raise BadDataError(f"None of the {len(dataset)} images could be read: {next(iter(bad.values()))}")
+    return FeatureDataset(dataset, [described[index] for index in sorted(described)], path, *shape_and_dtype), bad
 
 
-def _mapped(path: str, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
-    """A tensor whose memory is the file; processes that map the same file share it."""
+def _memory_mapped(path: str, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
+    """Returns a tensor whose memory is the file; processes that map the same file share it."""
     size = shape.numel()
     needed, free = size * dtype.itemsize, shutil.disk_usage(os.path.dirname(path) or ".").free
     if needed > free and not os.path.exists(path):

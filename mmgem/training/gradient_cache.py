@@ -8,15 +8,15 @@ import torch
 from torch import nn
 
 
-Embeddings = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # texts (N, D), pictures (N, D), 1 / tau
+Embeddings = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # texts (N, D), images (N, D), 1 / tau
 
 
 def refuse_dropout(model: nn.Module) -> None:
     """
-    The two passes over a mini-batch must see the same model.
+    Checks that two passes over a mini-batch compute the same.
 
     Raises:
-        ValueError: naming the first module that drops anything.
+        ValueError: naming the first module with active dropout.
     """
     for name, module in model.named_modules():
         is_dropout = isinstance(module, nn.modules.dropout._DropoutNd)
@@ -37,18 +37,20 @@ def cached_backward(
     no_sync: Callable[[], AbstractContextManager],
 ) -> torch.Tensor:
     """
-    Gradients of contrastive(all embeddings) + sum of what `forward` adds, one mini-batch with a graph at a time.
+    Computes the gradient of contrastive(all embeddings) + the losses of the mini-batches, and holds the graph of one
+    mini-batch at a time.
 
-    First all embeddings without a graph, then the loss between them and its gradient with respect to each, then each
-    mini-batch once more: its embeddings times these gradients is a sum whose gradient is the loss's.
+    First it embeds all mini-batches without a graph, then takes the contrastive loss and its gradient with respect to
+    each embedding. Then it embeds each mini-batch once more: the sum of the embeddings times these gradients has the
+    gradient of the loss.
 
     Args:
         mini_batches: parts of the batch.
-        embed: embeddings of one of them, rows in pairs.
-        contrastive: the loss from all texts, all images and the scale.
-        forward: embeddings of one of them and whatever loss it has of its own (None for none).
-        backward: of a scalar.
-        no_sync: holds back the exchange of gradients between processes until the last mini-batch.
+        embed: returns the embeddings of a mini-batch, rows in pairs.
+        contrastive: returns the loss from all texts, all images and the scale.
+        forward: returns the embeddings of a mini-batch and its own loss (None without one).
+        backward: backpropagates a scalar.
+        no_sync: prevents the exchange of gradients between processes, which the last mini-batch alone needs.
 
     Returns:
         the contrastive loss, detached.

@@ -1,4 +1,4 @@
-"""training.json: what a run was, for the model card."""
+"""training.json: what a run trained, on what and how, for the model card."""
 
 import json
 import os
@@ -11,6 +11,8 @@ from ..data.json_files import parse_json
 from ..data.loading import is_hub_id
 from ..evaluation.report import environment
 from .arguments import DataArguments, MMGEMTrainingArguments, ModelArguments
+from .checks import PYTORCH_OPTIMIZERS
+from .stages import option_value
 from .trainer import MMGEMTrainer
 
 
@@ -22,7 +24,7 @@ def write_record(trainer: MMGEMTrainer, model_args: ModelArguments, data_args: D
     Writes `training.json` beside the model: stage, data, towers, settings, time and hardware.
 
     Args:
-        seconds: that the run took; where it was resumed, since then.
+        seconds: that training took; of a resumed run, since it was resumed.
     """
     args = trainer.args
     batch_size = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
@@ -34,7 +36,7 @@ def write_record(trainer: MMGEMTrainer, model_args: ModelArguments, data_args: D
         "base_models": origin["base_models"],
         "from_scratch": origin["from_scratch"],
         "dataset_ids": list(dict.fromkeys(origin["dataset_ids"] + own_id)),
-        # An adapter's base has a record, and a column of the card, of its own.
+        # The base of an adapter has its own record, and its own column in the card.
         "data": list(dict.fromkeys((origin["data"] if args.stage == "1" else []) + _data(data_args))),
         "steps": trainer.state.global_step,
         "batch_size": batch_size,
@@ -52,8 +54,8 @@ def write_record(trainer: MMGEMTrainer, model_args: ModelArguments, data_args: D
 
 def _origin(model_args: ModelArguments) -> dict[str, Any]:
     """
-    What the weights come from: Hub ids of models, whether nothing else, and the data that they had seen before; of a
-    folder, as its own run recorded it.
+    Returns where the weights come from: Hub ids of models, whether they started from scratch, and the data that they
+    were trained on before. A folder is described by the record of its own run.
     """
     unknown: dict[str, Any] = {"base_models": [], "from_scratch": False, "dataset_ids": [], "data": []}
     if model_args.init_from is None:
@@ -70,21 +72,21 @@ def _origin(model_args: ModelArguments) -> dict[str, Any]:
 
 
 def _data(data_args: DataArguments) -> list[str]:
-    """Names, without the folders that they lie in."""
+    """Returns the names of the training data, without the folders of local files."""
+    if is_hub_id(data_args.dataset_name):
+        return [str(data_args.dataset_name)]
     if data_args.dataset_name is not None:
-        return [
-            data_args.dataset_name if is_hub_id(data_args.dataset_name) else os.path.basename(data_args.dataset_name)
-        ]
+        return [os.path.basename(data_args.dataset_name)]
     files = data_args.train_shards or data_args.train_annotations or [str(data_args.train_file)]
     return [os.path.basename(file) for file in files]
 
 
 def _settings(args: MMGEMTrainingArguments, data_args: DataArguments) -> dict[str, Any]:
-    """What it takes to repeat the run, as far as it differs from run to run."""
+    """Returns the options that are most often changed, for the card's reader to repeat the run."""
     settings: dict[str, Any] = {
-        "optimizer": args.kept_optimizer or getattr(args.optim, "value", args.optim),
+        "optimizer": PYTORCH_OPTIMIZERS.get(args.optim, option_value(args.optim)),
         "learning_rate": args.learning_rate,
-        "lr_scheduler_type": getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type),
+        "lr_scheduler_type": option_value(args.lr_scheduler_type),
         "warmup_steps": args.warmup_steps,
         "weight_decay": args.weight_decay,
         "max_length": data_args.max_length,

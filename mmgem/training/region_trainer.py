@@ -2,83 +2,80 @@
 
 import os
 from contextlib import suppress
+from types import SimpleNamespace
 from typing import Any
 
+import datasets
 import torch
 import torch.distributed as dist
 from peft import PeftModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..data.collator import RegionCollator
+from ..data.loading import checked_table
 from ..data.regions import RegionDataset
 from ..evaluation.regions import evaluate_regions
 from ..modeling_mmgem import MMGEMModel, contrastive_loss
-from ..processing import MMGEMProcessor
-from .arguments import MMGEMTrainingArguments
+from .adapters import add_region_adapter
+from .arguments import MMGEMTrainingArguments, data_seed
+from .distributed import gather_ragged
 from .feature_cache import cache_features
-from .gathering import gather_ragged
 from .gradient_cache import refuse_dropout
-from .region_adapters import add_region_adapter
 from .trainer import MMGEMTrainer
 
 
 class RegionTrainer(MMGEMTrainer):
     """
-    Trains an adapter of stage 2 on a [`RegionDataset`]: with `args.stage` "region-caption" h3 and the soft prompts by
-    L_Gen of the regions' phrases (paper, equation 6), with "region-retrieval" h4 by L_Emb between all regions of the
-    global batch and their phrases (equation 7), in which equal phrases are no negatives of each other.
+    Trains an adapter of stage 2: with `args.stage` "region-caption" h3 and the soft prompts by L_Gen of the regions'
+    phrases (paper, equation 6), with "region-retrieval" h4 by L_Emb between all regions of the global batch and their
+    phrases (equation 7), in which equal phrases are no negatives of each other.
 
     All else is frozen and in eval mode. With `args.cache_features` the ViT encodes every image once, before the first
     step.
 
     Args:
-        processor: its `region_grid_size` is the k that the adapter is trained with.
+        processing_class: its `region_grid_size` is the k that the adapter is trained with.
+        train_dataset, eval_dataset: a [`RegionDataset`], or a `datasets.Dataset` with a column of regions, a list of
+            `{"box", "phrase"}` per image.
+        regions_column: of a `datasets.Dataset`.
+        others: see [`MMGEMTrainer`].
     """
 
-    def __init__(
-        self,
-        model: MMGEMModel,
-        args: MMGEMTrainingArguments,
-        processor: MMGEMProcessor,
-        train_dataset: RegionDataset,
-        eval_dataset: RegionDataset | None = None,
-        **kwargs: Any,
-    ):
-        train_dataset.image_processor = processor.image_processor
-        if args.activation_checkpointing:
-            refuse_dropout(model)
-        super().__init__(model, args, processor, train_dataset, eval_dataset, **kwargs)
-        # A checkpoint holds the adapter alone, so it is resumed on the weights that it was trained on.
+    def __init__(self, *args: Any, regions_column: str = "regions", **kwargs: Any):
+        self.regions_column = regions_column
+        super().__init__(*args, **kwargs)
+        # A checkpoint holds the adapter only, so a run resumes on the weights that the adapter was trained on.
         self._settings["base_revision"] = self._base().peft_config["default"].revision
 
-    def make_trainable(self, model: MMGEMModel, args: MMGEMTrainingArguments, processor: MMGEMProcessor) -> PeftModel:
-        return add_region_adapter(model, args.stage, processor.region_grid_size)
+    def wrap_table(self, table: datasets.Dataset, args: MMGEMTrainingArguments, is_training: bool) -> RegionDataset:
+        columns = {**self.columns, "regions_column": self.regions_column}
+        table = checked_table(table, SimpleNamespace(**columns), ("image_column", "regions_column"), limit=None)
+        drawn = {"max_regions": 16, "whole_image_weight": 0.2} if is_training else {}  # as train.py's defaults
+        return RegionDataset(table, **columns, **drawn, seed=data_seed(args))  # type: ignore[arg-type]
 
-    def make_collator(
-        self, processor: MMGEMProcessor, args: MMGEMTrainingArguments, pack_length: int
-    ) -> RegionCollator:
-        return RegionCollator(processor, args.objective)
+    def make_trainable(self, model: MMGEMModel, args: MMGEMTrainingArguments) -> PeftModel:
+        if args.activation_checkpointing:
+            refuse_dropout(model)
+        return add_region_adapter(model, args.stage, self.processing_class.region_grid_size)
+
+    def make_collator(self, args: MMGEMTrainingArguments) -> RegionCollator:
+        return RegionCollator(self.processing_class, args.objective)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """As [`MMGEMTrainer.train`], with the patch features in a file until it ends."""
+        """[`MMGEMTrainer.train`]; with `cache_features` the patch features lie in a file until it ends."""
         if not self.args.cache_features:
             return super().train(*args, **kwargs)
         os.makedirs(str(self.args.output_dir), exist_ok=True)
         path = os.path.join(str(self.args.output_dir), "patch_features.bin")
         dataset: Any = self.train_dataset
         collator: Any = self.data_collator
+        quiet, batch_size = bool(self.args.disable_tqdm), self.args.per_device_eval_batch_size
+        loader = {"batch_size": batch_size, "num_workers": self.args.dataloader_num_workers}
         try:
             self.train_dataset, bad = cache_features(  # type: ignore[assignment]
-                self._base(),
-                dataset,
-                collator,
-                self.accelerator,
-                path,
-                bool(self.args.disable_tqdm),
-                batch_size=self.args.per_device_eval_batch_size,
-                num_workers=self.args.dataloader_num_workers,
+                self._base(), dataset, collator, self.accelerator, path, quiet, **loader
             )
-            self._count_bad(bad)
+            self.counts.add_bad(bad)
             return super().train(*args, **kwargs)
         finally:
             self.train_dataset = dataset
@@ -98,7 +95,7 @@ class RegionTrainer(MMGEMTrainer):
     def _contrastive_loss(
         self, texts: torch.Tensor, images: torch.Tensor, logit_scale: torch.Tensor, pair_ids: torch.Tensor
     ) -> torch.Tensor:
-        """Against the regions of all processes, of which each has another number: every region counts the same."""
+        """Against the regions of all processes, whose numbers differ: every region counts the same."""
         if self.args.world_size == 1:
             return super()._contrastive_loss(texts, images, logit_scale, pair_ids)
         gathered = [gather_ragged(tensor) for tensor in (texts, images, pair_ids)]
@@ -110,15 +107,10 @@ class RegionTrainer(MMGEMTrainer):
         self._add_to_log("contrastive_loss", loss)
         return loss
 
-    def evaluate(
-        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
-    ) -> dict[str, float]:
-        """What [`evaluate_regions`] computes for this adapter; every process does its part."""
-        dataset: Any = self.eval_dataset if eval_dataset is None else eval_dataset
+    def _metrics(self, dataset: Any) -> dict[str, float]:
+        """The metrics of this adapter's regions."""
         batch_size = self.args.per_device_eval_batch_size
-        with self.accelerator.autocast():  # as training computes, outside of forward too
-            metrics = evaluate_regions(self._base(), self.processor, dataset, self.args.stage, batch_size)[0]
-        return self._log_metrics(metrics, metric_key_prefix)
+        return evaluate_regions(self._base(), self.processing_class, dataset, self.args.stage, batch_size)[0]
 
     def _base(self) -> Any:
         return self.accelerator.unwrap_model(self.model).get_base_model()

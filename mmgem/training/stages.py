@@ -1,4 +1,4 @@
-"""Which parameters a stage trains, at which rate, and by which optimiser."""
+"""Which parameters a stage trains, at which rate, and by which optimizer."""
 
 import difflib
 import inspect
@@ -9,13 +9,15 @@ import torch
 from torch import nn
 from transformers import Trainer, get_scheduler
 
+from ..options import load_yaml
 from .arguments import MMGEMTrainingArguments
+from .checks import PYTORCH_OPTIMIZERS
 
 
 PROJECTIONS = ("visual_projection", "text_projection", "caption_projection", "logit_scale")
 
-# What a loss does not reach gets no gradient, which DistributedDataParallel takes for an error: it is frozen.
-UNREACHED = {
+# Frozen, because the loss gives them no gradient, which DistributedDataParallel takes for an error.
+FROZEN_BY_OBJECTIVE = {
     "joint": ("region_projection", "soft_prompts"),
     "contrastive": ("region_projection", "soft_prompts", "caption_projection", "lm_head"),
     "caption": ("region_projection", "soft_prompts", "text_projection", "logit_scale"),
@@ -24,10 +26,10 @@ UNREACHED = {
 
 def freeze_parameters(model: nn.Module, objective: str, names: Sequence[str] = ()) -> None:
     """
-    Freezes what the objective does not reach, and whatever begins with one of `names`.
+    Freezes the parameters that the objective's loss does not reach, and those whose names begin with one of `names`.
 
     Raises:
-        ValueError: for a name that no parameter begins with, with the nearest that there is.
+        ValueError: for a name that no parameter begins with, with the nearest one.
     """
     parameters = dict(model.named_parameters())
     for name in names:
@@ -38,8 +40,8 @@ def freeze_parameters(model: nn.Module, objective: str, names: Sequence[str] = (
                 f"No parameter begins with {name!r}, so it cannot be frozen; the nearest is {nearest[0]!r}."
             )
     for parameter_name, parameter in parameters.items():
-        frozen = (*names, *UNREACHED[objective])
-        # DINOv2's mask token is for its own pretraining.
+        frozen = (*names, *FROZEN_BY_OBJECTIVE[objective])
+        # DINOv2 uses its mask token in its own pretraining only.
         if any(_begins(parameter_name, name) for name in frozen) or parameter_name.endswith("mask_token"):
             parameter.requires_grad_(False)
 
@@ -47,11 +49,11 @@ def freeze_parameters(model: nn.Module, objective: str, names: Sequence[str] = (
 def parameter_groups(
     model: nn.Module, learning_rate: float, projection_lr_multiplier: float, weight_decay: float
 ) -> list[dict[str, Any]]:
-    """Projections at a multiple of the backbones' rate (paper: 10 x); vectors without weight decay."""
+    """Gives projections a multiple of the backbones' rate (paper: 10 x), and vectors no weight decay."""
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            own_name = name.removeprefix("module.").removeprefix("base_model.model.")  # of DDP, of PEFT
+            own_name = name.removeprefix("module.").removeprefix("base_model.model.")  # without DDP's and PEFT's
             factor = projection_lr_multiplier if any(_begins(own_name, p) for p in PROJECTIONS) else 1.0
             decay = weight_decay if parameter.ndim > 1 else 0.0
             groups.setdefault((learning_rate * factor, decay), []).append(parameter)
@@ -59,7 +61,7 @@ def parameter_groups(
 
 
 def make_optimizer(args: MMGEMTrainingArguments, model: nn.Module) -> torch.optim.Optimizer:
-    """The optimizer that `--optim` names, from transformers or pytorch-optimizer, over what is not frozen."""
+    """Makes the optimizer that `--optim` names, from transformers or pytorch-optimizer, of the trained parameters."""
     groups = parameter_groups(model, args.learning_rate, args.projection_lr_multiplier, args.weight_decay)
     optimizer_class, options = _optimizer_class(args)
     return optimizer_class(groups, **options)
@@ -67,47 +69,64 @@ def make_optimizer(args: MMGEMTrainingArguments, model: nn.Module) -> torch.opti
 
 def check_optimizer(args: MMGEMTrainingArguments) -> None:
     """
-    Makes the optimizer and its schedule for a parameter of no model.
+    Tries the optimizer and its schedule on a parameter that belongs to no model.
 
     Raises:
-        ValueError: for an optimizer, or an option of it or of the schedule, that is not there or has no effect.
+        ValueError: for an optimizer that is not installed or not supported, and for an option of it or of the schedule
+            that does not exist or has no effect.
     """
+    schedule: Any = args.lr_scheduler_type
     try:
         optimizer_class, options = _optimizer_class(args)
         optimizer = optimizer_class([nn.Parameter(torch.zeros(1, 1))], **options)
-        schedule = {"num_warmup_steps": args.get_warmup_steps(1), "num_training_steps": 1}
+        steps = {"num_warmup_steps": args.get_warmup_steps(1), "num_training_steps": 1}
         kwargs = dict(args.lr_scheduler_kwargs or {})  # type: ignore[arg-type]
-        get_scheduler(args.lr_scheduler_type, optimizer, **schedule, scheduler_specific_kwargs=kwargs)
+        get_scheduler(schedule, optimizer, **steps, scheduler_specific_kwargs=kwargs)
     except (ImportError, TypeError, ValueError) as error:
-        name: Any = args.kept_optimizer or args.optim
-        schedule_name: Any = args.lr_scheduler_type
         raise ValueError(
-            f"--optim {getattr(name, 'value', name)} with --lr_scheduler_type {schedule_name.value} cannot be set up: "
+            f"--optim {option_value(args.optim)} with --lr_scheduler_type {option_value(schedule)} cannot be set up: "
             f"{error}"
         ) from error
 
 
+def option_value(option: Any) -> Any:
+    """Returns what the command line calls the value of an option: the value of an enum, or the option itself."""
+    return getattr(option, "value", option)
+
+
 def _optimizer_class(args: MMGEMTrainingArguments) -> tuple[Any, dict[str, Any]]:
-    """The class and its options, of which every one of `--optim_args` must be one."""
+    """Returns the class and its options; each of `--optim_args` must be one of them."""
     if args.optim.startswith(("galore", "apollo", "lomo", "adalomo", "schedule_free")):
         raise ValueError(
             "it makes parameter groups of its own, or averages weights that would not be saved. Choose another"
         )
-    if args.kept_optimizer:
+    optim_args = _parse_optim_args(args.optim_args)
+    if args.optim in PYTORCH_OPTIMIZERS:
         import pytorch_optimizer
 
-        optimizer_class = getattr(pytorch_optimizer, args.kept_optimizer)
+        optimizer_class = getattr(pytorch_optimizer, PYTORCH_OPTIMIZERS[args.optim])
         options = {"lr": args.learning_rate, "betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
-        options.update(args.optimizer_options)
+        options.update(optim_args)
         known = {name: options.get(name) for name in inspect.signature(optimizer_class).parameters}
     else:
         optimizer_class, options = Trainer.get_optimizer_cls_and_kwargs(args)
         known = options
-    for name, value in args.optimizer_options.items():
+    for name, value in optim_args.items():
         is_ignored = name not in known or (known[name] != value and isinstance(known[name], int | float))
-        if is_ignored or name in ("params", "lr", "weight_decay"):  # those are set by group
+        if is_ignored or name in ("params", "lr", "weight_decay"):  # parameter groups set these
             raise ValueError(f"{name!r} of --optim_args has no effect on it.")
     return optimizer_class, options
+
+
+def _parse_optim_args(options: str | None) -> dict[str, Any]:
+    """Parses `a=1,b=true`."""
+    parsed = {}
+    for option in filter(None, (options or "").split(",")):
+        name, equals, value = option.partition("=")
+        if not equals:
+            raise ValueError(f"optim_args are name=value, separated by commas; {option!r} is not.")
+        parsed[name.strip()] = load_yaml(value, "optim_args")
+    return parsed
 
 
 def _begins(parameter: str, name: str) -> bool:

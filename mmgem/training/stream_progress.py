@@ -1,4 +1,4 @@
-"""How far a process is in its stream, kept with every checkpoint."""
+"""How far a process has read its stream, saved with every checkpoint."""
 
 import json
 import os
@@ -12,7 +12,8 @@ from .checkpoints import CheckpointError
 
 class StreamProgress:
     """
-    The last position that came from each worker of this process's loader, in `stream_{process}.json` of a checkpoint.
+    Holds the last position that came from each worker of this process's loader, and saves it as
+    `stream_{process}.json` in a checkpoint.
     """
 
     def __init__(self, stream: ShardStream, args: MMGEMTrainingArguments):
@@ -22,23 +23,21 @@ class StreamProgress:
         self.positions: dict[int, Any] = {}
 
     def advance(self, worker: int, position: dict[str, Any]) -> None:
-        """Behind one more batch, the last example of which had this position."""
+        """Counts one more batch, whose last example had this position."""
         self.positions[worker] = position
         self.batches += 1
 
     def save(self, checkpoint: str) -> None:
-        """Into the folder."""
-        state: dict[str, Any] = {"readers": self._readers(), "data": self._data(), "batches": self.batches}
-        state["positions"] = self.positions
+        state = {"readers": self._readers(), "data": self._data(), "batches": self.batches}
         with open(self._file(checkpoint), "w", encoding="utf-8") as file:
-            json.dump(state, file)
+            json.dump({**state, "positions": self.positions}, file)
 
     def resume(self, checkpoint: str) -> None:
         """
-        Has the stream go on where it was.
+        Makes the stream go on where the checkpoint left it.
 
         Raises:
-            CheckpointError: where it would be another stream.
+            CheckpointError: if this is another stream, or other processes and workers read it.
         """
         try:
             with open(self._file(checkpoint), encoding="utf-8") as file:
@@ -47,7 +46,7 @@ class StreamProgress:
             raise CheckpointError(f"{checkpoint} does not say how far a stream was: {error}") from error
         if state["data"] != self._data():
             raise CheckpointError(
-                f"{checkpoint} read other data, or otherwise: go on with the same train_shards, shard_weights, "
+                f"{checkpoint} read other data, or in another order. Go on with the same train_shards, shard_weights, "
                 "shuffle_window, seed and batch size, or start anew with --init_from."
             )
         if state["readers"] != self._readers():

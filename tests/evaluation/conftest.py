@@ -9,7 +9,7 @@ import yaml
 from datasets import ClassLabel, Dataset, Features, Image
 
 from mmgem.evaluation.__main__ import main
-from mmgem.training.region_adapters import add_region_adapter
+from mmgem.training.adapters import add_region_adapter
 from tests.conftest import make_model, make_picture
 
 

@@ -29,8 +29,8 @@ from mmgem.evaluation.evaluator import evaluate_model
 from mmgem.evaluation.retrieval import retrieval_metrics
 from mmgem.evaluation.sharing import shard_range
 from mmgem.evaluation.tasks import load_model, run_tasks
+from mmgem.training.adapters import add_region_adapter
 from mmgem.training.arguments import MMGEMTrainingArguments
-from mmgem.training.region_adapters import add_region_adapter
 from mmgem.training.trainer import MMGEMTrainer
 from tests.conftest import make_picture
 from tests.evaluation.conftest import bold_model
@@ -251,6 +251,7 @@ def test_suite_while_training_is_the_suite_behind_it(checkpoint, processor, tmp_
         output_dir=str(tmp_path / "run"),
         evaluation_config=str(tmp_path / "evaluation.yaml"),
         per_device_train_batch_size=4,
+        packing=False,
         report_to="none",
         use_cpu=True,
     )

@@ -12,7 +12,7 @@ import torch
 from mmgem import MMGEMProcessor
 from mmgem.hub.export import export
 from mmgem.modeling_mmgem.adapters_mmgem import REGION_ADAPTERS
-from mmgem.training.region_adapters import add_region_adapter
+from mmgem.training.adapters import add_region_adapter
 
 from ..conftest import make_model, make_picture
 from .hub_server import TOKEN, HubServer

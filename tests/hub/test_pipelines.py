@@ -8,7 +8,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, pipeline
 from transformers.pipelines.pt_utils import KeyDataset
 
 from mmgem import RegionCaptioningPipeline
-from mmgem.training.region_adapters import add_region_adapter
+from mmgem.training.adapters import add_region_adapter
 
 from ..conftest import make_model, make_picture
 from .conftest import bold

@@ -14,7 +14,7 @@ from transformers import AutoModel
 from mmgem import MMGEMModel
 from mmgem.modeling_mmgem import generation_mmgem
 from mmgem.modeling_mmgem.adapters_mmgem import REGION_ADAPTERS
-from mmgem.training.region_adapters import add_region_adapter
+from mmgem.training.adapters import add_region_adapter
 
 from ..conftest import make_model, make_picture
 

@@ -56,10 +56,11 @@ def main(strategy: str, accumulation_steps: int, mini_batch_size: int, folder: P
         report_to="none",
         use_cpu=True,
         disable_tqdm=True,
+        pack_length=256,
     )
     gradients = {}
 
-    trainer = Sequential(model, args, processor, dataset, pack_length=256)
+    trainer = Sequential(model, args, processor, dataset)
 
     class Keep(TrainerCallback):
         def on_pre_optimizer_step(self, args, state, control, **kwargs):

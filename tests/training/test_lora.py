@@ -2,11 +2,12 @@
 
 import pytest
 import torch
+from peft import LoraConfig
 from safetensors.torch import load_file
 from transformers import AutoModel
 
 from mmgem import MMGEMModel
-from mmgem.training.lora import add_lora
+from mmgem.training.adapters import add_lora
 from mmgem.training.stages import PROJECTIONS, parameter_groups
 from mmgem.training.trainer import MMGEMTrainer
 from tests.conftest import make_model, make_picture
@@ -22,9 +23,10 @@ LANGUAGE_MODELS = {
 
 def make_trainer(processor, folder, changes=None, **options):
     options = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3, "lora_rank": 4, **options}
+    options |= {"packing": True, "pack_length": 64}
     args = training_arguments(folder, **options)
     model = make_model(processor, **(changes or {}))
-    return MMGEMTrainer(model, args, processor, eight_pictures(), pack_length=64)
+    return MMGEMTrainer(model, args, processor, eight_pictures())
 
 
 @pytest.mark.parametrize("name", LANGUAGE_MODELS)
@@ -73,7 +75,7 @@ def test_resume_equals_the_uninterrupted_run(processor, tmp_path):
 
 
 def test_projections_learn_ten_times_faster(processor):
-    model = add_lora(make_model(processor), rank=4)
+    model = add_lora(make_model(processor), LoraConfig(r=4))
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     for group in parameter_groups(model, 1.0, 10.0, 0.0):
         for parameter in group["params"]:

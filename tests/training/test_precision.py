@@ -13,7 +13,13 @@ from mmgem.training.trainer import MMGEMTrainer
 from tests.conftest import make_model, make_picture
 
 
-OPTIONS = {"per_device_train_batch_size": 4, "use_cpu": True, "report_to": "none", "disable_tqdm": True}
+OPTIONS = {
+    "per_device_train_batch_size": 4,
+    "use_cpu": True,
+    "report_to": "none",
+    "disable_tqdm": True,
+    "packing": False,
+}
 
 
 @pytest.fixture

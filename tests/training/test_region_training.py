@@ -9,20 +9,21 @@ from types import SimpleNamespace
 import pytest
 import torch
 from datasets import Dataset
+from peft import LoraConfig
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoProcessor, TrainerCallback
 
 from mmgem import MMGEMModel
+from mmgem.data.collator import MODEL_INPUTS
+from mmgem.data.pairs import BadDataError
 from mmgem.data.regions import RegionDataset
 from mmgem.evaluation.regions import evaluate_regions
 from mmgem.modeling_mmgem.adapters_mmgem import REGION_ADAPTERS
+from mmgem.training.adapters import add_lora, add_region_adapter
 from mmgem.training.arguments import MMGEMTrainingArguments, parse_arguments
 from mmgem.training.checkpoints import CheckpointError
 from mmgem.training.feature_cache import DiskFullError, cache_features
-from mmgem.training.lora import add_lora
-from mmgem.training.region_adapters import add_region_adapter
 from mmgem.training.region_trainer import RegionTrainer
-from mmgem.training.trainer import MODEL_INPUTS, BadDataError
 from tests.conftest import Table, make_model, make_picture
 
 from .test_cli import train  # noqa: F401
@@ -157,11 +158,12 @@ def test_cached_features_pass_over_what_cannot_be_read(processor, tmp_path, capl
     dataset = four_pictures()
     dataset.table.append({"image": b"no picture", "regions": [{"box": [0, 0, 9, 9], "phrase": "a"}], "caption": "a"})
     dataset = RegionDataset(dataset.table, max_regions=4)
-    args = arguments(tmp_path, "region-retrieval", cache_features=True)
-    RegionTrainer(make_model(processor), args, processor, dataset, max_bad_fraction=0.5).train()
+    args = arguments(tmp_path, "region-retrieval", cache_features=True, max_bad_fraction=0.5)
+    RegionTrainer(make_model(processor), args, processor, dataset).train()
     assert "1 training examples could not be read" in caplog.text
     with pytest.raises(BadDataError, match="UnidentifiedImageError"):
-        RegionTrainer(make_model(processor), args, processor, dataset, max_bad_fraction=0.1).train()
+        args = arguments(tmp_path, "region-retrieval", cache_features=True, max_bad_fraction=0.1)
+        RegionTrainer(make_model(processor), args, processor, dataset).train()
 
 
 def test_retrieval_learns_eight_regions_by_heart(processor, tmp_path):
@@ -293,7 +295,7 @@ def test_train_py_writes_an_adapter_that_loads_and_a_report_beside_stage_1(train
 
 
 @pytest.mark.parametrize(
-    "make", [lambda model: add_region_adapter(model, "region-caption", 1), lambda m: add_lora(m, 2)]
+    "make", [lambda model: add_region_adapter(model, "region-caption", 1), lambda m: add_lora(m, LoraConfig(r=2))]
 )
 def test_a_base_in_a_folder_is_never_asked_of_the_hub(base, tmp_path, monkeypatch, make):
     """An adapter finds it from any working directory; where the folder is gone, nobody else may supply the base."""

@@ -43,16 +43,18 @@ def test_resumed_stream_trains_to_the_same_weights(processor, tmp_path, shards, 
             save_steps=3,
             logging_steps=4,
             dataloader_num_workers=workers,
+            packing=True,
+            pack_length=64,
         )
         dataset = ShardStream([shards], augmentation_scale=0.5, window=5)
-        return MMGEMTrainer(make_model(processor), args, processor, dataset, pack_length=64)
+        return MMGEMTrainer(make_model(processor), args, processor, dataset)
 
     whole = trainer("whole")
     logging.enable_propagation()
     whole.train()
     logging.disable_propagation()
-    assert f"{whole.bad_kinds.total()} training examples could not be read" in caplog.text
-    assert whole.bad_kinds.keys() == {"unreadable image"} and 3 <= whole.bad_kinds.total() <= 12
+    assert f"{whole.counts.bad_kinds.total()} training examples could not be read" in caplog.text
+    assert whole.counts.bad_kinds.keys() == {"unreadable image"} and 3 <= whole.counts.bad_kinds.total() <= 12
     for step in (3, 9):
         resumed = trainer(f"resumed-{step}")
         resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{step}"))

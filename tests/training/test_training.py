@@ -13,13 +13,13 @@ from transformers import TrainerCallback
 from transformers.utils import logging
 
 from mmgem import MMGEMModel
-from mmgem.data.pairs import PairDataset
+from mmgem.data.pairs import BadDataError, PairDataset
 from mmgem.data.scenes import ScenesDataset
 from mmgem.evaluation.evaluator import evaluate_model
 from mmgem.training.arguments import MMGEMTrainingArguments
 from mmgem.training.checks import check_parallelism
 from mmgem.training.stages import freeze_parameters, parameter_groups
-from mmgem.training.trainer import BadDataError, MMGEMTrainer
+from mmgem.training.trainer import MMGEMTrainer
 from tests.conftest import Table, make_model, make_picture
 
 
@@ -51,6 +51,7 @@ def training_arguments(tmp_path, **kwargs) -> MMGEMTrainingArguments:
         "report_to": "none",
         "disable_tqdm": True,
         "use_cpu": True,
+        "packing": False,
     }
     return MMGEMTrainingArguments(**{**options, **kwargs})
 
@@ -59,8 +60,9 @@ def training_arguments(tmp_path, **kwargs) -> MMGEMTrainingArguments:
 def test_overfits_eight_pictures_and_writes_their_captions(processor, tmp_path, pack_length):
     model = make_model(processor)
     dataset = eight_pictures()
-    args = training_arguments(tmp_path, max_steps=200, lr_scheduler_type="constant")
-    MMGEMTrainer(model, args, processor, dataset, pack_length=pack_length).train()
+    packing = {"packing": pack_length > 0, "pack_length": pack_length}
+    args = training_arguments(tmp_path, max_steps=200, lr_scheduler_type="constant", **packing)
+    MMGEMTrainer(model, args, processor, dataset).train()
     metrics, outputs = evaluate_model(model, processor, dataset, batch_size=8, caption_samples=8)
     assert outputs["captions"] == CAPTIONS
     assert metrics["caption_loss"] < 0.1
@@ -97,8 +99,9 @@ def test_compiled_twice_at_most_in_a_hundred_steps_of_any_number_of_rows(process
     ]
 
     def curve(folder, **options):
+        options = {"packing": True, "pack_length": 64, **options}
         args = training_arguments(tmp_path / folder, max_steps=100, logging_steps=1, **options)
-        trainer = MMGEMTrainer(make_model(processor), args, processor, PairDataset(Table(rows)), pack_length=64)
+        trainer = MMGEMTrainer(make_model(processor), args, processor, PairDataset(Table(rows)))
         collate, numbers = trainer.data_collator, set()
 
         def collate_and_count(examples):
@@ -249,8 +252,9 @@ def test_optimizers_of_the_kept_library_train(processor, tmp_path, optim, optim_
 def test_options_of_transformers_have_their_effect(processor, tmp_path, options):
     losses = []
     for changes in ({}, options, options):
-        args = training_arguments(tmp_path, max_steps=3, logging_steps=1, per_device_train_batch_size=4, **changes)
-        trainer = MMGEMTrainer(make_model(processor), args, processor, eight_pictures(), pack_length=64)
+        changes = {"packing": True, "pack_length": 64, "per_device_train_batch_size": 4, **changes}
+        args = training_arguments(tmp_path, max_steps=3, logging_steps=1, **changes)
+        trainer = MMGEMTrainer(make_model(processor), args, processor, eight_pictures())
         trainer.train()
         losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
     assert losses[1] == losses[2] != losses[0]
@@ -262,18 +266,18 @@ def test_unreadable_pictures_are_skipped_counted_and_limited(processor, tmp_path
     rows[5]["image"] = "/nowhere/picture.png"
     dataset = PairDataset(rows)
     assert dataset[3]["caption"] == CAPTIONS[4] and dataset[3]["bad"].keys() == {3}
-    args = training_arguments(tmp_path, max_steps=4)
-    trainer = MMGEMTrainer(make_model(processor), args, processor, dataset, max_bad_fraction=0.2)
+    args = training_arguments(tmp_path, max_steps=4, max_bad_fraction=0.2)
+    trainer = MMGEMTrainer(make_model(processor), args, processor, dataset)
     trainer.train()
-    assert trainer.bad_examples.keys() == {3, 5} and "FileNotFoundError" in trainer.bad_examples[5]
+    assert trainer.counts.bad.keys() == {3, 5} and "FileNotFoundError" in trainer.counts.bad[5]
     with pytest.raises(BadDataError, match=r"such as 3: UnidentifiedImageError.*max_bad_fraction"):
-        args = training_arguments(tmp_path, max_steps=4, per_device_train_batch_size=16)
-        MMGEMTrainer(make_model(processor), args, processor, dataset, max_bad_fraction=0.1).train()
+        args = training_arguments(tmp_path, max_steps=4, per_device_train_batch_size=16, max_bad_fraction=0.1)
+        MMGEMTrainer(make_model(processor), args, processor, dataset).train()
 
 
 @pytest.mark.parametrize("bound", [0, 2])
 def test_the_log_says_when_data_is_the_bottleneck(processor, tmp_path, monkeypatch, caplog, bound):
-    monkeypatch.setattr("mmgem.training.trainer.DATA_BOUND", bound)
+    monkeypatch.setattr("mmgem.training.logging_trainer.DATA_BOUND", bound)
     logging.get_logger().warning_once.cache_clear()
     args = training_arguments(tmp_path, max_steps=3, logging_steps=1)
     trainer = MMGEMTrainer(make_model(processor), args, processor, eight_pictures())
@@ -304,16 +308,16 @@ def fsdp_plugin(fsdp_version=2, state_dict_type="FULL_STATE_DICT"):
         ({"deepspeed": True}, "DeepSpeed is not supported"),
         ({"fsdp": fsdp_plugin(fsdp_version=1)}, "fsdp_version: 2"),
         ({"fsdp": fsdp_plugin(state_dict_type="SHARDED_STATE_DICT")}, "choose FULL_STATE_DICT"),
-        ({"fsdp": fsdp_plugin(), "kept_optimizer": "Lamb"}, "Lamb looks at whole matrices"),
+        ({"fsdp": fsdp_plugin(), "optim": "lamb"}, "lamb looks at whole matrices"),
         ({"fsdp": fsdp_plugin(), "eval_strategy": "steps"}, "--eval_strategy no"),
-        ({"fsdp": fsdp_plugin(), "lora_rank": 4}, "without FSDP"),
+        ({"fsdp": fsdp_plugin(), "lora": True}, "without FSDP"),
         ({"world_size": 2, "average_tokens_across_devices": False}, "average_tokens_across_devices"),
     ],
 )
 def test_parallelism_that_would_train_on_other_gradients_is_refused(changes, message):
-    sharding = {name: changes.pop(name) for name in ("fsdp", "deepspeed") if name in changes}
-    plain = {"n_gpu": 0, "world_size": 1, "average_tokens_across_devices": True, "kept_optimizer": None}
-    plain |= {"eval_strategy": "no", "lora_rank": 0}
+    sharding = {name: changes.pop(name) for name in ("fsdp", "deepspeed", "lora") if name in changes}
+    plain = {"n_gpu": 0, "world_size": 1, "average_tokens_across_devices": True, "optim": "adamw_torch"}
+    plain |= {"eval_strategy": "no"}
     check_parallelism(SimpleNamespace(**plain))
     check_parallelism(SimpleNamespace(**plain), fsdp_plugin())
     with pytest.raises(ValueError, match=message):
@@ -332,10 +336,11 @@ def test_language_model_that_mixes_packed_sequences_is_refused(processor, tmp_pa
     options = {"ffn_dim": 64, "max_position_embeddings": 512, "word_embed_proj_dim": 32}
     model = make_model(processor, model_type="opt", **options)
     args = training_arguments(tmp_path, max_steps=1)
+    packed = training_arguments(tmp_path, max_steps=1, packing=True, pack_length=64)
     with pytest.raises(ValueError, match=r"'opt'.*--packing false"):
-        MMGEMTrainer(model, args, processor, eight_pictures(), pack_length=64)
+        MMGEMTrainer(model, packed, processor, eight_pictures())
     MMGEMTrainer(model, args, processor, eight_pictures()).train()
-    MMGEMTrainer(make_model(processor), args, processor, eight_pictures(), pack_length=64)
+    MMGEMTrainer(make_model(processor), packed, processor, eight_pictures())
 
 
 def test_gradient_cache_with_dropout_is_refused(processor, tmp_path):
@@ -363,7 +368,7 @@ def test_sequences_longer_than_the_positions_are_refused_before_training(process
     """In packed rows, whose length says nothing, they would be an IndexError, on a GPU a device-side assert."""
     gpt2 = {"n_embd": 32, "n_layer": 1, "n_head": 4, "max_position_embeddings": 40}
     model = make_model(processor, model_type="gpt2", **gpt2)
-    args = training_arguments(tmp_path, max_steps=1)
+    args = training_arguments(tmp_path, max_steps=1, packing=pack_length > 0, pack_length=pack_length)
     dataset = PairDataset(ScenesDataset("train", 16, 32))
     with pytest.raises(ValueError, match=r"52 tokens, but 'gpt2' has positions for 40 only; lower --max_length to 38"):
-        MMGEMTrainer(model, args, processor, dataset, pack_length=pack_length)
+        MMGEMTrainer(model, args, processor, dataset)

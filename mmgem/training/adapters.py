@@ -1,0 +1,78 @@
+"""The adapters that are trained through PEFT: LoRA on the language model (Hu et al., 2021), and those of stage 2."""
+
+import copy
+import os
+import re
+
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from ..loading import weights_revision
+from ..modeling_mmgem import MMGEMModel
+from ..modeling_mmgem.adapters_mmgem import REGION_ADAPTERS
+from .arguments import MMGEMTrainingArguments
+from .stages import PROJECTIONS
+
+
+def lora_config(args: MMGEMTrainingArguments) -> LoraConfig | None:
+    """Returns the configuration that `--lora_rank` and `--lora_alpha` are shorthand for; None without LoRA."""
+    if not args.lora_rank:
+        return None
+    return LoraConfig(r=args.lora_rank, lora_alpha=2 * args.lora_rank if args.lora_alpha is None else args.lora_alpha)
+
+
+def add_lora(model: MMGEMModel, config: LoraConfig) -> PeftModel:
+    """
+    Adds an adapter, which alone is trained and saved. Unless the configuration names others, it has low-rank matrices
+    beside every linear map of the language model (`target_modules`), the projections (`modules_to_save`), and the rows
+    of the new tokens [EMB] and [CAP] in the embedding (`trainable_token_indices`).
+
+    `merge_and_unload` of the result gives a plain [`MMGEMModel`].
+    """
+    config = copy.copy(config)
+    modules = dict(model.language_model.named_modules())
+    if config.target_modules is None:
+        leaves = {name.split(".")[-1] for name, module in modules.items() if isinstance(module, nn.Linear | Conv1D)}
+        config.target_modules = rf"language_model\..*\.({'|'.join(map(re.escape, sorted(leaves)))})"
+        config.fan_in_fan_out = any(isinstance(module, Conv1D) for module in modules.values())
+    if config.modules_to_save is None:
+        config.modules_to_save = list(PROJECTIONS)
+    if config.trainable_token_indices is None:
+        embeddings = next(name for name, module in modules.items() if module is model.get_input_embeddings())
+        config.trainable_token_indices = {embeddings: [model.config.emb_token_id, model.config.cap_token_id]}
+    return _add_adapter(model, config)
+
+
+def add_region_adapter(model: MMGEMModel, stage: str, grid_size: int) -> PeftModel:
+    """
+    Adds the adapter of a stage, which alone is trained and saved: h3 and [CAP_i] start as those of stage 1, h4 as the
+    identity.
+
+    Args:
+        stage: "region-caption" or "region-retrieval".
+        grid_size: k, of the prompts that the adapter is trained with.
+    """
+    mapping = {"base_model_class": type(model).__name__, "parent_library": type(model).__module__}
+    config = LoraConfig(
+        # PEFT requires `target_modules`; "dummy-target-modules" is its sentinel for none.
+        target_modules="dummy-target-modules",
+        modules_to_save=list(REGION_ADAPTERS[stage]),
+        # With a task_type, PeftModel.save_pretrained keeps `auto_mapping` instead of writing its own.
+        task_type="FEATURE_EXTRACTION",
+        revision=weights_revision(model.name_or_path),
+        auto_mapping={**mapping, "region_grid_size": grid_size} if stage == "region-caption" else mapping,
+    )
+    return _add_adapter(model, config)
+
+
+def _add_adapter(model: MMGEMModel, config: LoraConfig) -> PeftModel:
+    """
+    Adds a new adapter whose configuration names a base folder by its absolute path: from another working directory
+    PEFT would take a relative one for a model on the Hub, which anyone could put there.
+    """
+    peft_model = get_peft_model(model, config)
+    assert isinstance(peft_model, PeftModel)
+    if os.path.isdir(config.base_model_name_or_path or ""):
+        config.base_model_name_or_path = os.path.abspath(str(config.base_model_name_or_path))
+    return peft_model

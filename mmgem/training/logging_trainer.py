@@ -1,0 +1,137 @@
+"""The Trainer's log: losses, temperature and speed, and the end of a run that diverged."""
+
+import json
+import math
+import os
+import time
+from typing import Any
+
+import torch
+from torch.distributed.tensor import DTensor
+from transformers import Trainer
+from transformers.utils import logging
+
+from .arguments import MMGEMTrainingArguments
+from .checkpoints import TrainingStopped
+
+
+logger = logging.get_logger(__name__)
+
+DATA_BOUND = 1 / 3  # share of the time spent waiting for data, above which the log says so
+
+
+class LoggingTrainer(Trainer):
+    """
+    A Trainer that logs the mean of each loss, tau, samples per second and the share of time spent waiting for data.
+    A resumed run logs what the uninterrupted run would have, and a run whose losses or weights are not finite stops.
+    """
+
+    args: MMGEMTrainingArguments
+    model: torch.nn.Module
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self._sums: dict[str, torch.Tensor] = {}
+        self._logit_scale: torch.Tensor | None = None
+        self._steps_since_log = 0
+        self._resumed_from: str | None = None
+        self._start_interval()
+
+    def _start_interval(self) -> None:
+        self._interval = {"start": time.perf_counter(), "data": 0.0, "samples": 0}
+
+    def get_batch_samples(
+        self, epoch_iterator: Any, num_batches: int, device: torch.device
+    ) -> tuple[list, torch.Tensor | int | None]:
+        """Returns the next micro-batches, and measures how long they took to come."""
+        self._steps_since_log += 1
+        start = time.perf_counter()
+        result = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self._interval["data"] += time.perf_counter() - start
+        return result
+
+    def _add_to_log(self, name: str, loss: torch.Tensor) -> None:
+        self._sums[name] = self._sums.get(name, 0) + loss.detach()
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds both losses, tau, samples per second and the share of time spent waiting for data."""
+        if "loss" in logs and self._sums:
+            logs.update({name: total / self._steps_since_log for name, total in self._mean_sums().items()})
+            self._steps_since_log = 0
+            self._sums.clear()
+            if self._logit_scale is not None:
+                logs["tau"] = 1 / self._logit_scale.item()
+            elapsed = time.perf_counter() - self._interval["start"]
+            logs["samples_per_second"] = round(self._interval["samples"] / elapsed, 1)
+            logs["data_time_fraction"] = round(self._interval["data"] / elapsed, 3)
+            if logs["data_time_fraction"] > DATA_BOUND and self.state.global_step > self.args.logging_steps:
+                logger.warning_once(
+                    "Data is the bottleneck: more than a third of the time went into waiting for it. Raise "
+                    f"--dataloader_num_workers ({self.args.dataloader_num_workers} now), or store smaller images."
+                )
+            self._start_interval()
+        super().log(logs, start_time)
+
+    def _mean_sums(self) -> dict[str, float]:
+        """
+        Returns the sums of the losses since the last log, averaged over processes.
+
+        Raises:
+            TrainingStopped: if a loss is NaN or infinite, or 1 / tau is not a positive finite number.
+        """
+        totals = {}
+        for name, value in self._sums.items():
+            totals[name] = float(self.accelerator.reduce(value.clone(), "mean") if self.args.world_size > 1 else value)
+        wrong = []
+        if self.accelerator.scaler is None:  # in float16 GradScaler skips a step that is out of range
+            wrong = [f"{name} is {total}" for name, total in totals.items() if not math.isfinite(total)]
+        if self._logit_scale is not None and not (0 < (scale := self._logit_scale.item()) < math.inf):
+            wrong.append(f"1 / tau is {scale}")
+        self._stop_if(wrong)
+        return totals
+
+    def _refuse_diverged(self) -> None:
+        """
+        Checks the losses and the trained weights before the model is saved: a gradient that was NaN shows in the
+        weights at once, but in the losses only a step later.
+
+        Raises:
+            TrainingStopped: in all processes, if a loss since the last log or a trained weight is not finite.
+        """
+        self._mean_sums()
+        trained = {name: weight for name, weight in self.model.named_parameters() if weight.requires_grad}
+        # Under FSDP each process holds a part of every weight.
+        parts = [weight.to_local() if isinstance(weight, DTensor) else weight for weight in trained.values()]
+        finite = torch.stack([part.detach().isfinite().all() for part in parts]).float()
+        if self.args.world_size > 1:
+            finite = self.accelerator.reduce(finite, "mean")
+        self._stop_if([f"{name} holds NaN or infinity" for name, x in zip(trained, finite.tolist()) if x < 1])
+
+    def _stop_if(self, wrong: list[str]) -> None:
+        if wrong:
+            raise TrainingStopped(
+                f"Training diverged at step {self.state.global_step}, or since the last log: {wrong[0]}. Start again "
+                f"with a lower --learning_rate ({self.args.learning_rate:g} now) or more --warmup_steps; from an "
+                "earlier checkpoint's weights, with --init_from."
+            )
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """Saves the log's interval beside each process's random state."""
+        super()._save_rng_state(output_dir)
+        interval = {"loss": self._tr_loss.item(), "logged_at": self._globalstep_last_logged}
+        sums = {name: value.item() for name, value in self._sums.items()}
+        with open(self._log_state(output_dir), "w", encoding="utf-8") as file:
+            json.dump({**interval, "steps": self._steps_since_log, "sums": sums}, file)
+
+    def _resume_log(self) -> None:
+        """Goes on with the checkpoint's interval, so that the next log is the mean over all of it."""
+        if self._resumed_from is None or not os.path.isfile(self._log_state(self._resumed_from)):
+            return
+        with open(self._log_state(self._resumed_from), encoding="utf-8") as file:
+            state = json.load(file)
+        self._tr_loss += state["loss"]
+        self._globalstep_last_logged, self._steps_since_log = state["logged_at"], state["steps"]
+        self._sums = {name: torch.tensor(value, device=self.args.device) for name, value in state["sums"].items()}
+
+    def _log_state(self, checkpoint: str) -> str:
+        return os.path.join(checkpoint, f"log_{self.args.process_index}.json")

@@ -1,0 +1,144 @@
+"""What the Trainer does with its training data: prepares it, counts unusable examples, and tells it the epoch."""
+
+import copy
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+from transformers.utils import logging
+
+from ..data.pairs import BadDataError, PairDataset
+from ..data.regions import RegionDataset
+from ..data.shards import ShardStream
+from ..modeling_mmgem import MMGEMModel
+from .arguments import MMGEMTrainingArguments
+
+
+logger = logging.get_logger(__name__)
+
+MAX_DESCRIBED = 100  # unreadable examples of a stream that are kept with their reasons; there may be millions
+
+
+def for_process(
+    dataset: PairDataset | ShardStream, args: MMGEMTrainingArguments, image_processor: Any
+) -> PairDataset | ShardStream:
+    """
+    Returns a copy of the training data that knows which process reads it, and how large images must be decoded.
+
+    Raises:
+        ValueError: for a table that is smaller than a batch, or a stream without a number of steps.
+    """
+    dataset = copy.copy(dataset)
+    sizes = (image_processor.size, getattr(image_processor, "crop_size", None) or {})
+    sides = [size.get(name) or 0 for size in sizes for name in ("shortest_edge", "height", "width")]
+    dataset.least_side = max(sides) if image_processor.do_resize else 0
+    if isinstance(dataset, RegionDataset):
+        dataset.image_processor = image_processor
+    batch_size = args.train_batch_size * args.world_size
+    if isinstance(dataset, ShardStream):
+        dataset.rank, dataset.world_size = args.process_index, args.world_size
+        if args.max_steps <= 0:
+            raise ValueError("A stream of shards has no end: set --max_steps.")
+    elif len(dataset) < batch_size:
+        raise ValueError(
+            f"{len(dataset)} training examples do not fill one batch of {batch_size}; lower "
+            "--per_device_train_batch_size."
+        )
+    return dataset
+
+
+class ExampleCounts:
+    """
+    Counts unreadable, truncated and left out examples while a process trains, and reports them at the end.
+
+    Args:
+        dataset: of a table, each unreadable example is counted once, and `args.max_bad_fraction` of them is tolerated;
+            those of a stream are counted only.
+        max_length: tokens of the longest text.
+    """
+
+    def __init__(self, dataset: PairDataset | ShardStream, args: MMGEMTrainingArguments, max_length: int):
+        self.max_bad_fraction = args.max_bad_fraction
+        self.limit: float | None = None
+        if not isinstance(dataset, ShardStream):
+            self.limit = args.max_bad_fraction * len(dataset) / args.world_size
+        self.max_length = max_length
+        self.bad: dict[int | str, str] = {}
+        self.bad_kinds: Counter[str] = Counter()
+        self.truncated = self.left_out = self.seen = 0
+
+    def take_from(self, batch: dict[str, Any]) -> int:
+        """Removes the counts from a batch and adds them; returns the number of its images."""
+        self.add_bad(batch.pop("bad"))
+        self.truncated += batch.pop("truncated")
+        self.left_out += batch.pop("left_out", 0)
+        name = "patch_features" if "patch_features" in batch else "pixel_values"
+        images = sum(len(part[name]) for part in batch.get("mini_batches", [batch]))
+        self.seen += len(batch["pair_ids"]) if "boxes" in batch else images
+        return images
+
+    def add_bad(self, bad: dict[int | str, str]) -> None:
+        """
+        Adds unreadable examples, by index or key, with their reasons. What stands before the colon is their kind.
+
+        Raises:
+            BadDataError: for more of them than the limit.
+        """
+        if self.limit is not None:
+            bad = {index: reason for index, reason in bad.items() if index not in self.bad}
+        self.bad_kinds.update(reason.partition(":")[0] for reason in bad.values())
+        if self.limit is not None or len(self.bad) < MAX_DESCRIBED:
+            self.bad.update(bad)
+        if self.limit is not None and len(self.bad) > self.limit:
+            raise BadDataError(
+                f"{self._describe_bad()}, more than max_bad_fraction={self.max_bad_fraction} allows; repair the data "
+                "or raise --max_bad_fraction."
+            )
+
+    def report(self) -> None:
+        """Logs what was not used as it is."""
+        if self.bad:
+            logger.warning(f"{self._describe_bad()}; the next readable one replaced each.")
+        if self.truncated:
+            logger.warning(
+                f"{self.truncated} of {self.seen} captions were longer than max_length={self.max_length} tokens and "
+                "were truncated; [EMB] stayed."
+            )
+        if self.left_out:
+            logger.warning(
+                f"{self.left_out} regions, beside {self.seen} seen, were left out: they have no area, or lie outside "
+                "their image or what the image processor's centre crop leaves of it."
+            )
+
+    def _describe_bad(self) -> str:
+        index, reason = min(self.bad.items(), key=lambda item: str(item[0]).zfill(12))
+        kinds = ", ".join(f"{count} {kind}" for kind, count in self.bad_kinds.most_common())
+        total = self.bad_kinds.total()
+        return f"{total} training examples could not be read ({kinds}; such as {index}: {reason})"
+
+
+class TrainingCallback(TrainerCallback):
+    """Resumes the log, tells the data which epoch it is, and holds tau at its lower bound of 0.01."""
+
+    def __init__(self, model: MMGEMModel, train_dataset: PairDataset | ShardStream, resume_log: Callable[[], None]):
+        self.model = model
+        self.train_dataset = train_dataset
+        self.resume_log = resume_log
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.resume_log()
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if isinstance(self.train_dataset, PairDataset):
+            self.train_dataset.set_epoch(int(state.epoch or 0))
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if isinstance(self.train_dataset, ShardStream):  # Trainer counts from where it was resumed
+            state.epoch = state.global_step / args.max_steps
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # Beyond the bound forward clamps, and its gradient is zero: the parameter could not come back by itself.
+        with torch.no_grad():
+            self.model.logit_scale.weight.clamp_(max=self.model.config.logit_scale_max_value)
