@@ -1,7 +1,9 @@
 """Which data to train and to evaluate on."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
+
+from ..options import option
 
 
 ANNOTATION_FILES = (
@@ -14,21 +16,14 @@ ANNOTATION_FILES = (
 class TableArguments:
     """The options that training and evaluation share. The names are those of transformers' own examples."""
 
-    dataset_name: str | None = field(
-        default=None, metadata={"help": "'scenes' (built in), a Hub id, or a local folder of `datasets`."}
+    dataset_name: str | None = option(None, "'scenes' (built in), a Hub id, or a local folder of `datasets`.")
+    dataset_config_name: str | None = option(None, "Configuration of the Hub dataset.")
+    image_folders: list[str] = option([], "Folders with the images that annotations name.")
+    image_column: str = option("image", "Images, bytes or paths.")
+    caption_column: str = option(
+        "caption", "A string, or a list of strings: one is drawn per step, all count in evaluation."
     )
-    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the Hub dataset."})
-    image_folders: list[str] = field(
-        default_factory=list, metadata={"help": "Folders with the images that annotations name."}
-    )
-    image_column: str = field(default="image", metadata={"help": "Images, bytes or paths."})
-    caption_column: str = field(
-        default="caption",
-        metadata={"help": "A string, or a list of strings: one is drawn per step, all count in evaluation."},
-    )
-    regions_column: str = field(
-        default="regions", metadata={"help": "Lists of {box: [x0, y0, x1, y1], phrase}, in pixels."}
-    )
+    regions_column: str = option("regions", "Lists of {box: [x0, y0, x1, y1], phrase}, in pixels.")
 
     def require_one_of(self, names: tuple[str, ...]) -> None:
         """Raises ValueError unless exactly one of these options is set."""
@@ -52,38 +47,30 @@ class TableArguments:
 class DataArguments(TableArguments):
     """Images with captions, and for stage 2 with regions."""
 
-    train_file: str | None = field(default=None, metadata={"help": "parquet, jsonl, json or csv."})
-    validation_file: str | None = field(default=None, metadata={"help": "parquet, jsonl, json or csv."})
-    train_shards: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": "Tar shards with jpg and txt or json, as img2dataset writes them: patterns such as "
-            "'laion/{00000..00999}.tar' or 'hf://datasets/org/name/*.tar', one per source."
-        },
+    train_file: str | None = option(None, "parquet, jsonl, json or csv.")
+    validation_file: str | None = option(None, "parquet, jsonl, json or csv.")
+    train_shards: list[str] | None = option(
+        None,
+        "Tar shards with jpg and txt or json, as img2dataset writes them: patterns such as "
+        "'laion/{00000..00999}.tar' or 'hf://datasets/org/name/*.tar', one per source.",
     )
-    shard_weights: list[float] | None = field(
-        default=None, metadata={"help": "How often each of train_shards is drawn from; all alike by default."}
+    shard_weights: list[float] | None = option(
+        None, "How often each of train_shards is drawn from; all alike by default."
     )
-    shuffle_window: int = field(
-        default=1000, metadata={"help": "Samples of a shard that are shuffled among each other."}
+    shuffle_window: int = option(1000, "Samples of a shard that are shuffled among each other.")
+    train_annotations: list[str] | None = option(None, f"{ANNOTATION_FILES}: joined by image.")
+    validation_annotations: list[str] | None = option(None, "The same, to evaluate on.")
+    max_length: int = option(50, "Tokens per text, BOS and [EMB] included.")
+    max_train_samples: int | None = option(None, "Use that many (scenes: draws 20,000).")
+    max_eval_samples: int | None = option(None, "Use that many (scenes: draws 500).")
+    augmentation_scale: float = option(
+        1.0, "Least share of the area that a random crop keeps in training; 1: no crop."
     )
-    train_annotations: list[str] | None = field(
-        default=None, metadata={"help": f"{ANNOTATION_FILES}: joined by image."}
-    )
-    validation_annotations: list[str] | None = field(default=None, metadata={"help": "The same, to evaluate on."})
-    max_length: int = field(default=50, metadata={"help": "Tokens per text, BOS and [EMB] included."})
-    max_train_samples: int | None = field(default=None, metadata={"help": "Use that many (scenes: draws 20,000)."})
-    max_eval_samples: int | None = field(default=None, metadata={"help": "Use that many (scenes: draws 500)."})
-    augmentation_scale: float = field(
-        default=1.0, metadata={"help": "Least share of the area that a random crop keeps in training; 1: no crop."}
-    )
-    max_regions: int = field(default=16, metadata={"help": "Stage 2: regions of an image in a step, drawn anew."})
-    whole_image_weight: float = field(
-        default=0.2,
-        metadata={
-            "help": "Stage 2: probability that an image with regions comes with a caption too, for the region that "
-            "covers it. Images without regions always do."
-        },
+    max_regions: int = option(16, "Stage 2: regions of an image in a step, drawn anew.")
+    whole_image_weight: float = option(
+        0.2,
+        "Stage 2: probability that an image with regions comes with a caption too, for the region that "
+        "covers it. Images without regions always do.",
     )
 
     def __post_init__(self) -> None:

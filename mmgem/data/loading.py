@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import datasets
@@ -93,17 +93,17 @@ def read_annotated_table(files: list[str], arguments: TableArguments, splits: Se
     return Table(rows.rename_columns(renamed), missing=missing)
 
 
-def checked_table(table: Table, arguments: TableArguments, needed: Sequence[str], limit: int | None = None) -> Table:
+def checked_table(rows: Any, arguments: Any, needed: Sequence[str], limit: int | None = None) -> Any:
     """
-    The first `limit` rows, with images still encoded.
+    The first `limit` rows of a `datasets.Dataset` or a built-in dataset, with images still encoded.
 
     Args:
+        arguments: has the names of the columns, as [`TableArguments`].
         needed: the options whose columns must exist.
 
     Raises:
         ValueError: for a missing column, with those that exist; for captions that are not text.
     """
-    rows = table.rows
     for option in needed:
         column = getattr(arguments, option)
         if column not in rows.column_names:
@@ -122,7 +122,7 @@ def checked_table(table: Table, arguments: TableArguments, needed: Sequence[str]
     if isinstance(rows.features.get(arguments.image_column), datasets.Image):
         # PairDataset decodes, so that one corrupt image does not end the run.
         rows = rows.cast_column(arguments.image_column, datasets.Image(decode=False))
-    return replace(table, rows=rows)
+    return rows
 
 
 def _train_and_held_out(
@@ -171,22 +171,21 @@ def _read_held_out(arguments: DataArguments) -> Table | None:
 
 def _pairs(table: Table, arguments: DataArguments, seed: int, held_out: bool = False) -> PairDataset:
     limit = arguments.max_eval_samples if held_out else arguments.max_train_samples
-    table = checked_table(table, arguments, ("image_column", "caption_column"), limit)
+    rows = checked_table(table.rows, arguments, ("image_column", "caption_column"), limit)
     if arguments.validation_annotations if held_out else arguments.train_annotations:
         # Annotations also list images that have regions only.
-        captioned = [i for i, captions in enumerate(table.rows[arguments.caption_column]) if captions]
+        captioned = [i for i, captions in enumerate(rows[arguments.caption_column]) if captions]
         if not captioned:
             raise ValueError("These annotations hold no captions of whole images; add COCO's captions_*.json.")
-        table = replace(table, rows=table.rows.select(captioned))
+        rows = rows.select(captioned)
     scale = 1.0 if held_out else arguments.augmentation_scale
-    return PairDataset(table.rows, arguments.image_column, arguments.caption_column, scale, seed, root=table.root)
+    return PairDataset(rows, arguments.image_column, arguments.caption_column, scale, seed, root=table.root)
 
 
 def _regions(table: Table, arguments: DataArguments, seed: int, held_out: bool = False) -> RegionDataset:
     limit = arguments.max_eval_samples if held_out else arguments.max_train_samples
-    table = checked_table(table, arguments, ("image_column", "regions_column"), limit)
     return RegionDataset(
-        table.rows,
+        checked_table(table.rows, arguments, ("image_column", "regions_column"), limit),
         arguments.regions_column,
         0 if held_out else arguments.max_regions,
         arguments.whole_image_weight,

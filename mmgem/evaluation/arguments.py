@@ -1,9 +1,10 @@
 """The options of `python -m mmgem.evaluation`."""
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from typing import Literal
 
 from ..data.arguments import ANNOTATION_FILES, TableArguments
+from ..options import option
 
 
 LONG_CAPTION_COLUMN = "long_caption"
@@ -15,59 +16,44 @@ TASKS = ("retrieval", "classification", "captioning", "long_text", "regions")
 class EvaluationArguments(TableArguments):
     """What to evaluate a model on, and on what data."""
 
-    model: str | None = field(default=None, metadata={"help": "MM-GEM checkpoint, a folder or a Hub id."})
-    adapters: list[str] = field(default_factory=list, metadata={"help": "Adapters of stage 2 beside it, for regions."})
-    tasks: list[str] = field(
-        default_factory=lambda: ["retrieval", "captioning"],
-        metadata={"help": f"Any of {', '.join(TASKS)}, separated by commas or spaces."},
+    model: str | None = option(None, "MM-GEM checkpoint, a folder or a Hub id.")
+    adapters: list[str] = option([], "Adapters of stage 2 beside it, for regions.")
+    tasks: list[str] = option(
+        ["retrieval", "captioning"], f"Any of {', '.join(TASKS)}, separated by commas or spaces."
     )
-    split: str = field(default="test", metadata={"help": "Of the dataset, or of Karpathy's file."})
-    data_file: str | None = field(default=None, metadata={"help": "Instead: parquet, jsonl, json or csv."})
-    annotations: list[str] | None = field(default=None, metadata={"help": f"Instead: {ANNOTATION_FILES}."})
-    long_caption_column: str = field(
-        default=LONG_CAPTION_COLUMN,
-        metadata={"help": f"For long_text; caption_column where there is no {LONG_CAPTION_COLUMN}."},
+    split: str = option("test", "Of the dataset, or of Karpathy's file.")
+    data_file: str | None = option(None, "Instead: parquet, jsonl, json or csv.")
+    annotations: list[str] | None = option(None, f"Instead: {ANNOTATION_FILES}.")
+    long_caption_column: str = option(
+        LONG_CAPTION_COLUMN, f"For long_text; caption_column where there is no {LONG_CAPTION_COLUMN}."
     )
-    label_column: str = field(default="label", metadata={"help": "For classification: numbers of classes."})
-    captions_per_image: int = field(default=5, metadata={"help": "For retrieval: the first so many of an image."})
-    class_names: list[str] | None = field(
-        default=None, metadata={"help": "For classification: names of the classes, where the data does not name them."}
+    label_column: str = option("label", "For classification: numbers of classes.")
+    captions_per_image: int = option(5, "For retrieval: the first so many of an image.")
+    class_names: list[str] | None = option(
+        None, "For classification: names of the classes, where the data does not name them."
     )
-    templates: list[str] | None = field(
-        default=None, metadata={"help": "For classification: sentences with {} for the name of the class."}
+    templates: list[str] | None = option(None, "For classification: sentences with {} for the name of the class.")
+    classification_suite: str | None = option(
+        None, "For classification: YAML, a list of datasets, each a mapping of options such as these."
     )
-    classification_suite: str | None = field(
-        default=None,
-        metadata={"help": "For classification: YAML, a list of datasets, each a mapping of options such as these."},
-    )
-    max_lengths: list[int] = field(
-        default_factory=lambda: [*MAX_LENGTHS], metadata={"help": "For long_text: tokens to truncate captions to."}
-    )
-    caption_samples: int | None = field(default=None, metadata={"help": "Caption so many images; all by default."})
-    num_beams: int = field(default=1, metadata={"help": "For captioning: beams; 1: the most probable word by word."})
-    draws: int = field(
-        default=0, metadata={"help": "Draw so many captions of each image, and let the model choose; 0: do not."}
-    )
-    caption_results: str | None = field(
-        default=None, metadata={"help": "Without a model: captions in COCO's form to score."}
-    )
-    caption_references: str | None = field(
-        default=None, metadata={"help": "COCO's, NoCaps' or Karpathy's reference file (with --split)."}
-    )
-    caption_subset: bool = field(
-        default=False, metadata={"help": "Score the images that caption_results has, not all of caption_references."}
-    )
-    max_samples: int | None = field(default=None, metadata={"help": "Use the first so many (scenes: 500)."})
-    max_length: int | None = field(default=None, metadata={"help": "Tokens per text; the processor's own by default."})
-    batch_size: int = field(default=64, metadata={"help": "Images, or texts, at a time."})
-    dtype: Literal["float32", "bfloat16", "float16"] = field(default="float32", metadata={"help": "Of the weights."})
-    seed: int = field(default=0, metadata={"help": "Of captions that are drawn."})
-    output_dir: str = field(default="outputs/evaluation", metadata={"help": "For results.json, report.md, images."})
+    max_lengths: list[int] = option([*MAX_LENGTHS], "For long_text: tokens to truncate captions to.")
+    caption_samples: int | None = option(None, "Caption so many images; all by default.")
+    num_beams: int = option(1, "For captioning: beams; 1: the most probable word by word.")
+    draws: int = option(0, "Draw so many captions of each image, and let the model choose; 0: do not.")
+    caption_results: str | None = option(None, "Without a model: captions in COCO's form to score.")
+    caption_references: str | None = option(None, "COCO's, NoCaps' or Karpathy's reference file (with --split).")
+    caption_subset: bool = option(False, "Score the images that caption_results has, not all of caption_references.")
+    max_samples: int | None = option(None, "Use the first so many (scenes: 500).")
+    max_length: int | None = option(None, "Tokens per text; the processor's own by default.")
+    batch_size: int = option(64, "Images, or texts, at a time.")
+    dtype: Literal["float32", "bfloat16", "float16"] = option("float32", "Of the weights.")
+    seed: int = option(0, "Of captions that are drawn.")
+    output_dir: str = option("outputs/evaluation", "For results.json, report.md, images.")
 
     def __post_init__(self) -> None:
-        for option in fields(self):
-            if getattr(self, option.name) is None and option.default is not None:
-                raise ValueError(f"{option.name} needs a value; leave it out for its default.")
+        for declared in fields(self):
+            if getattr(self, declared.name) is None and declared.default is not None:
+                raise ValueError(f"{declared.name} needs a value; leave it out for its default.")
         self.tasks = [task for word in self.tasks for task in word.split(",") if task]
         if unknown := [task for task in self.tasks if task not in TASKS]:
             raise ValueError(f"Unknown task {unknown[0]!r}; the tasks are {', '.join(TASKS)}.")

@@ -51,8 +51,8 @@ def load_pairs(
         option = "long_caption_column"
     column = getattr(arguments, option)
     named = replace(arguments, caption_column=column)
-    table = checked_table(table, named, ("image_column", option), arguments.max_samples)
-    dataset = PairDataset(table.rows, arguments.image_column, column, root=table.root)
+    rows = checked_table(table.rows, named, ("image_column", option), arguments.max_samples)
+    dataset = PairDataset(rows, arguments.image_column, column, root=table.root)
     dataset.max_captions, dataset.missing = max_captions, table.missing
     return dataset
 
@@ -60,9 +60,9 @@ def load_pairs(
 def load_regions(arguments: EvaluationArguments, image_size: int) -> RegionDataset:
     """Images with all their regions. Raises as [`load_pairs`]."""
     table = _load_table(arguments, image_size)
-    table = checked_table(table, arguments, ("image_column", "regions_column"), arguments.max_samples)
+    rows = checked_table(table.rows, arguments, ("image_column", "regions_column"), arguments.max_samples)
     columns = {name: getattr(arguments, name) for name in ("image_column", "caption_column", "regions_column")}
-    dataset = RegionDataset(table.rows, **columns, root=table.root)
+    dataset = RegionDataset(rows, **columns, root=table.root)
     dataset.max_captions, dataset.missing = arguments.captions_per_image, table.missing
     return dataset
 
@@ -119,8 +119,8 @@ def _labelled(name: str, arguments: EvaluationArguments, image_size: int) -> Lab
     if arguments.dataset_name in BUILT_IN:
         arguments = replace(arguments, split=BUILT_IN[arguments.dataset_name].labelled_split)
     table = _load_table(arguments, image_size)
-    table = checked_table(table, arguments, ("image_column", "label_column"), arguments.max_samples)
-    feature = table.rows.features[arguments.label_column]
+    rows = checked_table(table.rows, arguments, ("image_column", "label_column"), arguments.max_samples)
+    feature = rows.features[arguments.label_column]
     class_names = arguments.class_names or getattr(feature, "names", None)
     if not str(getattr(feature, "dtype", "")).startswith(("int", "uint")):
         raise ValueError(
@@ -132,13 +132,13 @@ def _labelled(name: str, arguments: EvaluationArguments, image_size: int) -> Lab
             f"Column {arguments.label_column!r} does not name its classes, being {feature}; give class_names, one for "
             "each label from 0 on."
         )
-    dataset = PairDataset(table.rows, arguments.image_column, root=table.root)
+    dataset = PairDataset(rows, arguments.image_column, root=table.root)
     dataset.missing = table.missing
-    own_templates: Any = getattr(table.rows, "class_templates", DEFAULT_TEMPLATES)
+    own_templates: Any = getattr(rows, "class_templates", DEFAULT_TEMPLATES)
     return LabelledImages(
         name,
         dataset,
-        list(table.rows[arguments.label_column]),
+        list(rows[arguments.label_column]),
         [class_name.replace("_", " ") for class_name in class_names],
         arguments.templates or own_templates,
     )
