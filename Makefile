@@ -15,11 +15,14 @@ demo: $(READY)
 	$(TRAIN) --config configs/scenes-region-retrieval.yaml
 	@echo "Look at outputs/scenes/report.md: searches, captions, and what two adapters know of regions."
 
+# Two processes, of a thread each, because the models of tests are too small for two threads.
+TEST := python -m pytest -n 2 --dist loadfile
+
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(BIN)/$(TEST)
 
 test-slow: $(READY)
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/$(TEST) -m slow
 
 # Not in everyone's environment: on some CPUs bitsandbytes warns whenever it is imported, which PEFT does.
 test-quantized: $(READY)
@@ -35,12 +38,12 @@ test-newest:
 	$(call environment,.venv-newest)
 	.venv-newest/bin/python -m pip install --quiet $(TORCH) -e ".[dev]"
 	.venv-newest/bin/python -m pip list | grep -iE "^(transformers|peft|accelerate|datasets|huggingface_hub|torch) "
-	.venv-newest/bin/python -m pytest
+	.venv-newest/bin/$(TEST)
 
 test-oldest:
 	$(call environment,.venv-oldest)
 	.venv-oldest/bin/python -m pip install --quiet $(TORCH) $(OLDEST) -e ".[dev]"
-	.venv-oldest/bin/python -m pytest tests/modeling tests/processing tests/hub tests/test_devices.py
+	.venv-oldest/bin/$(TEST) tests/modeling tests/processing tests/hub tests/test_devices.py
 
 define environment
 	rm -rf $(1)

@@ -1,6 +1,7 @@
 """Tiny checkpoints and pictures that the tests make themselves."""
 
 import io
+import os
 import tarfile
 
 import numpy as np
@@ -16,7 +17,7 @@ from mmgem.processing import to_mmgem_tokenizer
 from mmgem.processing.tokenization_mmgem import special_token_ids
 
 
-torch.set_num_threads(2)
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 
 CORPUS = ["a dog on a beach", "the cat sat on the mat", "two people ride red bicycles", "snow on a mountain"] * 3
 VISION = {

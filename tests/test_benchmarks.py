@@ -27,6 +27,7 @@ def test_paper_claims_quick(tmp_path):
     assert (tmp_path / "runs" / "paper-claims.md").read_text() == page
 
 
+@pytest.mark.slow  # a script for GPUs
 def test_gpu_on_a_cpu(tmp_path):
     """Every row has a figure, or says why not; without compiling, which takes longer than the rest."""
     command = [sys.executable, "benchmarks/gpu.py", "--sizes", "tiny", "--device", "cpu", "--steps", "1"]

@@ -46,6 +46,7 @@ def installed_wheel(tmp_path_factory):
     return site
 
 
+@pytest.mark.slow  # builds the wheel
 def test_wheel_puts_nothing_but_mmgem_into_site_packages(installed_wheel):
     names = {path.name for path in installed_wheel.iterdir() if not path.name.endswith(".dist-info")}
     assert names == {"mmgem"}
@@ -53,6 +54,7 @@ def test_wheel_puts_nothing_but_mmgem_into_site_packages(installed_wheel):
     assert {"configuration", "modeling_mmgem", "processing", "data", "training", "evaluation"} <= modules
 
 
+@pytest.mark.slow  # builds the wheel
 def test_wheel_works_outside_the_checkout(installed_wheel, tmp_path):
     code = """
 import mmgem, mmgem.configuration, mmgem.modeling_mmgem.pooling_mmgem, mmgem.training.trainer, mmgem.evaluation.report

@@ -118,6 +118,7 @@ def test_a_card_of_ones_own(trained, tmp_path):
         export(str(trained), REPO_ID, str(tmp_path / "hub"), options=CardOptions(model_card=str(tmp_path / "mine.md")))
 
 
+@pytest.mark.slow  # a process that imports everything
 def test_every_example_runs_where_mmgem_is_not_installed(pushed, tmp_path):
     hub, _, home = pushed
     make_picture(2).save(tmp_path / "picture.jpg")

@@ -71,6 +71,7 @@ def test_a_dry_run_sends_nothing(hub, trained, tmp_path):
     assert result.returncode == 1 and "--repo_id" in result.stderr and "Traceback" not in result.stderr
 
 
+@pytest.mark.slow  # a process for each option
 def test_options_reach_the_hub(hub, trained, tmp_path):
     arguments = ("--model", str(trained), "--repo_id", REPO_ID, "--output_dir", "hub", "--private")
     result = push(hub, tmp_path, *arguments, "--create_pr", "--commit_message", "for you to see")

@@ -78,6 +78,7 @@ def test_resize_token_embeddings(processor):
     assert torch.equal(before, embed(model, processor, ["a dog"]))
 
 
+@pytest.mark.slow  # compiles flex attention
 def test_attention_backends_agree(processor):
     texts = ["a dog on a beach", "cat"]
     reference = embed(make_model(processor), processor, texts)

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 
 ROOT = Path(__file__).parents[2]
+slow = pytest.mark.slow  # the same code with other numbers: `make test-slow`, and CI
 
 
 @pytest.fixture(scope="module")
@@ -35,15 +36,20 @@ def launch(processes, script, *arguments):
     return {**saved, "weights": load_file(next((folder / "saved").glob("*.safetensors")))}
 
 
-@pytest.mark.parametrize("accumulation_steps", [1, 4])
-@pytest.mark.parametrize("processes", [2, 4])
+@pytest.mark.parametrize(
+    ("processes", "accumulation_steps"),
+    [(2, 4), pytest.param(2, 1, marks=slow), pytest.param(4, 1, marks=slow), pytest.param(4, 4, marks=slow)],
+)
 def test_gradient_equals_the_single_process(single_process_gradients, processes, accumulation_steps, tmp_path):
     expected = single_process_gradients[accumulation_steps]
     assert "logit_scale.weight" in expected["gradients"]
     assert_equal(run(processes, accumulation_steps, tmp_path), expected)
 
 
-@pytest.mark.parametrize("processes, accumulation_steps, mini_batch_size", [(1, 1, 3), (2, 1, 3), (2, 4, 1)])
+@pytest.mark.parametrize(
+    ("processes", "accumulation_steps", "mini_batch_size"),
+    [pytest.param(1, 1, 3, marks=slow), pytest.param(2, 1, 3, marks=slow), (2, 4, 1)],
+)
 def test_gradient_cache_equals_the_whole_batch(
     single_process_gradients, processes, accumulation_steps, mini_batch_size, tmp_path
 ):
@@ -52,7 +58,7 @@ def test_gradient_cache_equals_the_whole_batch(
     torch.testing.assert_close(actual["loss"], actual["expected_loss"], atol=1e-4, rtol=1e-5)
 
 
-@pytest.mark.parametrize("stage", ["region-caption", "region-retrieval"])
+@pytest.mark.parametrize("stage", [pytest.param("region-caption", marks=slow), "region-retrieval"])
 def test_stage_2_equals_the_single_process_whatever_number_of_regions_each_has(stage, tmp_path):
     """Also with the patch features in a file that the processes share."""
     expected = launch(1, "one_region_step.py", "ddp", stage, "plain", tmp_path)
@@ -63,7 +69,10 @@ def test_stage_2_equals_the_single_process_whatever_number_of_regions_each_has(s
         torch.testing.assert_close(actual["loss"], expected["loss"], atol=1e-4, rtol=1e-5)
 
 
-@pytest.mark.parametrize(("accumulation_steps", "mini_batch_size"), [(1, 0), (4, 0), (1, 3)])
+@pytest.mark.parametrize(
+    ("accumulation_steps", "mini_batch_size"),
+    [pytest.param(1, 0, marks=slow), (4, 0), pytest.param(1, 3, marks=slow)],
+)
 def test_sharded_model_equals_the_single_process(
     single_process_gradients, accumulation_steps, mini_batch_size, tmp_path
 ):

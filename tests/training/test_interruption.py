@@ -56,8 +56,15 @@ def curve(folder: Path) -> list[dict]:
     return [{name: value for name, value in entry.items() if name not in TIMES} for entry in state["log_history"]]
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("data", ["table", "shards"])
+@pytest.mark.parametrize(
+    ("data", "workers"),
+    [
+        ("table", 0),
+        ("shards", 2),
+        pytest.param("table", 2, marks=pytest.mark.slow),
+        pytest.param("shards", 0, marks=pytest.mark.slow),
+    ],
+)
 def test_killed_three_times_ends_like_the_uninterrupted_run(start, tmp_path, data, workers):
     if data == "shards":
         write_shards(tmp_path)

@@ -91,6 +91,7 @@ def test_equal_captions_and_equal_pictures_in_a_batch_are_no_negatives(processor
     assert trainer.state.log_history[0]["contrastive_loss"] == pytest.approx(expected, abs=1e-4)
 
 
+@pytest.mark.slow  # compiles
 def test_compiled_twice_at_most_in_a_hundred_steps_of_any_number_of_rows(processor, tmp_path, monkeypatch):
     rng = random.Random(0)
     words = " ".join(CAPTIONS).split()
