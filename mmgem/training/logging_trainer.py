@@ -35,7 +35,7 @@ class LoggingTrainer(Trainer):
         self._logit_scale: torch.Tensor | None = None
         self._steps_since_log = 0
         self._resumed_from: str | None = None
-        self._started = time.perf_counter()
+        self._started = time.perf_counter()  # of training
         self._start_interval()
 
     def _start_interval(self) -> None:

@@ -2,6 +2,7 @@
 
 import copy
 import os
+import time
 from typing import Any
 
 import datasets
@@ -281,6 +282,7 @@ class MMGEMTrainer(LoggingTrainer):
             TrainingStopped: where training diverged, or an evaluation failed.
             BadDataError: for too many unreadable examples.
         """
+        self._started = time.perf_counter()
         checkpoint = self._resumed_from = checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir)
         if checkpoint is not None:
             check_settings(checkpoint, self._settings)
