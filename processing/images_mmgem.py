@@ -205,16 +205,3 @@ def to_rgb(image: Image.Image) -> Image.Image:
         rgba = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
     return image.convert("RGB")
-
-
-__all__ = [
-    "as_array",
-    "check_size",
-    "encoded_image",
-    "image_of_array",
-    "is_one_image",
-    "open_image",
-    "read_image",
-    "to_rgb",
-    "with_one_scale",
-]

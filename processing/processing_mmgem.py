@@ -393,6 +393,3 @@ def _read_image(image: Any, index: int) -> Image.Image:
         return read_image(image)
     except Exception as error:
         raise ValueError(f"images[{index}] could not be read: {error}.") from error
-
-
-__all__ = ["MMGEMProcessor", "set_image_size"]

@@ -173,14 +173,3 @@ def map_regions(
             padded[i, j] = region
             region_mask[i, j] = True
     return padded, region_mask
-
-
-__all__ = [
-    "CroppedRegionError",
-    "Geometry",
-    "geometry_of",
-    "map_box",
-    "map_mask",
-    "map_regions",
-    "refuse_normalized",
-]

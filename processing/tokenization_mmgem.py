@@ -96,15 +96,3 @@ def to_mmgem_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenize
         single=f"{start}$A {EMB_TOKEN}", pair=f"{start}$A $B {EMB_TOKEN}", special_tokens=list(ids.items())
     )
     return result
-
-
-__all__ = [
-    "CAP_TOKEN",
-    "EMB_TOKEN",
-    "IMAGE_TOKEN",
-    "as_sentence",
-    "ends_with_emb",
-    "special_token_ids",
-    "starts_with_bos",
-    "to_mmgem_tokenizer",
-]

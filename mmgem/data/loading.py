@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import datasets
@@ -93,9 +93,9 @@ def read_annotated_table(files: list[str], arguments: TableArguments, splits: Se
     return Table(rows.rename_columns(renamed), missing=missing)
 
 
-def checked_table(rows: Any, arguments: Any, needed: Sequence[str], limit: int | None = None) -> Any:
+def checked_table(table: Table, arguments: Any, needed: Sequence[str], limit: int | None = None) -> Table:
     """
-    The first `limit` rows of a `datasets.Dataset` or a built-in dataset, with images still encoded.
+    The first `limit` rows, with images still encoded.
 
     Args:
         arguments: has the names of the columns, as [`TableArguments`].
@@ -104,6 +104,7 @@ def checked_table(rows: Any, arguments: Any, needed: Sequence[str], limit: int |
     Raises:
         ValueError: for a missing column, with those that exist; for captions that are not text.
     """
+    rows = table.rows
     for option in needed:
         column = getattr(arguments, option)
         if column not in rows.column_names:
@@ -122,7 +123,7 @@ def checked_table(rows: Any, arguments: Any, needed: Sequence[str], limit: int |
     if isinstance(rows.features.get(arguments.image_column), datasets.Image):
         # PairDataset decodes, so that one corrupt image does not end the run.
         rows = rows.cast_column(arguments.image_column, datasets.Image(decode=False))
-    return rows
+    return replace(table, rows=rows)
 
 
 def _train_and_held_out(
@@ -171,7 +172,7 @@ def _read_held_out(arguments: DataArguments) -> Table | None:
 
 def _pairs(table: Table, arguments: DataArguments, seed: int, held_out: bool = False) -> PairDataset:
     limit = arguments.max_eval_samples if held_out else arguments.max_train_samples
-    rows = checked_table(table.rows, arguments, ("image_column", "caption_column"), limit)
+    rows = checked_table(table, arguments, ("image_column", "caption_column"), limit).rows
     if arguments.validation_annotations if held_out else arguments.train_annotations:
         # Annotations also list images that have regions only.
         captioned = [i for i, captions in enumerate(rows[arguments.caption_column]) if captions]
@@ -185,7 +186,7 @@ def _pairs(table: Table, arguments: DataArguments, seed: int, held_out: bool = F
 def _regions(table: Table, arguments: DataArguments, seed: int, held_out: bool = False) -> RegionDataset:
     limit = arguments.max_eval_samples if held_out else arguments.max_train_samples
     return RegionDataset(
-        checked_table(table.rows, arguments, ("image_column", "regions_column"), limit),
+        checked_table(table, arguments, ("image_column", "regions_column"), limit).rows,
         arguments.regions_column,
         0 if held_out else arguments.max_regions,
         arguments.whole_image_weight,

@@ -32,7 +32,7 @@ class LabelledImages:
     labels: Sequence[int]
     class_names: Sequence[str]
     templates: Sequence[str]
-    metric: str = "top1"
+    metric: str
 
 
 def load_pairs(
@@ -51,18 +51,18 @@ def load_pairs(
         option = "long_caption_column"
     column = getattr(arguments, option)
     named = replace(arguments, caption_column=column)
-    rows = checked_table(table.rows, named, ("image_column", option), arguments.max_samples)
-    dataset = PairDataset(rows, arguments.image_column, column, root=table.root)
+    table = checked_table(table, named, ("image_column", option), arguments.max_samples)
+    dataset = PairDataset(table.rows, arguments.image_column, column, root=table.root)
     dataset.max_captions, dataset.missing = max_captions, table.missing
     return dataset
 
 
 def load_regions(arguments: EvaluationArguments, image_size: int) -> RegionDataset:
     """Images with all their regions. Raises as [`load_pairs`]."""
-    table = _load_table(arguments, image_size)
-    rows = checked_table(table.rows, arguments, ("image_column", "regions_column"), arguments.max_samples)
-    columns = {name: getattr(arguments, name) for name in ("image_column", "caption_column", "regions_column")}
-    dataset = RegionDataset(rows, **columns, root=table.root)
+    needed = ("image_column", "regions_column")
+    table = checked_table(_load_table(arguments, image_size), arguments, needed, arguments.max_samples)
+    columns = {name: getattr(arguments, name) for name in (*needed, "caption_column")}
+    dataset = RegionDataset(table.rows, **columns, root=table.root)
     dataset.max_captions, dataset.missing = arguments.captions_per_image, table.missing
     return dataset
 
@@ -74,19 +74,18 @@ def load_labelled(arguments: EvaluationArguments, image_size: int) -> list[Label
     Raises:
         ValueError: as [`load_pairs`], with the place of the entry in the suite.
     """
-    if arguments.classification_suite is None:
-        return [_labelled("", arguments, image_size)]
     path = arguments.classification_suite
+    if path is None:
+        return [_labelled(arguments, image_size)]
     loaded: list[LabelledImages] = []
     for i, entry in enumerate(read_suite(path)):
         try:
             _check_entry(entry, [data.name for data in loaded])
-            options = {name: value for name, value in entry.items() if name not in ("name", "metric")}
-            without_source = {"classification_suite": None, **dict.fromkeys(SOURCES)}
-            data = _labelled(entry["name"], replace(arguments, **{**without_source, **options}), image_size)
+            options = {**dict.fromkeys(("classification_suite", *SOURCES)), **entry}
+            named = {name: options.pop(name) for name in ("name", "metric") if name in options}
+            loaded.append(_labelled(replace(arguments, **options), image_size, **named))
         except (ValueError, OSError) as error:
             raise ValueError(f"Entry {i} of {path}: {error}") from error
-        loaded.append(replace(data, metric=entry.get("metric", "top1")))
     return loaded
 
 
@@ -115,12 +114,12 @@ def _check_entry(entry: Any, taken: list[str]) -> None:
         raise ValueError(f"metric is top1 or mean_per_class, got {entry['metric']!r}.")
 
 
-def _labelled(name: str, arguments: EvaluationArguments, image_size: int) -> LabelledImages:
+def _labelled(arguments: EvaluationArguments, image_size: int, name: str = "", metric: str = "top1") -> LabelledImages:
     if arguments.dataset_name in BUILT_IN:
         arguments = replace(arguments, split=BUILT_IN[arguments.dataset_name].labelled_split)
-    table = _load_table(arguments, image_size)
-    rows = checked_table(table.rows, arguments, ("image_column", "label_column"), arguments.max_samples)
-    feature = rows.features[arguments.label_column]
+    needed = ("image_column", "label_column")
+    table = checked_table(_load_table(arguments, image_size), arguments, needed, arguments.max_samples)
+    rows, feature = table.rows, table.rows.features[arguments.label_column]
     class_names = arguments.class_names or getattr(feature, "names", None)
     if not str(getattr(feature, "dtype", "")).startswith(("int", "uint")):
         raise ValueError(
@@ -134,14 +133,9 @@ def _labelled(name: str, arguments: EvaluationArguments, image_size: int) -> Lab
         )
     dataset = PairDataset(rows, arguments.image_column, root=table.root)
     dataset.missing = table.missing
-    own_templates: Any = getattr(rows, "class_templates", DEFAULT_TEMPLATES)
-    return LabelledImages(
-        name,
-        dataset,
-        list(rows[arguments.label_column]),
-        [class_name.replace("_", " ") for class_name in class_names],
-        arguments.templates or own_templates,
-    )
+    class_names = [class_name.replace("_", " ") for class_name in class_names]
+    templates = arguments.templates or getattr(rows, "class_templates", DEFAULT_TEMPLATES)
+    return LabelledImages(name, dataset, list(rows[arguments.label_column]), class_names, templates, metric)
 
 
 def _load_table(arguments: EvaluationArguments, image_size: int) -> Table:
