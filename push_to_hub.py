@@ -7,7 +7,7 @@ Writes the Hub folder of a trained model, and uploads it.
 
 import os
 import sys
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass
 
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
@@ -15,25 +15,24 @@ from huggingface_hub.utils import validate_repo_id
 from mmgem.hub.export import export
 from mmgem.hub.model_card import CardOptions
 from mmgem.hub.upload import upload
-from mmgem.options import parse_options
+from mmgem.options import option, parse_options
 
 
 @dataclass
 class PushOptions:
     """What goes where."""
 
-    model: str = field(metadata={"help": "Folder of a stage-1 model, as train.py leaves it."})
-    repo_id: str = field(metadata={"help": "Where it goes: user-or-organisation/name."})
-    output_dir: str = field(metadata={"help": "Where the Hub folder is written; replaces an earlier one."})
-    adapters: list[str] | None = field(
-        default=None,
-        metadata={"help": "Folders of adapters; by default region-caption and region-retrieval in the model's."},
+    model: str = option(MISSING, "Folder of a stage-1 model, as train.py leaves it.")
+    repo_id: str = option(MISSING, "Where it goes: user-or-organisation/name.")
+    output_dir: str = option(MISSING, "Where the Hub folder is written; replaces an earlier one.")
+    adapters: list[str] | None = option(
+        None, "Folders of adapters; by default region-caption and region-retrieval in the model's."
     )
-    dry_run: bool = field(default=False, metadata={"help": "Write the folder, list it, and upload nothing."})
-    private: bool = field(default=False, metadata={"help": "A new repository is for its owner's eyes."})
-    revision: str | None = field(default=None, metadata={"help": "Branch; made where there is none."})
-    create_pr: bool = field(default=False, metadata={"help": "Open a pull request."})
-    commit_message: str = field(default="Upload MM-GEM", metadata={"help": "Of the one commit."})
+    dry_run: bool = option(False, "Write the folder, list it, and upload nothing.")
+    private: bool = option(False, "Make a new repository private.")
+    revision: str | None = option(None, "Branch; made where there is none.")
+    create_pr: bool = option(False, "Open a pull request.")
+    commit_message: str = option("Upload MM-GEM", "Of the one commit.")
 
     def __post_init__(self) -> None:
         try:
@@ -61,14 +60,8 @@ def main() -> None:
         print(f"{sum(sizes.values()):>14,}  bytes in {options.output_dir}")
         if options.dry_run:
             return
-        url = upload(
-            options.output_dir,
-            options.repo_id,
-            private=options.private or None,
-            revision=options.revision,
-            create_pr=options.create_pr,
-            commit_message=options.commit_message,
-        )
+        names = ("output_dir", "repo_id", "private", "revision", "create_pr", "commit_message")
+        url = upload(*(getattr(options, name) for name in names))
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     print(url)

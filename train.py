@@ -13,7 +13,7 @@ from huggingface_hub.errors import HTTPError
 from safetensors import SafetensorError
 
 from mmgem.data.pairs import BadDataError
-from mmgem.hub.publish import PublishError, publish
+from mmgem.hub.upload import PublishError, publish
 from mmgem.output_lock import output_lock
 from mmgem.training.arguments import parse_arguments
 from mmgem.training.building import planned_config

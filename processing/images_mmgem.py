@@ -15,7 +15,8 @@ MAX_ASPECT_RATIO = 50
 # Fewer than Pillow reads, because some of its readers start other programs.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "JPEG2000", "PPM")
 CONVERT = f"convert it to one of {', '.join(FORMATS)}"
-# The first bytes, in lower case, of other files that are often called .jpg, and what to do about each.
+# The first bytes, in lower case, of other files that are often called .jpg, and what to do about each. "ftyp" follows
+# four bytes for the length of the box.
 OTHER_FORMATS = {
     b"\0\0\1\0": f"an ICO file; {CONVERT}",
     b"%pdf": f"a PDF file; {CONVERT}",
@@ -26,8 +27,10 @@ OTHER_FORMATS = {
     b"<?xml": f"an SVG or XML file; {CONVERT}",
     b"<!doctype html": "an HTML page; download the image itself",
     b"<html": "an HTML page; download the image itself",
+    **dict.fromkeys((b"ftypavif", b"ftypavis"), f"an AVIF file; {CONVERT}"),
+    **dict.fromkeys((b"ftypheic", b"ftypmif1"), f"an HEIC file; {CONVERT}"),
+    b"ftyp": f"a video, or an image in its container; {CONVERT}",
 }
-BRANDS = {b"avif": "an AVIF file", b"avis": "an AVIF file", b"heic": "an HEIC file", b"mif1": "an HEIC file"}
 CHANNELS = (1, 3, 4)
 
 
@@ -93,10 +96,8 @@ def open_image(content: bytes | str | os.PathLike | Image.Image) -> Image.Image:
         try:
             image = Image.open(io.BytesIO(content) if isinstance(content, bytes) else content, formats=FORMATS)
         except UnidentifiedImageError:
-            name = "the file" if isinstance(content, bytes) else os.fspath(content)
-            raise UnidentifiedImageError(
-                f"{name} is {_format_of(content)}"  # type: ignore[arg-type]
-            ) from None
+            name = "the file" if isinstance(content, bytes) else str(os.fspath(content))
+            raise UnidentifiedImageError(f"{name} is {_format_of(content)}") from None
     check_size(*image.size)
     return image
 
@@ -120,9 +121,7 @@ def _format_of(content: bytes | str | os.PathLike) -> str:
             start = file.read(64)
     if not start:
         return "an empty file; write or download it again"
-    if start[4:8] == b"ftyp":
-        return f"{BRANDS.get(start[8:12], 'a video, or an image in its container')}; {CONVERT}"
-    start = start.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
+    start = start[4:] if start[4:8] == b"ftyp" else start.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
     known = (name for signature, name in OTHER_FORMATS.items() if start.startswith(signature))
     return next(known, f"not an image, or a damaged one; write it again, or {CONVERT}")
 

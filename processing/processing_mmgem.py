@@ -242,10 +242,17 @@ class MMGEMProcessor(ProcessorMixin):
     def _load_images(images: Any) -> list[Image.Image]:
         if images is None:
             return []
-        batch = [image for item in _as_list(images) for image in (item if isinstance(item, list | tuple) else [item])]
+        items = [images] if is_one_image(images) else list(with_one_scale(images))
+        batch = [image for item in items for image in (item if isinstance(item, list | tuple) else [item])]
         if not batch:
             raise ValueError("images is an empty list.")
-        return [_read_image(image, i) for i, image in enumerate(batch)]
+        loaded = []
+        for i, image in enumerate(batch):
+            try:
+                loaded.append(read_image(image))
+            except Exception as error:
+                raise ValueError(f"images[{i}] could not be read: {error}.") from error
+        return loaded
 
     def _regions(self, images: list[Image.Image], boxes: Any, masks: Any) -> dict[str, Any]:
         if not images:
@@ -301,8 +308,7 @@ class MMGEMProcessor(ProcessorMixin):
             number = int(region_mask.sum())
             opening = [IMAGE_TOKEN] * self.region_grid_size**2 + [CAP_TOKEN] * self.num_soft_prompts
         else:
-            number = len(images)
-            opening = [IMAGE_TOKEN, CAP_TOKEN]
+            number, opening = len(images), [IMAGE_TOKEN, CAP_TOKEN]
         if len(texts) == 1:
             texts = texts * max(number, 1)
         if len(texts) != number:
@@ -380,16 +386,3 @@ def _around_image(text: str, index: int) -> tuple[str, str]:
             'task="caption" they are letters of the text.'
         )
     return before, behind
-
-
-def _as_list(images: Any) -> list[Any]:
-    """A list of the one image, or of the images of a batch or sequence."""
-    return [images] if is_one_image(images) else list(with_one_scale(images))
-
-
-def _read_image(image: Any, index: int) -> Image.Image:
-    """An image in RGB. Raises ValueError with its index if it cannot be read."""
-    try:
-        return read_image(image)
-    except Exception as error:
-        raise ValueError(f"images[{index}] could not be read: {error}.") from error

@@ -23,17 +23,15 @@ class Geometry:
     resized: tuple[int, int]
     window: tuple[int, int]
 
-    @classmethod
-    def identity(cls, width: int, height: int) -> "Geometry":
-        """The geometry of an image that is not resized or cropped."""
-        return cls((1.0, 1.0), (0, 0), (width, height), (width, height))
-
 
 def geometry_of(image_processor: Any, width: int, height: int) -> Geometry:
-    """The resize and centre crop that `image_processor` does to an image of `width` x `height`; all as (x, y)."""
+    """
+    The resize and centre crop that `image_processor` does to an image of `width` x `height`; all as (x, y). None
+    leaves the image as it is.
+    """
     resized = (width, height)
-    size = image_processor.size
-    if image_processor.do_resize:
+    if getattr(image_processor, "do_resize", False):
+        size = image_processor.size
         if size.get("shortest_edge") and not size.get("longest_edge"):
             short = size["shortest_edge"]
             long = int(short * max(width, height) / min(width, height))

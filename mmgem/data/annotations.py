@@ -122,14 +122,8 @@ def _paths_by_name(folders: Sequence[str]) -> dict[str, str]:
 
 
 def _add(record: Record, path: str, rows: dict[str, dict[str, Any]], file: str) -> None:
-    empty: dict[str, Any] = {
-        **dict.fromkeys(FEATURES),
-        "image": path,
-        "caption": [],
-        "long_caption": [],
-        "regions": [],
-    }
-    row = rows.setdefault(path, empty)
+    empty: dict[str, Any] = {**dict.fromkeys(FEATURES), "image": path}
+    row = rows.setdefault(path, {**empty, "caption": [], "long_caption": [], "regions": []})
     row.update({name: value for name, value in record.known.items() if value is not None})
     image = record.known.get("image_id", record.name)
     row["caption"] += [checked_text(caption, file, image) for caption in record.captions]
@@ -139,8 +133,8 @@ def _add(record: Record, path: str, rows: dict[str, dict[str, Any]], file: str) 
         if len(numbers) != 4 or not all(isinstance(number, int | float) for number in numbers):
             raise ValueError(f"{file} has {box!r} as a box of image {image}, but a box must be [x, y, width, height].")
         x, y, width, height = map(float, numbers)
-        region = {"box": [x, y, x + width, y + height], "phrase": checked_text(phrase, file, image)}
-        row["regions"].append(region)
+        corners = [x, y, x + width, y + height]
+        row["regions"].append({"box": corners, "phrase": checked_text(phrase, file, image)})
 
 
 def read_records(path: str, splits: Sequence[str] | None = None) -> list[Record]:

@@ -49,18 +49,3 @@ def parse_json(text: str) -> Any:
             if depth > MAX_DEPTH:
                 raise ValueError(f"it is nested more than {MAX_DEPTH} deep at character {match.start()}")
     return json.loads(text)
-
-
-def check_json_row(text: str, name: str) -> None:
-    """Raises ValueError, starting with `name`, unless the text is one JSON object without half characters."""
-    try:
-        row = parse_json(text.strip())
-        if "\\u" in text:
-            json.dumps(row, ensure_ascii=False).encode()
-    except UnicodeEncodeError as error:
-        half = error.object[error.start]
-        raise ValueError(f"{name} holds half a surrogate pair, which is no character: {half!r}. Drop it.") from error
-    except ValueError as error:
-        raise ValueError(f"{name} is not valid JSON: {error}.") from error
-    if not isinstance(row, dict):
-        raise ValueError(f"{name} is not an object with columns: {text[:40].strip()}.")

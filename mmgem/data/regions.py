@@ -8,7 +8,7 @@ import numpy as np
 from PIL import ExifTags
 
 from ..processing.images_mmgem import open_image, to_rgb
-from ..processing.regions_mmgem import Geometry, geometry_of, map_box, refuse_normalized
+from ..processing.regions_mmgem import geometry_of, map_box, refuse_normalized
 from ..processing.tokenization_mmgem import as_sentence
 from .pairs import PairDataset, as_captions, decoded, digest, encoded
 
@@ -148,7 +148,7 @@ def regions_inside(example: dict[str, Any], image_processor: Any = None) -> list
     indices, and their corners in pixels of `pixel_values` (of the image, without an image processor).
     """
     width, height = example["size"]
-    geometry = geometry_of(image_processor, width, height) if image_processor else Geometry.identity(width, height)
+    geometry = geometry_of(image_processor, width, height)
     inside = []
     for i, box in enumerate(example["boxes"]):
         with suppress(ValueError):

@@ -208,9 +208,8 @@ def captions_of(sample: RawSample, column: str) -> list[str]:
     if len(content) > MAX_TEXT_BYTES:
         raise BadSampleError(f"too large: a text of {len(content)} bytes")
     try:
-        value: Any = content.decode("utf-8-sig")
-        if extension == "json":
-            value = json.loads(value)
+        text = content.decode("utf-8-sig")
+        value: Any = json.loads(text) if extension == "json" else text
     except UnicodeError as error:
         raise BadSampleError(f"invalid UTF-8: {error}") from error
     except (ValueError, RecursionError) as error:

@@ -3,6 +3,7 @@
 import contextlib
 import csv
 import dataclasses
+import json
 import os
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -11,7 +12,7 @@ import datasets
 import pandas as pd
 import pyarrow as pa
 
-from .json_files import check_json_row, read_json
+from .json_files import parse_json, read_json
 
 
 FORMATS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv"}
@@ -40,12 +41,11 @@ def read_file(path: str, split: str) -> datasets.Dataset:
         check(path)
     options = CSV_OPTIONS if extension == ".csv" else {}
     try:
-        table = datasets.load_dataset(FORMATS[extension], data_files={split: path}, split=split, **options)
+        return datasets.load_dataset(FORMATS[extension], data_files={split: path}, split=split, **options)
     except Exception as error:  # of pandas, pyarrow or datasets, which raises "no data" for a file without rows
         if "corresponds to no data" in str(error):
             raise ValueError(f"{path} has no rows.") from error
         raise ValueError(f"{path} could not be read as {FORMATS[extension]}: {root_cause(error)}.") from error
-    return table
 
 
 def load_named(name: str, config: str | None, split: str | None = None) -> Any:
@@ -123,9 +123,24 @@ def _conversion(encoding: str, path: str) -> str:
 
 
 def _check_json_rows(path: str) -> None:
+    """Each line must be a JSON object without half characters."""
     for number, line in _lines(path):
-        if line.strip():
-            check_json_row(line, f"Line {number} of {path}")
+        if not line.strip():
+            continue
+        name = f"Line {number} of {path}"
+        try:
+            row = parse_json(line.strip())
+            if "\\u" in line:
+                json.dumps(row, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            half = error.object[error.start]
+            raise ValueError(
+                f"{name} holds half a surrogate pair, which is no character: {half!r}. Drop it."
+            ) from error
+        except ValueError as error:
+            raise ValueError(f"{name} is not valid JSON: {error}.") from error
+        if not isinstance(row, dict):
+            raise ValueError(f"{name} is not an object with columns: {line[:40].strip()}.")
 
 
 def _check_json(path: str) -> None:

@@ -76,16 +76,15 @@ def class_embeddings(
     Raises:
         ValueError: for a class without a name, or a template without `{}`.
     """
-    names = list(class_names)
-    for i, name in enumerate(names):
+    for i, name in enumerate(class_names):
         if not isinstance(name, str) or not as_sentence(name):
             raise ValueError(f"Class {i} has no name; give class_names, one for each label.")
     for template in templates:
         if "{}" not in template:
             raise ValueError(f"The template {template!r} has no {{}} for the name of the class.")
-    sentences = [template.replace("{}", as_sentence(name)) for name in names for template in templates]
+    sentences = [template.replace("{}", as_sentence(name)) for name in class_names for template in templates]
     embeds = embed_all_texts(model, processor, sentences, batch_size)
-    return normalize(embeds.view(len(names), len(templates), -1).mean(1), dim=-1)
+    return normalize(embeds.view(len(class_names), len(templates), -1).mean(1), dim=-1)
 
 
 def evaluate_classification(
@@ -111,21 +110,14 @@ def evaluate_classification(
             f"{len(wrong)} of {len(labels)} labels are no class from 0 to {len(class_names) - 1}, such as "
             f"{labels[wrong[0]]} of image {wrong[0]}."
         )
-    first = {name: i for i, name in reversed(list(enumerate(class_names)))}
-    if len(first) < len(class_names):
-        logger.warning(f"{len(class_names) - len(first)} classes have the name of another, and count as one.")
-    place = {i: k for k, i in enumerate(sorted(first.values()))}
-    labels = [place[first[class_names[label]]] for label in labels]
-    class_names = [class_names[i] for i in sorted(first.values())]
+    names = list(dict.fromkeys(class_names))
+    if len(names) < len(class_names):
+        logger.warning(f"{len(class_names) - len(names)} classes have the name of another, and count as one.")
+    number = {name: i for i, name in enumerate(names)}
     with evaluating(model):
-        classes = class_embeddings(model, processor, class_names, templates, batch_size)
+        classes = class_embeddings(model, processor, names, templates, batch_size)
         indices, images = embed_dataset(model, processor, dataset, batch_size, read=dataset.image)
     all_scores = images @ classes.T
-    right = torch.tensor([labels[i] for i in indices])
-    metrics = classification_metrics(all_scores, right, tie=TIE)
-    return metrics, {
-        "indices": indices,
-        "labels": right,
-        "predicted": all_scores.argmax(1),
-        "class_names": class_names,
-    }
+    right = torch.tensor([number[class_names[labels[i]]] for i in indices])
+    outputs = {"indices": indices, "labels": right, "predicted": all_scores.argmax(1), "class_names": names}
+    return classification_metrics(all_scores, right, tie=TIE), outputs

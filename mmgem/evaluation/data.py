@@ -134,7 +134,8 @@ def _labelled(arguments: EvaluationArguments, image_size: int, name: str = "", m
     dataset = PairDataset(rows, arguments.image_column, root=table.root)
     dataset.missing = table.missing
     class_names = [class_name.replace("_", " ") for class_name in class_names]
-    templates = arguments.templates or getattr(rows, "class_templates", DEFAULT_TEMPLATES)
+    own_templates: Any = getattr(rows, "class_templates", DEFAULT_TEMPLATES)
+    templates = arguments.templates or own_templates
     return LabelledImages(name, dataset, list(rows[arguments.label_column]), class_names, templates, metric)
 
 

@@ -11,7 +11,7 @@ from ..data.pairs import BadDataError, PairDataset
 from ..modeling_mmgem import MMGEMModel
 from ..processing import MMGEMProcessor
 from .retrieval import check_finite
-from .sharing import gather_parts, gather_rows, is_first_process, shard_range
+from .sharing import gather_parts, is_first_process, shard_range
 
 
 logger = logging.get_logger(__name__)
@@ -97,24 +97,22 @@ def caption_cosines(
 
 def readable_batches(
     dataset: PairDataset, read: Callable[[int], Any], batch_size: int, faults: list[str]
-) -> Iterator[tuple[list[int], list[Any]]]:
+) -> Iterator[list[tuple[int, Any]]]:
     """
-    Batches of this process's share of the dataset: indices, and what `read` returns for them. The reasons of those
+    Batches of this process's share of the dataset: each index, and what `read` returns for it. The reasons of those
     that cannot be read are added to `faults`.
     """
-    indices: list[int] = []
-    examples: list[Any] = []
+    batch: list[tuple[int, Any]] = []
     for index in shard_range(len(dataset)):
         try:
-            examples.append(read(index))
-            indices.append(index)
+            batch.append((index, read(index)))
         except BadDataError as error:
             faults.append(f"{index}: {error}")
-        if len(examples) == batch_size:
-            yield indices, examples
-            indices, examples = [], []
-    if examples:
-        yield indices, examples
+        if len(batch) == batch_size:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
 
 
 def gather_readable(found: list[Any], faults: list[str], dataset: PairDataset, kind: str = "examples") -> list[Any]:
@@ -140,7 +138,7 @@ def readable_examples(dataset: PairDataset) -> list[int]:
         BadDataError: if there is none.
     """
     faults: list[str] = []
-    found = [i for indices, _ in readable_batches(dataset, dataset.read, 1, faults) for i in indices]
+    found = [index for batch in readable_batches(dataset, dataset.read, 1, faults) for index, _ in batch]
     return gather_readable(found, faults, dataset)
 
 
@@ -167,10 +165,10 @@ def embed_dataset(
     found: list[int] = []
     embeds = [torch.zeros(0, model.config.projection_dim)]
     faults: list[str] = []
-    for indices, images in readable_batches(dataset, read, batch_size, faults):
-        found += indices
-        embeds.append(embed_images(model, processor, images, whole_image_box))
-    found, rows = gather_readable(found, faults, dataset), gather_rows(torch.cat(embeds))
+    for batch in readable_batches(dataset, read, batch_size, faults):
+        found += [index for index, _ in batch]
+        embeds.append(embed_images(model, processor, [image for _, image in batch], whole_image_box))
+    found, rows = gather_readable(found, faults, dataset), torch.cat(gather_parts(embeds))
     check_finite(rows, [f"image {i}" for i in found])
     return found, rows
 
@@ -180,7 +178,8 @@ def embed_all_texts(
 ) -> torch.Tensor:
     """As [`embed_texts`], by all processes together."""
     share = shard_range(len(texts))
-    embeds = gather_rows(embed_texts(model, processor, texts[share.start : share.stop], batch_size, max_length))
+    own = embed_texts(model, processor, texts[share.start : share.stop], batch_size, max_length)
+    embeds = torch.cat(gather_parts([own]))
     check_finite(embeds, texts)
     return embeds
 

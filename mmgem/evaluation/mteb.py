@@ -14,7 +14,6 @@ import torch
 from mteb.models import ModelMeta
 from mteb.models.abs_encoder import AbsEncoder
 from mteb.models.model_meta import ScoringFunction
-from mteb.types import PromptType
 from torch.nn.functional import normalize
 
 from .._version import __version__
@@ -44,9 +43,8 @@ class MMGEMEncoder(AbsEncoder):
         max_length: int | None = None,
         **kwargs: Any,
     ):
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         loaded: Any = MMGEMModel.from_pretrained(model, revision=revision or "main", **kwargs)
-        self.model = loaded.to(device).eval()
+        self.model = loaded.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
         self.processor = MMGEMProcessor.from_pretrained(model, revision=revision or "main")
         if max_length is not None:
             self.processor.max_length = self.processor.checked_length(max_length)
@@ -64,16 +62,7 @@ class MMGEMEncoder(AbsEncoder):
         }
         self.mteb_model_meta = ModelMeta.create_empty(described)
 
-    def encode(
-        self,
-        inputs: Any,
-        *,
-        task_metadata: Any,
-        hf_split: str,
-        hf_subset: str,
-        prompt_type: PromptType | None = None,
-        **kwargs: Any,
-    ) -> np.ndarray:
+    def encode(self, inputs: Any, **kwargs: Any) -> np.ndarray:
         """`(N, D)` of batches with `text`, `image`, or both; unit norm, float32."""
         embeds = []
         for batch in inputs:

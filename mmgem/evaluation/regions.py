@@ -24,7 +24,7 @@ from .embedding import (
     write_captions,
 )
 from .retrieval import TIE, check_finite, retrieval_metrics
-from .sharing import gather_parts, gather_rows
+from .sharing import gather_parts
 
 
 def evaluate_regions(
@@ -203,7 +203,7 @@ def _retrieve_regions(
     regions = gather_readable(regions, faults, dataset, "images or regions of them")
     texts = dict(gather_parts(texts.items()))
     phrases = sorted(texts)
-    region_embeds, phrase_embeds = gather_rows(torch.cat(embeds)), torch.stack([texts[p] for p in phrases])
+    region_embeds, phrase_embeds = torch.cat(gather_parts(embeds)), torch.stack([texts[p] for p in phrases])
     check_finite(region_embeds, _names(regions))
     check_finite(phrase_embeds, phrases)
     number = {phrase: i for i, phrase in enumerate(phrases)}
@@ -270,8 +270,8 @@ def _batches(
             faults.append(f"{example['left_out']} regions of image {index}, outside of it or of the centre crop")
         return {**example, "index": index}
 
-    for _, examples in readable_batches(dataset, read, batch_size, faults):
-        yield examples
+    for batch in readable_batches(dataset, read, batch_size, faults):
+        yield [example for _, example in batch]
 
 
 def _regions(examples: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -96,13 +96,11 @@ def pair_sections(metrics: dict[str, float], outputs: dict[str, Any], dataset: P
 
 
 def retrieval_section(
-    heading: str, metrics: dict[str, float], outputs: dict[str, Any], readable: PairDataset, with_sheet: bool = True
+    heading: str, metrics: dict[str, float], outputs: dict[str, Any], readable: PairDataset
 ) -> Section:
     """A table of the metrics, and `retrieval.png`."""
     lines = [*table(metrics), "", "The five nearest images of each sentence; green is the right one."]
-    return Section(
-        heading, metrics, lines, {"retrieval.png": retrieval_sheet(readable, outputs)} if with_sheet else {}
-    )
+    return Section(heading, metrics, lines, {"retrieval.png": retrieval_sheet(readable, outputs)})
 
 
 def environment() -> dict[str, Any]:

@@ -1,20 +1,13 @@
 """Several processes evaluate together: each does its share, and all get the whole."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
 
 class OtherProcessFailed(RuntimeError):
     """Another process could not do its share."""
-
-
-@dataclass
-class _Failure:
-    message: str
 
 
 def rank_and_world_size() -> tuple[int, int]:
@@ -49,18 +42,13 @@ def gather_parts(part: Iterable[Any]) -> list[Any]:
     parts: list[Any] = [None] * world_size
     dist.all_gather_object(parts, own)
     for rank, other in enumerate(parts):
-        if isinstance(other, _Failure):
-            raise OtherProcessFailed(f"process {rank}: {other.message}")
+        if isinstance(other, OtherProcessFailed):
+            raise OtherProcessFailed(f"process {rank}: {other}")
     return [item for items in parts for item in items]
-
-
-def gather_rows(part: torch.Tensor) -> torch.Tensor:
-    """As [`gather_parts`], of tensors `(N, …)` on the CPU."""
-    return torch.cat(gather_parts([part]))
 
 
 def report_failure(error: Exception) -> None:
     """Replaces this process's next [`gather_parts`], so that the other processes fail too instead of waiting."""
     world_size = rank_and_world_size()[1]
     if world_size > 1 and not isinstance(error, OtherProcessFailed):
-        dist.all_gather_object([None] * world_size, _Failure(f"{type(error).__name__}: {error}"))
+        dist.all_gather_object([None] * world_size, OtherProcessFailed(f"{type(error).__name__}: {error}"))

@@ -29,7 +29,7 @@ from .sharing import is_first_process
 def run_tasks(model: MMGEMModel, processor: MMGEMProcessor, arguments: EvaluationArguments) -> list[Section]:
     """
     A section for each of `arguments.tasks`, with its metrics. If there are several processes, all must call it; each
-    does its share of embedding and writing, and gets all the figures; the first one draws the images.
+    does its share of embedding and writing, and gets all the figures and images.
 
     Args:
         model: with the adapters that `arguments` name loaded under the names of their stages, as [`load_model`] does.
@@ -37,17 +37,12 @@ def run_tasks(model: MMGEMModel, processor: MMGEMProcessor, arguments: Evaluatio
     Raises:
         ValueError, FileNotFoundError: for missing or invalid data.
     """
-    tasks = {
-        "retrieval": retrieval,
-        "classification": classification,
-        "captioning": captioning,
-        "long_text": long_text,
-        "regions": regions,
-    }
+    tasks = (retrieval, classification, captioning, long_text, regions)
+    by_name = {task.__name__: task for task in tasks}
     processor = copy.copy(processor)
     processor.max_length = arguments.max_length or processor.max_length
     with evaluating(model):
-        return [tasks[task](model, processor, arguments) for task in arguments.tasks]
+        return [by_name[task](model, processor, arguments) for task in arguments.tasks]
 
 
 def load_model(arguments: EvaluationArguments) -> tuple[MMGEMModel, MMGEMProcessor]:
@@ -86,7 +81,7 @@ def retrieval(model: MMGEMModel, processor: MMGEMProcessor, arguments: Evaluatio
     dataset = load_pairs(arguments, _image_size(model), max_captions=arguments.captions_per_image)
     metrics, outputs = evaluate_retrieval(model, processor, dataset, arguments.batch_size)
     readable = dataset.select(outputs["indices"])
-    section = retrieval_section("Retrieval", metrics, outputs, readable, with_sheet=is_first_process())
+    section = retrieval_section("Retrieval", metrics, outputs, readable)
     counted = f"{_counted(readable, dataset)}, {len(outputs['text_embeds'])} captions."
     section.lines = [counted, "", *section.lines]
     section.sizes = _sizes(len(readable), dataset)
@@ -108,9 +103,8 @@ def classification(model: MMGEMModel, processor: MMGEMProcessor, arguments: Eval
         section.sizes.update({prefix + name: value for name, value in sizes.items()})
         kinds = f"{len(class_names)} classes, templates {', '.join(map(repr, data.templates))}"
         section.lines += [f"{data.name or 'The dataset'}: {_counted(readable, data.dataset)}, {kinds}.", ""]
-        if is_first_process():
-            file = f"classification_{i}.png" if data.name else "classification.png"
-            section.images[file] = class_sheet(readable, outputs, class_names)
+        file = f"classification_{i}.png" if data.name else "classification.png"
+        section.images[file] = class_sheet(readable, outputs, class_names)
     if len(main_metrics) > 1:
         section.metrics["classification_mean"] = sum(main_metrics) / len(main_metrics)
     section.lines += [*table(section.metrics), "", "What each image was taken for; grey: what it is."]
@@ -144,7 +138,7 @@ def captioning(model: MMGEMModel, processor: MMGEMProcessor, arguments: Evaluati
     how = "most probable word by word" if arguments.num_beams == 1 else f"with {arguments.num_beams} beams"
     lines = [f"{_counted(readable, dataset)}; {count} were captioned.", "", *table(metrics), ""]
     lines += [f"Grey: a reference. Black: written by the model, {how}.", *_drawn_lines(drawn[:8], arguments.draws)]
-    images = {"captions.png": caption_sheet(readable, outputs["captions"])} if is_first_process() else {}
+    images = {"captions.png": caption_sheet(readable, outputs["captions"])}
     return Section("Captions", metrics, lines, images, {**_sizes(len(readable), dataset), "captioned": count})
 
 
@@ -197,11 +191,10 @@ def regions(model: MMGEMModel, processor: MMGEMProcessor, arguments: EvaluationA
         try:
             metrics, outputs = evaluate_adapter(model, processor, dataset, stage, arguments.batch_size)
             found = outputs["stage_2"]
+            own = region_section(stage, metrics, outputs, model, processor, dataset)
             section.metrics.update(metrics)
-            if is_first_process():
-                own = region_section(stage, metrics, outputs, model, processor, dataset)
-                section.lines += [f"### {own.heading}", "", *own.lines, ""]
-                section.images.update(own.images)
+            section.lines += [f"### {own.heading}", "", *own.lines, ""]
+            section.images.update(own.images)
         finally:
             model.set_adapter(stages)
     if not stages:

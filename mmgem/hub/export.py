@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from fnmatch import fnmatch
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub import ModelCard
 from safetensors import SafetensorError
@@ -77,7 +76,6 @@ def export(
         folder.mkdir()
         loaded, processor = _load(source)
         for kind, path in list(found.items()):
-            _check_files(path)
             if fault := _fault_of_base(path, source):
                 if adapters is not None:
                     raise ValueError(f"{fault} Train it again, or export the base that it was trained on.")
@@ -93,10 +91,11 @@ def export(
                 grid_size = loaded.region_grid_size
                 processor.region_grid_size = loaded.config.region_grid_size = grid_size
             loaded.delete_adapter(kind)
+        for tower in (loaded.config.vision_config, loaded.config.text_config):
+            tower._name_or_path = ""  # may be a private folder
         loaded.save_pretrained(folder, max_shard_size=MAX_SHARD_SIZE)
         processor.tokenizer.model_max_length = processor.max_length  # sentence-transformers' max_seq_length
         processor.save_pretrained(folder)
-        _forget_folders(folder / "config.json")
         write_remote_code(folder)
         _write_sentence_transformers_files(folder)
         sources = {"": source, **found}
@@ -107,7 +106,7 @@ def export(
         else:
             text = model_card(repo_id, loaded, processor.max_length, sources, images, options)
             (folder / "README.md").write_text(text, encoding="utf-8")
-        shutil.copyfile(_license_file(), folder / _license_name(folder / "README.md"))
+        _write_license(folder)
         files = files_of(folder)
         if target.exists():
             target.rename(Path(scratch, "old"))
@@ -118,7 +117,12 @@ def export(
 def files_of(folder: Path) -> list[Path]:
     """The files in a folder that belong to a Hub folder, relative to it."""
     paths = [path.relative_to(folder) for path in folder.rglob("*") if path.is_file()]
-    return sorted(path for path in paths if _is_allowed(path))
+    return sorted(path for path in paths if matches(path.as_posix(), ALLOWED))
+
+
+def matches(path: str, patterns: Sequence[str]) -> bool:
+    """Whether a path fits one of the patterns, whose `*` does not cross folders."""
+    return any(fnmatch(path, pattern) and path.count("/") == pattern.count("/") for pattern in patterns)
 
 
 def find_adapters(model: Path) -> dict[str, Path]:
@@ -141,6 +145,8 @@ def _by_kind(adapters: Sequence[Path]) -> dict[str, Path]:
             raise ValueError(f"{adapter} holds no adapter of stage 2 ({' or '.join(REGION_ADAPTERS)}).")
         if kind in found:
             raise ValueError(f"{found[kind]} and {adapter} are both a {kind}; a Hub folder has room for one.")
+        if not (adapter / "adapter_model.safetensors").is_file():
+            raise ValueError(f"The adapter {adapter} has no adapter_model.safetensors.")
         found[kind] = adapter
     return found
 
@@ -152,15 +158,10 @@ def _check_target(source: Path, target: Path) -> None:
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
         return
     files = [path.relative_to(target) for path in target.rglob("*") if not path.is_dir()]
-    foreign = [path for path in files if not _is_allowed(path)]
+    foreign = [path for path in files if not matches(path.as_posix(), ALLOWED)]
     if foreign or Path("modules.json") not in files or Path("configuration_mmgem.py") not in files:
         reason = f"holds {foreign[0]}" if foreign else "is no earlier export"
         raise ValueError(f"--output_dir {target} {reason}, and would be replaced as a whole; give another.")
-
-
-def _is_allowed(path: Path) -> bool:
-    name = path.as_posix()
-    return any(fnmatch(name, pattern) and name.count("/") == pattern.count("/") for pattern in ALLOWED)
 
 
 def _load(source: Path) -> tuple[MMGEMModel, MMGEMProcessor]:
@@ -176,20 +177,6 @@ def _load(source: Path) -> tuple[MMGEMModel, MMGEMProcessor]:
         return load_checkpoint(str(source), dtype="auto"), MMGEMProcessor.from_pretrained(source)
     except UNREADABLE as error:
         raise ValueError(f"--model {source} could not be loaded: {error}") from error
-
-
-def _forget_folders(config: Path) -> None:
-    """Removes the towers' `_name_or_path`, which may be a private folder."""
-    content = json.loads(config.read_text(encoding="utf-8"))
-    for tower in ("vision_config", "text_config"):
-        content[tower].pop("_name_or_path", None)
-    config.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
-def _check_files(adapter: Path) -> None:
-    for name in ADAPTER_FILES:
-        if not (adapter / name).is_file():
-            raise ValueError(f"The adapter {adapter} has no {name}.")
 
 
 def _fault_of_base(adapter: Path, base: Path) -> str | None:
@@ -227,35 +214,29 @@ def _copy_images(sources: dict[str, Path], folder: Path) -> list[str]:
 def _write_sentence_transformers_files(folder: Path) -> None:
     """sentence-transformers calls get_text_features and get_image_features, and normalises."""
     module = "sentence_transformers.base.modules"
+    modules = [
+        {"idx": 0, "name": "0", "path": "", "type": f"{module}.transformer.Transformer"},
+        {"idx": 1, "name": "1", "path": "1_Normalize", "type": f"{module}.normalize.Normalize"},
+    ]
     features = {
         name: {"method": f"get_{name}_features", "method_output_name": "pooler_output"} for name in ("text", "image")
     }
-    contents: dict[str, Any] = {
-        "modules.json": [
-            {"idx": 0, "name": "0", "path": "", "type": f"{module}.transformer.Transformer"},
-            {"idx": 1, "name": "1", "path": "1_Normalize", "type": f"{module}.normalize.Normalize"},
-        ],
-        "sentence_bert_config.json": {
-            "transformer_task": "feature-extraction",
-            "modality_config": features,
-            "module_output_name": "sentence_embedding",
-        },
+    transformer = {"transformer_task": "feature-extraction", "modality_config": features}
+    contents = {
+        "modules.json": modules,
+        "sentence_bert_config.json": {**transformer, "module_output_name": "sentence_embedding"},
         "config_sentence_transformers.json": {"model_type": "SentenceTransformer", "similarity_fn_name": "cosine"},
     }
     for name, content in contents.items():
         (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def _license_name(card: Path) -> str:
-    """LICENSE_CODE if the weights have another license than the code."""
+def _write_license(folder: Path) -> None:
+    """Copies the code's license, as LICENSE_CODE if the card says that the weights have another one."""
     try:
-        weights = ModelCard.load(card).data.license
+        weights = ModelCard.load(folder / "README.md").data.license
     except (YAMLError, ValueError, TypeError) as error:
         raise ValueError(f"The metadata at the top of the model card cannot be read: {error}") from error
-    return "LICENSE" if weights == "apache-2.0" else "LICENSE_CODE"
-
-
-def _license_file() -> Path:
-    """The license of the exported code."""
     files = metadata.distribution("mmgem").files or []
-    return next(Path(str(file.locate())) for file in files if file.name == "LICENSE")
+    license_file = next(file.locate() for file in files if file.name == "LICENSE")
+    shutil.copyfile(str(license_file), folder / ("LICENSE" if weights == "apache-2.0" else "LICENSE_CODE"))

@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..evaluation.report import table as metrics_table
 from ..modeling_mmgem import MMGEMModel
+from ..options import option
 
 
 TEMPLATE = Path(__file__).with_name("model_card_template.md")
@@ -45,18 +46,14 @@ EXPLANATIONS = {
 class CardOptions:
     """What a model card cannot know by itself."""
 
-    license: str | None = field(
-        default=None,
-        metadata={
-            "help": "Of the weights, as the Hub names licenses. By default that of the code, apache-2.0, where "
-            "training.json says that they were trained from scratch; otherwise none."
-        },
+    license: str | None = option(
+        None,
+        "Of the weights, as the Hub names licenses. By default that of the code, apache-2.0, where training.json says "
+        "that they were trained from scratch; otherwise none.",
     )
-    language: list[str] = field(default_factory=list, metadata={"help": "Of the captions, such as en."})
-    limits: str = field(default="", metadata={"help": "What users of this very model should know of its limits."})
-    model_card: str | None = field(
-        default=None, metadata={"help": "A card of your own (a Markdown file) instead of the one that fills itself."}
-    )
+    language: list[str] = option([], "Of the captions, such as en.")
+    limits: str = option("", "What users of this very model should know of its limits.")
+    model_card: str | None = option(None, "A card of your own (a Markdown file) instead of the one that fills itself.")
 
 
 def model_card(
@@ -123,7 +120,8 @@ def _check(results: dict[str, Any], records: dict[str, Any], sources: dict[str, 
     for kind, folder in sources.items():
         found, record = results[kind], records[kind]
         metrics = found.get("metrics", {})
-        if not isinstance(metrics, dict) or not all(_is_number(value) for value in metrics.values()):
+        values = metrics.values() if isinstance(metrics, dict) else [metrics]
+        if not all(isinstance(value, int | float) and math.isfinite(value) for value in values):
             raise ValueError(f"{folder / 'results.json'}: metrics must be numbers by name; evaluate once more.")
         if not isinstance(found.get("setting", {}), dict):
             raise ValueError(f"{folder / 'results.json'}: setting must be an object; evaluate once more.")
@@ -134,10 +132,6 @@ def _check(results: dict[str, Any], records: dict[str, Any], sources: dict[str, 
             raise ValueError(
                 f"{folder / 'training.json'} is not as train.py writes it ({error!r}); delete it to go without."
             ) from error
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def _metadata(repo_id: str, results: dict[str, Any], records: dict[str, Any], options: CardOptions) -> ModelCardData:
@@ -160,25 +154,19 @@ def _metadata(repo_id: str, results: dict[str, Any], records: dict[str, Any], op
 def _eval_results(results: dict[str, Any]) -> Iterator[EvalResult]:
     setting = results.get("setting", {})
     for metric, value in results.get("metrics", {}).items():
-        task, heading = _task(metric)
+        beginning = next(beginning for beginning in TASKS if metric.removeprefix("stage_1_").startswith(beginning))
+        task, heading = TASKS[beginning]
         of_suite = "classification_suite" in setting and metric.startswith("classification_")
-        name = "a suite of data sets" if of_suite else _dataset_name(setting)
-        hub_id = None if of_suite else setting.get("dataset_id")
         yield EvalResult(
             task_type=task,
             task_name=heading,
-            dataset_type=hub_id or "unknown",
-            dataset_name=name,
+            dataset_type=(None if of_suite else setting.get("dataset_id")) or "unknown",
+            dataset_name="a suite of data sets" if of_suite else _dataset_name(setting),
             dataset_split=setting.get("split"),
             metric_type=metric,
             metric_name=metric,
             metric_value=round(value, 6),
         )
-
-
-def _task(metric: str) -> tuple[str, str]:
-    metric = metric.removeprefix("stage_1_")
-    return next(task for beginning, task in TASKS.items() if metric.startswith(beginning))
 
 
 def _dataset_name(setting: dict[str, Any]) -> str:
@@ -196,20 +184,14 @@ def _architecture(model: MMGEMModel) -> list[tuple[str, str, str]]:
     def size(*modules: Any) -> str:
         return f"{sum(p.numel() for module in modules for p in module.parameters()) / 1e6:.3g} M"
 
+    encoder, decoder = (f"{c.model_type}, {c.num_hidden_layers} layers of {c.hidden_size}" for c in (vision, text))
+    pixels = f"{vision.image_size} px in patches of {vision.patch_size}"
+    words = f"vocabulary of {text.vocab_size}{', tied head' if config.tie_word_embeddings else ''}"
+    head = [] if config.tie_word_embeddings else [model.lm_head]
     maps = (model.visual_projection, model.text_projection, model.caption_projection, model.region_projection)
     return [
-        (
-            "vision encoder",
-            f"{vision.model_type}, {vision.num_hidden_layers} layers of {vision.hidden_size}, "
-            f"{vision.image_size} px in patches of {vision.patch_size}",
-            size(model.vision_model),
-        ),
-        (
-            "language model",
-            f"{text.model_type}, {text.num_hidden_layers} layers of {text.hidden_size}, "
-            f"vocabulary of {text.vocab_size}{', tied head' if config.tie_word_embeddings else ''}",
-            size(model.language_model, *([] if config.tie_word_embeddings else [model.lm_head])),
-        ),
+        ("vision encoder", f"{encoder}, {pixels}", size(model.vision_model)),
+        ("language model", f"{decoder}, {words}", size(model.language_model, *head)),
         ("maps h1 to h4 between them", f"linear, embedding of {config.projection_dim}", size(*maps)),
         ("in all", f"{str(model.dtype).removeprefix('torch.')}", f"{model.num_parameters() / 1e6:.3g} M"),
     ]

@@ -3,7 +3,6 @@ The model's code in a Hub folder: the files of `configuration/`, `modeling_mmgem
 because the Hub's loader follows `from .sibling import` only.
 """
 
-import ast
 import json
 import re
 from importlib import resources
@@ -43,35 +42,14 @@ def write_remote_code(folder: Path) -> None:
 
 
 def remote_code() -> dict[str, str]:
-    """
-    Name and content of the flat files.
-
-    Raises:
-        AssertionError: for an import that the Hub's loader would not follow, or two files of one name.
-    """
+    """Name and content of the flat files."""
     files: dict[str, str] = {}
     for folder in FOLDERS:
         for source in resources.files(f"mmgem.{folder}").iterdir():
             if source.name.endswith(".py") and source.name != "__init__.py":
-                assert source.name not in files, f"two files of the travelling folders are called {source.name}"
                 code = source.read_text(encoding="utf-8")
                 files[source.name] = re.sub(r"^(\s*from )\.\.\w+(\.\w+ import)", r"\1\2", code, flags=re.MULTILINE)
-    for name, code in files.items():
-        for module, level in _imports(code):
-            travels = f"{module}.py" in files if level else module.split(".")[0] != "mmgem"
-            assert level <= 1 and travels, f"{name} imports {'.' * level}{module}, which does not travel with it"
     return files
-
-
-def _imports(code: str) -> list[tuple[str, int]]:
-    """Every module that a source imports, with the number of dots in front."""
-    found: list[tuple[str, int]] = []
-    for node in ast.walk(ast.parse(code)):
-        if isinstance(node, ast.ImportFrom):
-            found.append((node.module or "", node.level))
-        elif isinstance(node, ast.Import):
-            found += [(alias.name, 0) for alias in node.names]
-    return found
 
 
 def add_to_json(path: Path, entries: dict[str, Any]) -> None:

@@ -1,7 +1,8 @@
-"""A folder that [`export`] wrote, to the Hub in one commit."""
+"""A folder that [`export`] wrote, or a finished run of train.py, to the Hub in one commit."""
 
 import json
-from fnmatch import fnmatch
+import os
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,16 @@ from huggingface_hub.hf_api import RepoFile
 
 from ..modeling_mmgem.adapters_mmgem import REGION_ADAPTERS
 from ..options import checked_token
-from .export import IMAGES, WEIGHTS, files_of
+from .export import IMAGES, WEIGHTS, export, files_of, find_adapters, matches
 
 
 # huggingface_hub wraps the fault of an upload in a RuntimeError, and hf_xet raises OSErrors of its own.
 FAULTS = (HTTPError, OSError, RuntimeError, json.JSONDecodeError)
 RETRIABLE_STATUSES = (None, 408, 412, 429, 500, 502, 503, 504)  # None: no answer
+
+
+class PublishError(ValueError):
+    """A finished run could not be pushed; the message says how to repeat it."""
 
 
 def upload(
@@ -78,27 +83,52 @@ def upload(
     return commit.pr_url or commit.commit_url
 
 
+def publish(args: Any, repo_id: str, base: str | None) -> str:
+    """
+    Pushes the trained model, or its base with the trained adapter, as push_to_hub.py does.
+
+    Args:
+        args: training arguments of the run.
+        base: folder of the stage-1 model beside which stage 2 trained an adapter.
+
+    Returns:
+        the URL of the commit.
+
+    Raises:
+        PublishError: with the command to repeat it.
+    """
+    folder = os.path.join(args.output_dir, "hub")
+    model, adapters = args.output_dir, None
+    if args.stage != "1":
+        assert base is not None
+        model = base
+        adapters = [str(path) for path in {**find_adapters(Path(base)), args.stage: Path(args.output_dir)}.values()]
+    try:
+        export(model, repo_id, folder, adapters)
+        return upload(folder, repo_id, args.hub_private_repo, args.hub_revision, token=args.hub_token)
+    except (ValueError, OSError) as error:
+        words = ["python", "push_to_hub.py", "--model", model, "--repo_id", repo_id, "--output_dir", folder]
+        words += ["--adapters", *adapters] if adapters else []
+        words += ["--revision", args.hub_revision] if args.hub_revision else []
+        words += ["--private"] if args.hub_private_repo else []
+        raise PublishError(
+            f"{args.output_dir} is saved, but could not be pushed: {error}\nOnce more: {shlex.join(words)}"
+        ) from error
+
+
 def _deletions(
     api: HfApi, repo_id: str, revision: str | None, additions: list[CommitOperationAdd]
 ) -> list[CommitOperationDelete]:
     """Deletions of files that only an earlier export can have put there and this one does not have."""
     tree = api.list_repo_tree(repo_id, recursive=True, revision=revision)
-    remote = {file.path: file for file in tree if isinstance(file, RepoFile)}
+    remote = {file.path: file.lfs for file in tree if isinstance(file, RepoFile)}
     ours = {addition.path_in_repo: addition for addition in additions}
-    stale = [*WEIGHTS, "*_mmgem.py"]
-    stale += [f"images/{name}" for names in IMAGES.values() for name in names]
+    stale = [*WEIGHTS, "*_mmgem.py", *(f"images/{name}" for names in IMAGES.values() for name in names)]
     weights = [path for path in ours if path.endswith(".safetensors") and "/" not in path]
-    if any(_sha256(remote.get(path)) != ours[path].upload_info.sha256.hex() for path in weights):
+    sent = {path: lfs.sha256 for path, lfs in remote.items() if lfs is not None}
+    if any(sent.get(path) != ours[path].upload_info.sha256.hex() for path in weights):
         stale += [f"{adapter}/adapter_*" for adapter in REGION_ADAPTERS]
-    return [
-        CommitOperationDelete(path)
-        for path in remote
-        if path not in ours and any(fnmatch(path, s) and path.count("/") == s.count("/") for s in stale)
-    ]
-
-
-def _sha256(file: RepoFile | None) -> str | None:
-    return None if file is None or file.lfs is None else file.lfs.sha256
+    return [CommitOperationDelete(path) for path in remote if path not in ours and matches(path, stale)]
 
 
 def _state(api: HfApi, repo_id: str, revision: str | None, head: str | None, create_pr: bool) -> str:

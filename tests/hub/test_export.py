@@ -1,5 +1,6 @@
 """What goes into a Hub folder, and what does not."""
 
+import ast
 import json
 import shutil
 
@@ -10,13 +11,13 @@ from safetensors.torch import load_file, save_file
 from mmgem import MMGEMModel
 from mmgem.hub import export as export_module
 from mmgem.hub.export import export
-from mmgem.hub.remote_code import remote_code
+from mmgem.hub.remote_code import FOLDERS, remote_code
 from mmgem.training.adapters import add_region_adapter
 from mmgem.training.arguments import ModelArguments
 from mmgem.training.building import build_model_and_processor
 
 from ..conftest import make_model
-from .conftest import LEFT_BEHIND, REPO_ID
+from .conftest import LEFT_BEHIND, REPO_ID, ROOT
 
 
 def files_of(folder):
@@ -68,9 +69,18 @@ def test_the_processor_writes_prompts_for_the_adapter(exported):
 
 
 def test_code_that_travels_is_flat():
+    """The Hub's loader follows `from .sibling import` only, and mmgem is not there."""
     code = remote_code()
+    sources = [file for folder in FOLDERS for file in (ROOT / folder).glob("*_mmgem.py")]
+    assert sorted(code) == sorted(file.name for file in sources), "each name once"
     assert "from .configuration_mmgem import MMGEMConfig" in code["modeling_mmgem.py"]
-    assert not any("from .." in text or "import mmgem" in text for text in code.values())
+    for name, text in code.items():
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.ImportFrom):
+                assert node.level <= 1 and (node.level == 0 or f"{node.module}.py" in code), name
+                assert node.level or node.module.split(".")[0] != "mmgem", name
+            elif isinstance(node, ast.Import):
+                assert not any(alias.name.split(".")[0] == "mmgem" for alias in node.names), name
 
 
 def test_large_models_come_in_shards(trained, tmp_path, monkeypatch):
