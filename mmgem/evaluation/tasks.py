@@ -120,9 +120,9 @@ def captioning(model: MMGEMModel, processor: MMGEMProcessor, arguments: Evaluati
         beams = {"num_beams": arguments.num_beams}
         metrics, outputs = evaluate_captions(model, processor, readable, arguments.batch_size, count, **beams)
         if arguments.draws:
-            found = evaluate_reranking(model, processor, readable, count, arguments.draws, seed=arguments.seed)
-            metrics.update(found[0])
-            drawn = found[1]
+            seed = {"seed": arguments.seed}
+            of_draws, drawn = evaluate_reranking(model, processor, readable, count, arguments.draws, **seed)
+            metrics.update(of_draws)
     if ids and is_first_process():
         os.makedirs(arguments.output_dir, exist_ok=True)
         write_caption_results(os.path.join(arguments.output_dir, "captions.json"), ids, outputs["captions"])
