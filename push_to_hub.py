@@ -25,9 +25,7 @@ class PushOptions:
     model: str = option(MISSING, "Folder of a stage-1 model, as train.py leaves it.")
     repo_id: str = option(MISSING, "Where it goes: user-or-organisation/name.")
     output_dir: str = option(MISSING, "Where the Hub folder is written; replaces an earlier one.")
-    adapters: list[str] | None = option(
-        None, "Folders of adapters; by default region-caption and region-retrieval in the model's."
-    )
+    adapters: list[str] | None = option(None, "Folders of adapters; by default those in the model's folder.")
     dry_run: bool = option(False, "Write the folder, list it, and upload nothing.")
     private: bool = option(False, "Make a new repository private.")
     revision: str | None = option(None, "Branch; made where there is none.")

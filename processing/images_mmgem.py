@@ -137,9 +137,8 @@ def image_of_array(value: Any) -> Image.Image:
     is_tensor = hasattr(value, "detach")
     array = as_array(value) if hasattr(value, "__array__") else np.empty(0, dtype=object)
     if array.dtype.kind not in "biuf":
-        raise ValueError(
-            f"{type(value).__name__} is not an image; pass a PIL image, a path, a URL, bytes, an array or a tensor"
-        )
+        kind = type(value).__name__
+        raise ValueError(f"{kind} is not an image; pass a PIL image, a path, a URL, bytes, an array or a tensor")
     if array.ndim == 3 and array.shape[0] in CHANNELS and (is_tensor or array.shape[2] not in CHANNELS):
         array = np.moveaxis(array, 0, 2)
     if array.ndim == 3 and array.shape[2] == 1:

@@ -98,10 +98,6 @@ class MMGEMProcessor(ProcessorMixin):
         self.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
         _check_moments(image_processor)
 
-    def to_dict(self) -> dict[str, Any]:
-        derived = ("image_token", "image_token_id", "bos")
-        return {name: value for name, value in super().to_dict().items() if name not in derived}
-
     @classmethod
     def from_vision_text_pretrained(cls, vision: str, text: str, image_size: int | None = None, **kwargs: Any) -> Any:
         """
@@ -331,12 +327,6 @@ class MMGEMProcessor(ProcessorMixin):
             )
         max_length = self.max_length if max_length is None else self.checked_length(max_length)
         return self._padded(rows, max_length, {"padding": True, "padding_side": "left", **text_kwargs})
-
-    def post_process_image_text_to_text(
-        self, generated_outputs: Any, skip_special_tokens: bool = True, **kwargs: Any
-    ) -> list[str]:
-        """Captions of `generate`'s ids, special tokens left out."""
-        return self.tokenizer.batch_decode(generated_outputs, skip_special_tokens=skip_special_tokens, **kwargs)
 
 
 def set_image_size(image_processor: Any, image_size: int) -> None:

@@ -157,9 +157,8 @@ def map_regions(
     for i, ((width, height), of_image) in enumerate(zip(sizes, regions)):
         geometry = geometry_of(image_processor, width, height)
         windows.append(geometry.window)
-        mapped.append(
-            [map_region(region, width, height, geometry, f"{kind}[{i}][{j}]") for j, region in enumerate(of_image)]
-        )
+        named = [(region, f"{kind}[{i}][{j}]") for j, region in enumerate(of_image)]
+        mapped.append([map_region(region, width, height, geometry, name) for region, name in named])
     region_mask = np.zeros((len(mapped), max(map(len, mapped))), dtype=bool)
     if kind == "boxes":
         padded = np.stack([np.array([0, 0, *window], dtype=np.float32) for window in windows])

@@ -20,9 +20,7 @@ class TableArguments:
     dataset_config_name: str | None = option(None, "Configuration of the Hub dataset.")
     image_folders: list[str] = option([], "Folders with the images that annotations name.")
     image_column: str = option("image", "Images, bytes or paths.")
-    caption_column: str = option(
-        "caption", "A string, or a list of strings: one is drawn per step, all count in evaluation."
-    )
+    caption_column: str = option("caption", "A string, or a list: one is drawn per step, all count in evaluation.")
     regions_column: str = option("regions", "Lists of {box: [x0, y0, x1, y1], phrase}, in pixels.")
 
     def require_one_of(self, names: tuple[str, ...]) -> None:
@@ -54,18 +52,14 @@ class DataArguments(TableArguments):
         "Tar shards with jpg and txt or json, as img2dataset writes them: patterns such as "
         "'laion/{00000..00999}.tar' or 'hf://datasets/org/name/*.tar', one per source.",
     )
-    shard_weights: list[float] | None = option(
-        None, "How often each of train_shards is drawn from; all alike by default."
-    )
+    shard_weights: list[float] | None = option(None, "How often to draw from each of train_shards; default: alike.")
     shuffle_window: int = option(1000, "Samples of a shard that are shuffled among each other.")
     train_annotations: list[str] | None = option(None, f"{ANNOTATION_FILES}: joined by image.")
     validation_annotations: list[str] | None = option(None, "The same, to evaluate on.")
     max_length: int = option(50, "Tokens per text, BOS and [EMB] included.")
     max_train_samples: int | None = option(None, "Use that many (scenes: draws 20,000).")
     max_eval_samples: int | None = option(None, "Use that many (scenes: draws 500).")
-    augmentation_scale: float = option(
-        1.0, "Least share of the area that a random crop keeps in training; 1: no crop."
-    )
+    augmentation_scale: float = option(1.0, "Least share of the area that a random training crop keeps; 1: no crop.")
     max_regions: int = option(16, "Stage 2: regions of an image in a step, drawn anew.")
     whole_image_weight: float = option(
         0.2,

@@ -173,9 +173,6 @@ class RegionCollator(PairCollator):
         BadDataError: if no region of a batch is left.
     """
 
-    def __init__(self, processor: MMGEMProcessor, objective: str):
-        super().__init__(processor, objective)
-
     def __call__(self, examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
         boxes, phrases = [], []
         for example in examples:

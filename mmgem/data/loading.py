@@ -108,10 +108,8 @@ def checked_table(table: Table, arguments: Any, needed: Sequence[str], limit: in
     for option in needed:
         column = getattr(arguments, option)
         if column not in rows.column_names:
-            raise ValueError(
-                f"The dataset has no column {column!r}; its columns are {', '.join(rows.column_names)}. Set "
-                f"--{option}."
-            )
+            columns = ", ".join(rows.column_names)
+            raise ValueError(f"The dataset has no column {column!r}; its columns are {columns}. Set --{option}.")
     caption_type = rows.features.get(arguments.caption_column, datasets.Value("string"))
     if getattr(getattr(caption_type, "feature", caption_type), "dtype", None) not in ("string", "large_string"):
         raise ValueError(
@@ -164,9 +162,7 @@ def _read_held_out(arguments: DataArguments) -> Table | None:
         return read_annotated_table(arguments.validation_annotations, arguments, ("val", "qual_dev"))
     if arguments.validation_file:
         return read_table(arguments.validation_file, "validation")
-    logger.warning(
-        "Nothing will be evaluated: name what to evaluate on with --validation_file or --validation_annotations."
-    )
+    logger.warning("Nothing will be evaluated. Set --validation_file or --validation_annotations.")
     return None
 
 

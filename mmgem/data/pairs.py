@@ -171,9 +171,7 @@ def as_captions(value: Any) -> list[str]:
         raise ValueError(f"captions must be text, got {wrong[0]!r}")
     captions = [caption for item in values if item and (caption := as_sentence(item))]
     if isinstance(value, str) and WRITTEN_LIST.fullmatch(value.strip()):
-        raise ValueError(
-            f"the caption is a list written as text, {value[:40]!r}; keep lists of captions in parquet or jsonl"
-        )
+        raise ValueError(f"the caption is a list written as text: {value[:40]!r}. Keep lists in parquet or jsonl")
     return captions
 
 

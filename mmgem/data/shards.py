@@ -119,9 +119,8 @@ class ShardStream(torch.utils.data.IterableDataset):
                 bad[sample.key] = str(error)
                 in_a_row += 1
                 if in_a_row >= MAX_BAD_IN_A_ROW:
-                    raise BadDataError(
-                        f"{in_a_row} samples in a row could not be read; the last, {sample.key}: {error}"
-                    ) from error
+                    last = f"the last, {sample.key}: {error}"
+                    raise BadDataError(f"{in_a_row} samples in a row could not be read; {last}") from error
                 continue
             yield {**example, "bad": bad, "position": (worker, copy.deepcopy(position))}
             bad, in_a_row = {}, 0
@@ -145,9 +144,7 @@ class ShardStream(torch.utils.data.IterableDataset):
                     begin += len(window)
                 sample = 0
             if not found and shard == 0:
-                raise BadDataError(
-                    f"{len(mine)} shards hold no sample at all, such as {self.sources[source][mine[0]]}."
-                )
+                raise BadDataError(f"{len(mine)} shards hold no sample, such as {self.sources[source][mine[0]]}.")
             epoch, shard, found = epoch + 1, 0, False
 
     def _example(self, sample: RawSample, rng: np.random.Generator) -> dict[str, Any]:

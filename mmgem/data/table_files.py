@@ -110,9 +110,8 @@ def _lines(path: str) -> Iterator[tuple[int, str]]:
             try:
                 text = line.decode("utf-8-sig" if number == 1 else "utf-8")
             except UnicodeDecodeError as error:
-                raise ValueError(
-                    f"Line {number} of {path} is not in UTF-8: {error}. {_conversion('CP1252', path)}"
-                ) from error
+                remedy = _conversion("CP1252", path)
+                raise ValueError(f"Line {number} of {path} is not in UTF-8: {error}. {remedy}") from error
             if "\0" in text:
                 raise ValueError(f"Line {number} of {path} holds NUL. {_conversion('UTF-16LE', path)}")
             yield number, text

@@ -18,9 +18,7 @@ class EvaluationArguments(TableArguments):
 
     model: str | None = option(None, "MM-GEM checkpoint, a folder or a Hub id.")
     adapters: list[str] = option([], "Adapters of stage 2 beside it, for regions.")
-    tasks: list[str] = option(
-        ["retrieval", "captioning"], f"Any of {', '.join(TASKS)}, separated by commas or spaces."
-    )
+    tasks: list[str] = option(["retrieval", "captioning"], f"Any of {', '.join(TASKS)}; commas or spaces between.")
     split: str = option("test", "Of the dataset, or of Karpathy's file.")
     data_file: str | None = option(None, "Instead: parquet, jsonl, json or csv.")
     annotations: list[str] | None = option(None, f"Instead: {ANNOTATION_FILES}.")
@@ -29,9 +27,7 @@ class EvaluationArguments(TableArguments):
     )
     label_column: str = option("label", "For classification: numbers of classes.")
     captions_per_image: int = option(5, "For retrieval: the first so many of an image.")
-    class_names: list[str] | None = option(
-        None, "For classification: names of the classes, where the data does not name them."
-    )
+    class_names: list[str] | None = option(None, "For classification: the classes, if the data does not name them.")
     templates: list[str] | None = option(None, "For classification: sentences with {} for the name of the class.")
     classification_suite: str | None = option(
         None, "For classification: YAML, a list of datasets, each a mapping of options such as these."

@@ -37,15 +37,12 @@ def read_caption_results(path: str) -> dict[str, str]:
         ValueError: for a file of another form, or an image with two captions.
     """
     rows = read_json(path)
-    if not isinstance(rows, list) or not all(
-        isinstance(row, dict) and {"image_id", "caption"} <= row.keys() for row in rows
-    ):
+    names = {"image_id", "caption"}
+    if not isinstance(rows, list) or not all(isinstance(row, dict) and names <= row.keys() for row in rows):
         raise ValueError(f"{path} is no list of image_id and caption, as COCO's result files are.")
-    duplicates = [image for image, count in Counter(str(row["image_id"]) for row in rows).items() if count > 1]
-    if duplicates:
-        raise ValueError(
-            f"{path} has several captions for {len(duplicates)} images, such as image_id {duplicates[0]}."
-        )
+    several = [image for image, count in Counter(str(row["image_id"]) for row in rows).items() if count > 1]
+    if several:
+        raise ValueError(f"{path} has several captions for {len(several)} images, such as image_id {several[0]}.")
     if wrong := [row["image_id"] for row in rows if not isinstance(row["caption"], str)]:
         raise ValueError(f"{path} has no text as the caption of image_id {wrong[0]}.")
     return {str(row["image_id"]): row["caption"] for row in rows}

@@ -142,9 +142,7 @@ def bleu(candidates: Sequence[str], references: Sequence[Sequence[str]], max_n: 
             totals[len(ngram) - 1] += count
             hits[len(ngram) - 1] += min(count, most[ngram])
     last = max_n if hits.all() else int(np.argmin(hits > 0))  # beyond this order nothing matched
-    penalty = (
-        1.0 if candidate_length >= reference_length else math.exp(1 - reference_length / max(candidate_length, 1))
-    )
+    penalty = math.exp(min(0.0, 1 - reference_length / max(candidate_length, 1)))
     precisions = hits / np.maximum(totals, 1)
     return [penalty * float(np.exp(np.log(precisions[:n]).mean())) if n <= last else 0.0 for n in range(1, max_n + 1)]
 

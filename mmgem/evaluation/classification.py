@@ -45,9 +45,8 @@ def classification_metrics(
     wrong = ((labels < 0) | (labels >= scores.shape[1])).nonzero().flatten().tolist()
     if len(labels) != len(scores) or not len(scores) or wrong:
         found = f"; label {int(labels[wrong[0]])} of image {wrong[0]} is none" if wrong else ""
-        raise ValueError(
-            f"{len(scores)} images need as many labels, of {scores.shape[1]} classes; there are {len(labels)}{found}."
-        )
+        wanted = f"{len(scores)} images need as many labels, of {scores.shape[1]} classes"
+        raise ValueError(f"{wanted}; there are {len(labels)}{found}.")
     own = scores.gather(1, labels[:, None])
     rank = (scores >= own - tie).sum(1)
     first = (rank == 1).double()

@@ -196,10 +196,7 @@ def embed_pairs(
     texts = [caption for captions in readable for caption in captions]
     truncated = sum(len(row) > processor.max_length for row in processor.sentence_ids(texts))
     if truncated and is_first_process():
-        logger.warning(
-            f"{truncated} of {len(texts)} captions are longer than max_length={processor.max_length}, and are "
-            "truncated."
-        )
+        logger.warning(f"{truncated} of {len(texts)} captions are truncated to max_length={processor.max_length}.")
     return {
         "indices": indices,
         "image_embeds": images,

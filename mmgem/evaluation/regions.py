@@ -139,7 +139,9 @@ def caption_regions(
         images, boxes = [e["image"] for e in examples], [e["boxes"] for e in examples]
         inputs = processor(images=images, boxes=boxes, task="region-caption", return_tensors="pt")
         captions = write_captions(model, processor, inputs, **generation)
-        scores = caption_cosines(model, processor, captions, list(embed_regions(model, processor, images, boxes)))
+        inputs = processor(images=images, boxes=boxes, return_tensors="pt").to(model.device)
+        embeds = model.get_embedding(**inputs)[inputs["region_mask"]].float().cpu()
+        scores = caption_cosines(model, processor, captions, list(embeds))
         regions += [
             {**region, "caption": caption, "score": score}
             for region, caption, score in zip(_regions(examples), captions, scores, strict=True)
@@ -147,15 +149,6 @@ def caption_regions(
     regions = gather_readable(regions, faults, dataset, "images or regions of them")
     check_finite(torch.tensor([[region["score"]] for region in regions]), _names(regions))
     return regions
-
-
-@torch.inference_mode()
-def embed_regions(
-    model: MMGEMModel, processor: MMGEMProcessor, images: list[Any], boxes: list[list[list[float]]]
-) -> torch.Tensor:
-    """`(N, D)` of all boxes of all images, unit norm, float32, on the CPU."""
-    inputs = processor(images=images, boxes=boxes, return_tensors="pt").to(model.device)
-    return model.get_embedding(**inputs)[inputs["region_mask"]].float().cpu()
 
 
 def region_caption_metrics(regions: list[dict[str, Any]], dataset: RegionDataset) -> dict[str, float]:

@@ -95,12 +95,10 @@ def pair_sections(metrics: dict[str, float], outputs: dict[str, Any], dataset: P
     return [search, captions]
 
 
-def retrieval_section(
-    heading: str, metrics: dict[str, float], outputs: dict[str, Any], readable: PairDataset
-) -> Section:
+def retrieval_section(heading: str, metrics: dict[str, float], outputs: dict[str, Any], used: PairDataset) -> Section:
     """A table of the metrics, and `retrieval.png`."""
     lines = [*table(metrics), "", "The five nearest images of each sentence; green is the right one."]
-    return Section(heading, metrics, lines, {"retrieval.png": retrieval_sheet(readable, outputs)})
+    return Section(heading, metrics, lines, {"retrieval.png": retrieval_sheet(used, outputs)})
 
 
 def environment() -> dict[str, Any]:

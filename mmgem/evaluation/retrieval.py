@@ -56,10 +56,8 @@ def retrieval_metrics(
     for side, column, embeds in (("text", 0, texts), ("image", 1, images)):
         _check_named(side, pairs[:, column], len(embeds))
     metrics = {}
-    for direction, queries, items, right in (
-        ("text_to_image", texts, images, pairs),
-        ("image_to_text", images, texts, pairs.flip(1)),
-    ):
+    ways = (("text_to_image", texts, images, pairs), ("image_to_text", images, texts, pairs.flip(1)))
+    for direction, queries, items, right in ways:
         ranks = best_ranks(queries, items, right, chunk_size)
         for k in ks:
             if k > len(items):
@@ -111,7 +109,5 @@ def _check_named(side: str, numbers: torch.Tensor, size: int) -> None:
     unknown = numbers[(numbers < 0) | (numbers >= size)].tolist()
     counts = torch.bincount(numbers.clamp(0, size), minlength=size)
     if wrong := unknown or (counts == 0).nonzero().flatten().tolist():
-        raise ValueError(
-            f"text_to_image must name each of the {size} {side}s at least once and no other; {side} {wrong[0]} is "
-            "wrong."
-        )
+        rule = f"text_to_image must name each of the {size} {side}s at least once and no other"
+        raise ValueError(f"{rule}; {side} {wrong[0]} is wrong.")

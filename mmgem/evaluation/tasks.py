@@ -55,9 +55,7 @@ def load_model(arguments: EvaluationArguments) -> tuple[MMGEMModel, MMGEMProcess
     """
     assert arguments.model is not None
     if find_adapter_config_file(arguments.model) is not None:
-        raise ValueError(
-            f"{arguments.model} is an adapter; give it to --adapters, and --model the model that it was trained on."
-        )
+        raise ValueError(f"{arguments.model} is an adapter; give it to --adapters, and its base to --model.")
     try:
         model = load_checkpoint(arguments.model, dtype=getattr(torch, arguments.dtype)).eval()
         processor = MMGEMProcessor.from_pretrained(arguments.model)
@@ -119,13 +117,11 @@ def captioning(model: MMGEMModel, processor: MMGEMProcessor, arguments: Evaluati
     ids = _image_ids(readable, count) if arguments.annotations else []
     drawn: list[list[tuple[str, float]]] = []
     with adapters_off(model):
-        metrics, outputs = evaluate_captions(
-            model, processor, readable, arguments.batch_size, count, num_beams=arguments.num_beams
-        )
+        beams = {"num_beams": arguments.num_beams}
+        metrics, outputs = evaluate_captions(model, processor, readable, arguments.batch_size, count, **beams)
         if arguments.draws:
-            of_draws, drawn = evaluate_reranking(
-                model, processor, readable, count, arguments.draws, seed=arguments.seed
-            )
+            seed = {"seed": arguments.seed}
+            of_draws, drawn = evaluate_reranking(model, processor, readable, count, arguments.draws, **seed)
             metrics.update(of_draws)
     if ids and is_first_process():
         os.makedirs(arguments.output_dir, exist_ok=True)

@@ -169,9 +169,7 @@ def _load(source: Path) -> tuple[MMGEMModel, MMGEMProcessor]:
     """Raises ValueError for a model that cannot be loaded whole, which should not be published."""
     if not (source / "config.json").is_file():
         is_adapter = (source / "adapter_config.json").is_file()
-        raise ValueError(
-            f"--model {source} " + ("is an adapter; give its base." if is_adapter else "has no config.json.")
-        )
+        raise ValueError(f"--model {source} {'is an adapter; give its base' if is_adapter else 'has no config.json'}.")
     if not any(list(source.glob(pattern)) for pattern in WEIGHTS):
         raise ValueError(f"--model {source} has no model.safetensors (or shards of it).")
     try:

@@ -1,6 +1,5 @@
 """The model card: model_card_template.md, filled from the model, its training.json and its results.json."""
 
-import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from ..data import json_files
 from ..evaluation.report import table as metrics_table
 from ..modeling_mmgem import MMGEMModel
 from ..options import option
@@ -104,12 +104,7 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         ValueError: for a file that holds no JSON object.
     """
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is no JSON: {error}") from error
+    content = json_files.read_json(str(path)) if path.is_file() else {}
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold a JSON object.")
     return content
@@ -129,9 +124,8 @@ def _check(results: dict[str, Any], records: dict[str, Any], sources: dict[str, 
             _training({kind: record})
             [*record.get("base_models", []), *record.get("dataset_ids", [])]
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise ValueError(
-                f"{folder / 'training.json'} is not as train.py writes it ({error!r}); delete it to go without."
-            ) from error
+            reason = f"is not as train.py writes it ({error!r}); delete it to go without"
+            raise ValueError(f"{folder / 'training.json'} {reason}.") from error
 
 
 def _metadata(repo_id: str, results: dict[str, Any], records: dict[str, Any], options: CardOptions) -> ModelCardData:

@@ -158,10 +158,10 @@ def pickled_adapter(run):
     [
         (corrupt_weights, "could not be loaded"),
         (half_the_weights, "is missing"),
-        (truncated_results, r"results.json is no JSON"),
+        (truncated_results, r"results.json is not valid JSON"),
         (no_weights, "has no model.safetensors"),
         (truncated_adapter, "region-caption could not be loaded"),
-        (broken_adapter_config, r"adapter_config.json is no JSON"),
+        (broken_adapter_config, r"adapter_config.json is not valid JSON"),
         (another_adapter, "region-retrieval holds no adapter of stage 2"),
         (pickled_weights, "has no model.safetensors"),
         (pickled_adapter, "has no adapter_model.safetensors"),
