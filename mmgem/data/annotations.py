@@ -80,6 +80,7 @@ def read_annotations(
     missing: dict[str, None] = {}
     for file in files:
         records = read_records(file, splits)
+        _refuse_duplicates("name", [record.name for record in records], file)
         by_name = {**stems, **paths}
         if not any(record.name in by_name for record in records):
             by_name = numbers  # never both: 9.jpg may be missing, and 000000000009.jpg is COCO's
@@ -155,8 +156,8 @@ def read_records(path: str, splits: Sequence[str] | None = None) -> list[Record]
         splits: of Karpathy's and DOCCI's files; all by default.
 
     Raises:
-        ValueError: for a file of another kind, invalid JSON or text, several images of one id or name, or a file
-            without any of `splits`.
+        ValueError: for a file of another kind, invalid JSON or text, several images of one id, or a file without
+            any of `splits`.
     """
     try:
         records = _read_folder(path) if os.path.isdir(path) else _read_file(path, splits)
@@ -167,12 +168,14 @@ def read_records(path: str, splits: Sequence[str] | None = None) -> list[Record]
             f"{path} is none of COCO's captions_*.json and instances_*.json, NoCaps', Karpathy's dataset_*.json, "
             "Visual Genome's region_descriptions.json, nor the long captions of DCI, DOCCI, ShareGPT4V or Urban1k."
         )
-    ids = [record.known["image_id"] for record in records if "image_id" in record.known]
-    for kind, values in {"name": [record.name for record in records], "id": ids}.items():
-        for value, count in Counter(values).most_common(1):
-            if count > 1:
-                raise ValueError(f"{path} has several images of the {kind} {value}.")
+    _refuse_duplicates("id", [record.known["image_id"] for record in records if "image_id" in record.known], path)
     return records
+
+
+def _refuse_duplicates(kind: str, values: list[str], path: str) -> None:
+    for value, count in Counter(values).most_common(1):
+        if count > 1:
+            raise ValueError(f"{path} has several images of the {kind} {value}.")
 
 
 def _read_file(path: str, splits: Sequence[str] | None) -> list[Record] | None:

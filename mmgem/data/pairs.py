@@ -92,7 +92,7 @@ class PairDataset(torch.utils.data.Dataset):
                 captions.append([])
         return captions
 
-    def some_pictures(self, number: int = 256) -> Iterator[Image.Image]:
+    def some_images(self, number: int = 256) -> Iterator[Image.Image]:
         """Images spread evenly over the dataset, one at a time."""
         for index in np.linspace(0, len(self) - 1, min(number, len(self))).astype(int):
             yield self[int(index)]["image"]

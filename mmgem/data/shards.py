@@ -173,7 +173,7 @@ class ShardStream(torch.utils.data.IterableDataset):
                 continue
         return captions
 
-    def some_pictures(self, number: int = 256) -> Iterator[Image.Image]:
+    def some_images(self, number: int = 256) -> Iterator[Image.Image]:
         """The first images that can be read."""
         rng = np.random.default_rng(self.seed)
         for sample in self._first_samples():

@@ -85,11 +85,15 @@ def write_captions(model: MMGEMModel, processor: MMGEMProcessor, inputs: Any, **
 
 
 def caption_cosines(
-    model: MMGEMModel, processor: MMGEMProcessor, captions: Sequence[str], embeds: Sequence[torch.Tensor]
+    model: MMGEMModel,
+    processor: MMGEMProcessor,
+    captions: Sequence[str],
+    embeds: Sequence[torch.Tensor],
+    batch_size: int,
 ) -> list[float]:
     """The cosine of each caption's embedding with the embedding beside it; -1 for an empty caption."""
     written = sorted({caption for caption in captions if caption})
-    texts = dict(zip(written, embed_texts(model, processor, written)))
+    texts = dict(zip(written, embed_texts(model, processor, written, batch_size)))
     return [
         float(texts[caption] @ embed) if caption else -1.0 for caption, embed in zip(captions, embeds, strict=True)
     ]

@@ -215,7 +215,7 @@ def draw_captions(
             torch.manual_seed(seed * 1_000_003 + i)
             captions = write_captions(model, processor, inputs, **options)
         embeds = embed_images(model, processor, [image]).expand(draws, -1)
-        cosines = caption_cosines(model, processor, captions, list(embeds))
+        cosines = caption_cosines(model, processor, captions, list(embeds), draws)
         if not all(map(math.isfinite, cosines)):
             raise ValueError(f"The embeddings of image {i} or of a caption drawn of it hold NaN.")
         drawn.append(sorted(zip(captions, cosines), key=lambda item: -item[1]))

@@ -65,7 +65,7 @@ def evaluate_adapter(
     """
     The metrics of [`evaluate_regions`] for stage 1, under names that begin with `stage_1_`, and with the adapter. For
     "region-retrieval", also retrieval between whole images and their captions (with regions or without), once without
-    a box (`whole_picture_…`, which no adapter changes) and once with the box that covers the image, through h4
+    a box (`whole_image_…`, which no adapter changes) and once with the box that covers the image, through h4
     (`whole_box_…`; the paper's path for long captions).
 
     Args:
@@ -86,7 +86,7 @@ def evaluate_adapter(
             outputs[name] = found["regions"]
             if stage != "region-retrieval" or not len(captioned):
                 continue
-            for kind in ("whole_picture_", "whole_box_"):
+            for kind in ("whole_image_", "whole_box_"):
                 with evaluating(model):
                     pairs = embed_pairs(model, processor, captioned, batch_size, kind == "whole_box_")
                 ranks = retrieval_metrics(pairs["text_embeds"], pairs["image_embeds"], pairs["text_to_image"])
@@ -141,7 +141,7 @@ def caption_regions(
         captions = write_captions(model, processor, inputs, **generation)
         inputs = processor(images=images, boxes=boxes, return_tensors="pt").to(model.device)
         embeds = model.get_embedding(**inputs)[inputs["region_mask"]].float().cpu()
-        scores = caption_cosines(model, processor, captions, list(embeds))
+        scores = caption_cosines(model, processor, captions, list(embeds), batch_size)
         regions += [
             {**region, "caption": caption, "score": score}
             for region, caption, score in zip(_regions(examples), captions, scores, strict=True)

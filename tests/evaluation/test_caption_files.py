@@ -77,7 +77,7 @@ def test_bad_files_name_the_offender(tmp_path, caplog):
     with pytest.raises(ValueError, match="no list of image_id and caption"):
         read_caption_results(str(path))
     path.write_text('{"images": [{"id": 3}, {"id": 3}], "annotations": []}')
-    with pytest.raises(ValueError, match="several images of the name 3"):
+    with pytest.raises(ValueError, match="several images of the id 3"):
         read_caption_references(str(path))
     path.write_text('{"images": [{"id": 3}], "annotations": [{"image_id": 4, "caption": "a"}]}')
     assert read_caption_references(str(path)) == ({"3": []}, {}), "whatever is said about images that are not listed"

@@ -283,7 +283,7 @@ def test_regions_without_an_adapter_are_stage_1_as_beside_one(checkpoint, adapte
         run(*data, "--adapters", adapters[0], adapters[0])
 
 
-def test_h4_touches_whole_pictures_by_their_box_alone(checkpoint, processor, run, tmp_path):
+def test_h4_touches_whole_images_by_their_box_alone(checkpoint, processor, run, tmp_path):
     adapter = add_region_adapter(bold_model(processor), "region-retrieval", 1)
     with torch.no_grad():
         adapter.base_model.model.region_projection.modules_to_save["default"].weight.normal_()
@@ -293,7 +293,7 @@ def test_h4_touches_whole_pictures_by_their_box_alone(checkpoint, processor, run
     recalls = {
         name: value for name, value in metrics.items() if name.startswith(("text_to_image_R", "image_to_text_R"))
     }
-    for prefix in ("whole_picture_", "stage_1_whole_picture_", "stage_1_whole_box_"):
+    for prefix in ("whole_image_", "stage_1_whole_image_", "stage_1_whole_box_"):
         assert {name: metrics[prefix + name] for name in recalls} == recalls
     scenes = ScenesDataset("test", 12, 32)
     model = MMGEMModel.from_pretrained(checkpoint).eval()
@@ -308,7 +308,7 @@ def test_h4_touches_whole_pictures_by_their_box_alone(checkpoint, processor, run
     assert {name: expected[name] for name in recalls} != recalls
 
 
-def test_whole_pictures_are_captioned_by_stage_1(checkpoint, processor, run, tmp_path):
+def test_whole_images_are_captioned_by_stage_1(checkpoint, processor, run, tmp_path):
     adapter = add_region_adapter(bold_model(processor), "region-caption", 1)
     with torch.no_grad():
         adapter.base_model.model.caption_projection.modules_to_save["default"].weight.normal_()
@@ -358,4 +358,4 @@ def test_annotations_with_regions_and_short_and_long_captions(checkpoint, adapte
     assert "3 images, 3 captions" in (tmp_path / "out" / "report.md").read_text()
     assert sizes["Regions"] == {"size": 1, "left_out": 2, "regions": 1}
     for way in ("text_to_image", "image_to_text"):
-        assert metrics[f"whole_picture_{way}_R@1"] == metrics[f"{way}_R@1"] < 1, "pictures without a region too"
+        assert metrics[f"whole_image_{way}_R@1"] == metrics[f"{way}_R@1"] < 1, "pictures without a region too"
