@@ -121,7 +121,7 @@ def test_ids_and_files_that_come_twice_are_refused(folder):
     with pytest.raises(ValueError, match=r"file\.json has several images of the id 1"):
         read(folder, {"images": images, "annotations": []})
     images = [{"id": 1, "file_name": "x/a.jpg"}, {"id": 2, "file_name": "y/a.jpg"}]
-    with pytest.raises(ValueError, match=r"file\.json has several images of the id a\.jpg"):
+    with pytest.raises(ValueError, match=r"file\.json has several images of the name a\.jpg"):
         read(folder, {"images": images, "annotations": []})
     images = [{"filename": "a.jpg", "split": "test", "sentences": [{"raw": "one"}]}] * 2
     with pytest.raises(ValueError, match=r"file\.json has several images of the id a\.jpg"):
