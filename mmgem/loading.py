@@ -1,7 +1,5 @@
 """MM-GEM checkpoints, loaded whole or refused."""
 
-import hashlib
-from pathlib import Path
 from typing import Any
 
 from huggingface_hub.errors import HFValidationError
@@ -44,16 +42,3 @@ def load_checkpoint(name: str, **options: Any) -> MMGEMModel:
         if keys:
             raise ValueError(f"{name} is damaged: {min(keys)} {fault} ({len(keys)} such weights). Take another copy.")
     return model
-
-
-def weights_revision(model: str | None) -> str | None:
-    """
-    A digest of the weights in a model's folder, which stands in an adapter's configuration as the `revision` of its
-    base: PEFT's name for what is a commit on the Hub. None if `model` is no folder with weights.
-    """
-    files = sorted(Path(model).glob("model*.safetensors")) if model else []
-    digest = hashlib.sha256()
-    for path in files:
-        with open(path, "rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return f"sha256:{digest.hexdigest()}" if files else None

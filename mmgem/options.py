@@ -41,10 +41,12 @@ def parse_options(types: Sequence[Any], script: str, arguments: list[str] | None
     usage = f"{script} [--config FILE] [--option VALUE …]   (--help lists the options)"
     parser = HfArgumentParser(list(types), usage=usage, allow_abbrev=False)  # type: ignore[arg-type]
     config_parser = ArgumentParser(usage=usage, add_help=False, allow_abbrev=False)
-    config_parser.add_argument("--config")
+    config_parser.add_argument("--config", action="append", default=[])
     config, words = config_parser.parse_known_args(arguments)
+    if len(config.config) > 1:
+        raise ValueError(f"--config is given {len(config.config)} times: {', '.join(config.config)}. Give one file.")
     hints = {name: hint for data_class in types for name, hint in get_type_hints(data_class).items()}
-    settings = {} if config.config is None else _read_settings(config.config)
+    settings = _read_settings(config.config[0]) if config.config else {}
     known = {action.dest for action in parser._actions} - {"help"}
     _refuse_unknown(settings.keys() - known, known, "in the configuration file")
     for name, value in settings.items():
@@ -53,7 +55,7 @@ def parse_options(types: Sequence[Any], script: str, arguments: list[str] | None
         if value is None or isinstance(value, list):
             parser.set_defaults(**{name: value})
         else:  # goes in front of the command line, so that argparse converts and checks it
-            words.insert(0, f"--{name}={value if isinstance(value, str) else json.dumps(value, default=str)}")
+            words.insert(0, f"--{name}={json.dumps(value) if isinstance(value, dict | bool) else value}")
     try:
         *parsed, remaining = parser.parse_args_into_dataclasses(words, return_remaining_strings=True)
     except RecursionError as error:  # transformers parses its own options that are mappings

@@ -10,13 +10,17 @@ the base back bit for bit. The k that the prompts of region-caption are trained 
 """
 
 import os
+import re
 from typing import Any
 
 from safetensors.torch import save_file
 from torch import nn
-from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME
+from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME, logging
 
-from .loading_mmgem import refuse_not_finite
+from .loading_mmgem import refuse_not_finite, weights_revision
+
+
+logger = logging.get_logger(__name__)
 
 
 REGION_ADAPTERS = {
@@ -38,7 +42,7 @@ class RegionAdapterMixin:
     def load_adapter(self: Any, peft_model_id: str | None = None, *args: Any, **kwargs: Any) -> Any:
         """
         [`PreTrainedModel.load_adapter`], after which this adapter alone is active. If loading fails, the adapter is
-        removed, and the previously active adapters stay active.
+        removed, and the previously active adapters stay active. A warning says if it was trained on other weights.
 
         Raises:
             ValueError: for an adapter that does not fit this model, or is damaged.
@@ -51,8 +55,18 @@ class RegionAdapterMixin:
             missing = [key for key in info.missing_keys if name in key.split(".")]
             if missing:
                 raise ValueError(f"{peft_model_id} is damaged: {min(missing)} is missing.")
+            if any(key.endswith("grid_size") for key in info.unexpected_keys):
+                raise ValueError(
+                    f"{peft_model_id} does not say its k, as a first version of mmgem saved it. Train it again."
+                )
             tensors = {key: tensor for key, tensor in self.state_dict().items() if name in key.split(".")}
             refuse_not_finite(tensors, str(peft_model_id))
+            revision = self.peft_config[name].revision or ""
+            if revision.startswith("sha256:") and weights_revision(self.name_or_path) not in (None, revision):
+                logger.warning(
+                    f"Adapter {peft_model_id} was trained on other weights than those in {self.name_or_path}, or on "
+                    "these in another precision. Expect other results than after its training."
+                )
             self.set_adapter(name)
         except Exception as error:
             if name not in loaded and name in getattr(self, "peft_config", {}):
@@ -75,7 +89,7 @@ class RegionAdapterMixin:
         adapters = dict(getattr(self, "peft_config", {}))
         if adapters:
             kwargs["state_dict"] = {
-                key.replace(".original_module", "").replace(".base_layer", ""): tensor
+                re.sub(r"\.(original_module|token_adapter|base_layer)\b", "", key): tensor
                 for key, tensor in (kwargs.get("state_dict") or self.state_dict()).items()
                 if adapters.keys().isdisjoint(key.split("."))
             }
@@ -104,6 +118,12 @@ class RegionAdapterMixin:
 
         names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
         self._check_loaded(names)
+        for module_name, module in self.named_modules():
+            sharing = [name for name in names if name in getattr(module, "modules_to_save", {})]
+            if len(sharing) > 1:
+                raise ValueError(
+                    f"{sharing[0]!r} and {sharing[1]!r} are both adapters of {module_name}: only one can be active."
+                )
         self.enable_adapters()
         set_adapter(self, names)
 

@@ -71,7 +71,7 @@ def check_length(length: int, cache: Any, model_type: str, max_positions: int) -
         ValueError: if `length` new tokens behind those in the cache go beyond a table of `max_positions` positions.
     """
     past = 0 if cache is None else cache.get_seq_length()
-    # A static cache has its length on the device, and one that was planned for all tokens.
+    # A static cache keeps its length on the device; its maximum length is checked instead.
     length = cache.get_max_cache_shape() if torch.is_tensor(past) else length + past
     if length > max_positions:
         raise ValueError(

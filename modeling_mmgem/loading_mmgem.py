@@ -1,10 +1,13 @@
 """Checkpoints that are loaded whole or refused."""
 
+import hashlib
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 
 
 # Stage 1 does not train these: if a checkpoint has none, they start as the identity, and as copies of [CAP].
@@ -54,4 +57,18 @@ def refuse_not_finite(tensors: Mapping[str, torch.Tensor], name: str) -> None:
             )
 
 
-__all__ = ["CheckedLoadingMixin", "OPTIONAL_MODULES", "refuse_not_finite"]
+def weights_revision(folder: str | None) -> str | None:
+    """
+    A digest of the weights in a model's folder, in whatever shards they are. An adapter's configuration holds it as
+    the `revision` of its base, PEFT's name for what is a commit on the Hub. None if `folder` has no weights.
+    """
+    files = [safe_open(path, "pt") for path in Path(folder).glob("model*.safetensors")] if folder else []
+    file_of = {key: file for file in files for key in file.keys()}  # noqa: SIM118  # not a mapping
+    digest = hashlib.sha256()
+    for key in sorted(file_of):
+        digest.update(key.encode())
+        digest.update(file_of[key].get_tensor(key).reshape(-1).view(torch.uint8).numpy())
+    return f"sha256:{digest.hexdigest()}" if files else None
+
+
+__all__ = ["CheckedLoadingMixin", "OPTIONAL_MODULES", "refuse_not_finite", "weights_revision"]

@@ -32,6 +32,11 @@ class LogitScale(nn.Module):
             self.weight.data = exact.to(self.weight.device)
         return self
 
+    @torch.no_grad()
+    def clamp_(self) -> None:
+        """Clamps the weight itself. Above the limit `forward` has no gradient, so the weight could not come back."""
+        self.weight.clamp_(max=self.max_value)
+
     def forward(self, similarities: torch.Tensor) -> torch.Tensor:
         """Scales similarities of any shape; returns float32."""
         return similarities * self.weight[0].float().clamp(max=self.max_value).exp()

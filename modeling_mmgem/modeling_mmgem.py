@@ -214,7 +214,7 @@ class MMGEMModel(CheckedLoadingMixin, RegionAdapterMixin, EmbeddingMixin, Captio
         if inputs_embeds is None and input_ids is not None:
             is_collated = text_positions is not None or label_positions is not None
             is_decoding = cache is not None and input_ids.shape[1] == 1
-            # A collator's texts without labels have no placeholders.
+            # Collated rows without labels hold sentences only, which have no placeholders.
             shown = None if is_collated and labels is None else images
             inputs_embeds = self._build_inputs(input_ids, shown, check=not is_collated and not is_decoding)
             if attention_mask is None and position_ids is None and cache is None:

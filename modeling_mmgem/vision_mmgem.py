@@ -9,7 +9,8 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 
 
-# A new tower needs a row here; `patch_features` says where its final norm, class token and registers are.
+# A new tower needs its type here, its final norm in `patch_features`, and its options in `_without_pooler`; from
+# scratch also its positions in mmgem/training/building.py.
 VISION_MODEL_TYPES = ("clip_vision_model", "siglip_vision_model", "dinov2", "dinov2_with_registers", "vit")
 
 
@@ -128,7 +129,7 @@ def interpolate_positions(model: PreTrainedModel, image_size: int) -> PreTrained
 
 
 def _without_pooler(config: Any) -> dict[str, Any]:
-    """Options of `AutoModel` that leave out ViT's pooling head; the other towers' configurations say it."""
+    """Options of `AutoModel` that leave out ViT's pooling head; the other towers have no such option."""
     return {"add_pooling_layer": False} if config.model_type == "vit" else {}
 
 

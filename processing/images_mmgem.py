@@ -60,7 +60,7 @@ def read_image(value: Any) -> Image.Image:
 
 
 def is_one_image(value: Any) -> bool:
-    """Whether a value is a single image, not several. Anything but an array is, if it has no items."""
+    """Whether a value is one image: a file, dict or PIL image, an array of 2 or 3 dimensions, or not iterable."""
     encoded = str | bytes | bytearray | memoryview | dict | os.PathLike
     is_image = isinstance(value, encoded | Image.Image) or hasattr(value, "read") or not hasattr(value, "__iter__")
     return is_image or getattr(value, "ndim", 1) in (2, 3)

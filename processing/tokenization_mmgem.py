@@ -16,7 +16,7 @@ NO_LETTERS = r"\A[\s\x00\x1c-\x1f]+|[\s\x00\x1c-\x1f]+\z|\x00"
 
 def as_sentence(text: str) -> str:
     """
-    A text without NUL and without white space around it: what training, evaluation and the processor take for it.
+    Removes NUL and surrounding white space, as training, evaluation and the processor all do.
 
     Raises:
         ValueError: for half a surrogate pair, which is no character.

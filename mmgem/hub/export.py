@@ -13,9 +13,10 @@ from safetensors import SafetensorError
 from transformers.utils import logging
 from yaml import YAMLError
 
-from ..loading import load_checkpoint, weights_revision
+from ..loading import load_checkpoint
 from ..modeling_mmgem import MMGEMModel
 from ..modeling_mmgem.adapters_mmgem import REGION_ADAPTERS
+from ..modeling_mmgem.loading_mmgem import weights_revision
 from ..processing import MMGEMProcessor
 from .model_card import CardOptions, model_card, read_json
 from .remote_code import add_to_json, write_remote_code

@@ -1,16 +1,15 @@
 """The adapters that are trained through PEFT: LoRA on the language model (Hu et al., 2021), and those of stage 2."""
 
 import copy
-import os
 import re
 
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from ..loading import weights_revision
 from ..modeling_mmgem import MMGEMModel
 from ..modeling_mmgem.adapters_mmgem import REGION_ADAPTERS
+from ..modeling_mmgem.loading_mmgem import weights_revision
 from .arguments import MMGEMTrainingArguments
 from .stages import PROJECTIONS
 
@@ -41,7 +40,7 @@ def add_lora(model: MMGEMModel, config: LoraConfig) -> PeftModel:
     if config.trainable_token_indices is None:
         embeddings = next(name for name, module in modules.items() if module is model.get_input_embeddings())
         config.trainable_token_indices = {embeddings: [model.config.emb_token_id, model.config.cap_token_id]}
-    return _add_adapter(model, config)
+    return get_peft_model(model, config)  # type: ignore[return-value]
 
 
 def add_region_adapter(model: MMGEMModel, stage: str, grid_size: int) -> PeftModel:
@@ -60,19 +59,12 @@ def add_region_adapter(model: MMGEMModel, stage: str, grid_size: int) -> PeftMod
         modules_to_save=list(REGION_ADAPTERS[stage]),
         # With a task_type, PeftModel.save_pretrained keeps `auto_mapping` instead of writing its own.
         task_type="FEATURE_EXTRACTION",
-        revision=weights_revision(model.name_or_path),
+        revision=base_revision(model),
         auto_mapping={**mapping, "region_grid_size": grid_size} if stage == "region-caption" else mapping,
     )
-    return _add_adapter(model, config)
+    return get_peft_model(model, config)  # type: ignore[return-value]
 
 
-def _add_adapter(model: MMGEMModel, config: LoraConfig) -> PeftModel:
-    """
-    Adds a new adapter whose configuration names a base folder by its absolute path: from another working directory
-    PEFT would take a relative one for a model on the Hub, which anyone could put there.
-    """
-    peft_model = get_peft_model(model, config)
-    assert isinstance(peft_model, PeftModel)
-    if os.path.isdir(config.base_model_name_or_path or ""):
-        config.base_model_name_or_path = os.path.abspath(str(config.base_model_name_or_path))
-    return peft_model
+def base_revision(model: MMGEMModel) -> str | None:
+    """Returns a digest of the weights of a base in a folder, or the commit of one on the Hub."""
+    return weights_revision(model.name_or_path) or getattr(model.config, "_commit_hash", None)

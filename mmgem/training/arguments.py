@@ -20,6 +20,7 @@ MINIMA = {
     "per_device_eval_batch_size": 1,
     "gradient_accumulation_steps": 1,
     "lora_alpha": 1,
+    "pack_length": 1,
     "lora_rank": 0,
     "mini_batch_size": 0,
     "caption_samples": 0,

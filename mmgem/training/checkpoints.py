@@ -143,12 +143,15 @@ def run_settings(
     Args:
         model_settings: names and values of what else shapes the model, such as [`ModelArguments`]. The attention is
             left out, since it may change.
-        peft_config: in place of `args.lora_rank` and `args.lora_alpha`.
+        peft_config: of LoRA, which `args.lora_rank` and `args.lora_alpha` are shorthand for.
     """
     settings = {name: getattr(args, name) for name in SETTINGS}
     settings["optim"] = args.optim.lower()
     if peft_config is not None:
         settings |= {"lora_rank": peft_config.r, "lora_alpha": peft_config.lora_alpha}
+        for name in ("target_modules", "modules_to_save"):
+            value = getattr(peft_config, name)
+            settings[name] = sorted(value) if isinstance(value, set | list) else value
     batch_size = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     settings["per_device_train_batch_size x gradient_accumulation_steps x processes"] = batch_size
     settings |= {name: _real_path(name, value) for name, value in model_settings.items()}

@@ -10,13 +10,13 @@ import torch.distributed as dist
 from peft import PeftModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from ..data.arguments import TableArguments
+from ..data.arguments import DataArguments, TableArguments
 from ..data.collator import RegionCollator
 from ..data.loading import Table, checked_table
 from ..data.regions import RegionDataset
 from ..evaluation.regions import evaluate_regions
 from ..modeling_mmgem import MMGEMModel, contrastive_loss
-from .adapters import add_region_adapter
+from .adapters import add_region_adapter, base_revision
 from .arguments import MMGEMTrainingArguments, data_seed
 from .distributed import gather_ragged
 from .feature_cache import cache_features
@@ -41,16 +41,28 @@ class RegionTrainer(MMGEMTrainer):
         others: see [`MMGEMTrainer`].
     """
 
-    def __init__(self, *args: Any, regions_column: str = "regions", **kwargs: Any):
+    stages = ("region-caption", "region-retrieval")
+
+    def __init__(
+        self,
+        model: MMGEMModel,
+        *args: Any,
+        regions_column: str = "regions",
+        model_settings: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ):
+        if kwargs.get("peft_config") is not None:
+            raise ValueError("RegionTrainer makes the adapter of its stage itself. Leave out peft_config.")
         self.regions_column = regions_column
-        super().__init__(*args, **kwargs)
         # A checkpoint holds the adapter only, so a run resumes on the weights that the adapter was trained on.
-        self._settings["base_revision"] = self._base().peft_config["default"].revision
+        settings = {**(model_settings or {}), "base_revision": base_revision(model)}
+        super().__init__(model, *args, model_settings=settings, **kwargs)
 
     def wrap_table(self, table: datasets.Dataset, args: MMGEMTrainingArguments, is_training: bool) -> RegionDataset:
         columns: Any = {**self.columns, "regions_column": self.regions_column}
         rows = checked_table(Table(table), TableArguments(**columns), ("image_column", "regions_column")).rows
-        drawn: Any = {"max_regions": 16, "whole_image_weight": 0.2} if is_training else {}  # as train.py's defaults
+        names = ("max_regions", "whole_image_weight") if is_training else ()
+        drawn: Any = {name: DataArguments.__dataclass_fields__[name].default for name in names}
         return RegionDataset(rows, **columns, **drawn, seed=data_seed(args))
 
     def make_trainable(self, model: MMGEMModel, args: MMGEMTrainingArguments) -> PeftModel:

@@ -5,7 +5,6 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from transformers import TrainerCallback
 from transformers.utils import logging
 
@@ -21,7 +20,14 @@ logger = logging.get_logger(__name__)
 MAX_DESCRIBED = 100  # unreadable examples of a stream that are kept with their reasons; there may be millions
 
 
-def for_process(
+def check_dataset(name: str, dataset: Any, types: tuple[type, ...]) -> None:
+    """Raises ValueError for anything but a `datasets.Dataset`, which is wrapped already, or one of `types`."""
+    if not isinstance(dataset, types):
+        hint = f": take one of its splits, such as {min(dataset)!r}" if isinstance(dataset, dict) and dataset else ""
+        raise ValueError(f"{name} must be a datasets.Dataset, got {type(dataset).__name__}{hint}.")
+
+
+def prepared_for(
     dataset: PairDataset | ShardStream, args: MMGEMTrainingArguments, image_processor: Any
 ) -> PairDataset | ShardStream:
     """
@@ -31,6 +37,8 @@ def for_process(
         ValueError: for a table that is smaller than a batch, or a stream without a number of steps.
     """
     dataset = copy.copy(dataset)
+    if isinstance(dataset, PairDataset):
+        dataset._epoch = dataset._epoch.clone().share_memory_()
     sizes = (image_processor.size, getattr(image_processor, "crop_size", None) or {})
     sides = [size.get(name) or 0 for size in sizes for name in ("shortest_edge", "height", "width")]
     dataset.least_side = max(sides) if image_processor.do_resize else 0
@@ -120,7 +128,7 @@ class ExampleCounts:
 
 
 class TrainingCallback(TrainerCallback):
-    """Resumes the log, tells the data which epoch it is, and holds tau at its lower bound of 0.01."""
+    """Resumes the log, tells the data which epoch it is, and clamps the temperature after each step."""
 
     def __init__(self, model: MMGEMModel, train_dataset: PairDataset | ShardStream, resume_log: Callable[[], None]):
         self.model = model
@@ -139,6 +147,4 @@ class TrainingCallback(TrainerCallback):
             state.epoch = state.global_step / args.max_steps
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        # Beyond the bound forward clamps, and its gradient is zero: the parameter could not come back by itself.
-        with torch.no_grad():
-            self.model.logit_scale.weight.clamp_(max=self.model.config.logit_scale_max_value)
+        self.model.logit_scale.clamp_()

@@ -40,7 +40,7 @@ from .gradient_cache import Embeddings, cached_backward, refuse_dropout
 from .logging_trainer import LoggingTrainer
 from .stages import check_optimizer, freeze_parameters, make_optimizer
 from .stream_progress import StreamProgress
-from .train_data import ExampleCounts, TrainingCallback, for_process
+from .train_data import ExampleCounts, TrainingCallback, check_dataset, prepared_for
 
 
 logger = logging.get_logger(__name__)
@@ -76,6 +76,7 @@ class MMGEMTrainer(LoggingTrainer):
     ```
     """
 
+    stages: tuple[str, ...] = ("1",)
     model: MMGEMModel
     train_dataset: PairDataset | ShardStream
     processing_class: MMGEMProcessor
@@ -94,13 +95,20 @@ class MMGEMTrainer(LoggingTrainer):
         model_settings: dict[str, Any] | None = None,
         **kwargs: Any,
     ):
+        if args.stage not in self.stages:
+            raise ValueError(
+                f"{type(self).__name__} trains stage {' or '.join(self.stages)}, not {args.stage}. Use MMGEMTrainer "
+                "for stage 1, RegionTrainer for the others."
+            )
         self.processing_class = processing_class
         self.columns: Any = {"image_column": image_column, "caption_column": caption_column}
         if isinstance(train_dataset, datasets.Dataset):
             train_dataset = self.wrap_table(train_dataset, args, is_training=True)
         if isinstance(eval_dataset, datasets.Dataset):
             eval_dataset = self.wrap_table(eval_dataset, args, is_training=False)
-        train_data = for_process(train_dataset, args, processing_class.image_processor)
+        check_dataset("train_dataset", train_dataset, (PairDataset, ShardStream))
+        check_dataset("eval_dataset", eval_dataset, (PairDataset, type(None)))
+        train_data = prepared_for(train_dataset, args, processing_class.image_processor)
         if isinstance(train_data, ShardStream):
             args = copy.copy(args)
             args.ignore_data_skip = True  # the stream itself starts where it should
@@ -135,7 +143,7 @@ class MMGEMTrainer(LoggingTrainer):
         self.loss_is_scaled_for_ga = True
         self.progress = StreamProgress(train_data, args) if isinstance(train_data, ShardStream) else None
         self.counts = ExampleCounts(train_data, args, processing_class.max_length)
-        self._settings = run_settings(args, model_settings or {}, peft_config)
+        self._settings = run_settings(args, model_settings or {}, self.peft_config)
         self.add_callback(TrainingCallback(model, train_data, self._resume_log))
         self.add_callback(RunSettings(self._settings))
 
@@ -361,6 +369,7 @@ class MMGEMTrainer(LoggingTrainer):
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         if isinstance(dataset, datasets.Dataset):
             dataset = self.wrap_table(dataset, self.args, is_training=False)
+        check_dataset("eval_dataset", dataset, (PairDataset,))
         # Trainer's autocast covers forward alone; get_embedding and generate are to compute as training does.
         with self.accelerator.autocast():
             metrics = self._metrics(dataset)

@@ -144,7 +144,7 @@ def test_equal_scores_come_at_once_whatever_the_order(order):
 def test_errors_name_the_offender():
     with pytest.raises(ValueError, match="1 images, references for 2"):
         dense_captioning_map([[]], [[], []])
-    with pytest.raises(ValueError, match="No image has a reference"):
+    with pytest.raises(ValueError, match="There is no reference"):
         dense_captioning_map([[]], [[]])
     nan = [[], [found([0, 0, 1, 1], "a", float("nan"))]]
     with pytest.raises(ValueError, match="image 1 has the score nan"):

@@ -12,9 +12,9 @@ from safetensors.torch import load_file
 from transformers import AutoModel
 
 from mmgem import MMGEMModel
-from mmgem.modeling_mmgem import generation_mmgem
+from mmgem.modeling_mmgem import adapters_mmgem, generation_mmgem
 from mmgem.modeling_mmgem.adapters_mmgem import REGION_ADAPTERS
-from mmgem.training.adapters import add_region_adapter
+from mmgem.training.adapters import add_lora, add_region_adapter
 
 from ..conftest import make_model, make_picture
 
@@ -168,6 +168,26 @@ def test_an_adapter_names_a_base_that_is_a_folder_by_its_absolute_path(folder, p
         AutoModel.from_pretrained(tmp_path / "lora")
 
 
+def test_an_adapter_of_other_weights_is_warned_of(folder, processor, tmp_path, monkeypatch):
+    messages = []
+    monkeypatch.setattr(adapters_mmgem.logger, "warning", messages.append)
+    base = MMGEMModel.from_pretrained(folder / "base")
+    base.save_pretrained(tmp_path / "shards", max_shard_size="20KB")
+    MMGEMModel.from_pretrained(tmp_path / "shards").load_adapter(str(folder / "region-caption"))
+    assert not messages, "the same weights in other files"
+    make_model(processor, seed=1).save_pretrained(tmp_path / "other")
+    MMGEMModel.from_pretrained(tmp_path / "other").load_adapter(str(folder / "region-caption"))
+    assert "trained on other weights" in messages.pop() and not messages
+
+
+def test_saving_beside_lora_keeps_the_embedding(processor, tmp_path):
+    model = make_model(processor)
+    expected = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    add_lora(model, LoraConfig(r=2)).get_base_model().save_pretrained(tmp_path)
+    saved = MMGEMModel.from_pretrained(tmp_path).state_dict()
+    assert saved.keys() == expected.keys() and all(torch.equal(saved[name], expected[name]) for name in expected)
+
+
 def test_k_survives_being_saved_by_peft(folder, tmp_path):
     base = MMGEMModel.from_pretrained(folder / "base")
     PeftModel.from_pretrained(base, folder / "region-caption").save_pretrained(tmp_path)
@@ -292,7 +312,7 @@ def test_setting_an_adapter_switches_adapters_on(folder, base, processor):
     model.disable_adapters()
     model.load_adapter(str(folder / "region-caption"), adapter_name="again")
     assert model.active_adapters() == ["again"] and model.region_grid_size == 2
-    with pytest.raises(ValueError, match="Only one adapter can be set at a time"):
+    with pytest.raises(ValueError, match="'again' and 'region-caption' are both adapters of caption_projection"):
         model.set_adapter(["again", "region-caption"])
 
 

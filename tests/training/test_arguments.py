@@ -41,6 +41,14 @@ def test_options_come_from_yaml_and_the_command_line_wins(tmp_path):
         parse_arguments([])
 
 
+def test_one_configuration_file_with_dates_as_they_stand(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("dataset_name: scenes\noutput_dir: 2026-01-02\n")
+    assert parse_arguments(["--config", str(path)])[2].output_dir == "2026-01-02"
+    with pytest.raises(ValueError, match="--config is given 2 times"):
+        parse_arguments(["--config", str(path), "--config", str(path)])
+
+
 def test_a_path_that_the_locale_cannot_write_is_refused():
     undecoded = "gr\udcc3\udcb6\udcc3\udc9fe"  # how Python reads "größe" where the locale is ASCII
     with pytest.raises(ValueError, match=r"'gr\\udcc3.* cannot be a path in this locale.* PYTHONUTF8=1"):

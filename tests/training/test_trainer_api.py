@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 from peft import LoraConfig
 
 from mmgem.data.shards import ShardStream, expand_shards
@@ -87,3 +87,30 @@ def test_a_peft_configuration_is_what_lora_rank_is_shorthand_for(processor, tmp_
     with pytest.raises(ValueError, match="peft_config and lora_rank both ask for LoRA"):
         args = training_arguments(tmp_path, max_steps=1, lora_rank=4)
         MMGEMTrainer(make_model(processor), args, processor, eight_pictures(), peft_config=config)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"train_dataset": DatasetDict({"train": Dataset.from_dict({})})}, "got DatasetDict: take one of its splits"),
+        ({"train_dataset": [{"image": None}]}, "train_dataset must be a datasets.Dataset, got list"),
+        ({"eval_dataset": {"held out": None}}, "eval_dataset must be a datasets.Dataset, got dict"),
+    ],
+)
+def test_what_cannot_be_trained_on_is_named(processor, tmp_path, table, options, message):
+    args = training_arguments(tmp_path, max_steps=1)
+    with pytest.raises(ValueError, match=message):
+        MMGEMTrainer(make_model(processor), args, processor, **{"train_dataset": table, **options})
+
+
+def test_what_another_trainer_does_is_named(processor, tmp_path, table):
+    with pytest.raises(ValueError, match="MMGEMTrainer trains stage 1, not region-retrieval"):
+        MMGEMTrainer(make_model(processor), region_arguments(tmp_path, "region-retrieval"), processor, table)
+    with pytest.raises(ValueError, match="Leave out peft_config"):
+        args = region_arguments(tmp_path, "region-caption")
+        RegionTrainer(make_model(processor), args, processor, table, peft_config=LoraConfig(r=4))
+    with pytest.raises(ValueError, match="RegionTrainer trains stage region-caption or region-retrieval, not 1"):
+        RegionTrainer(make_model(processor), training_arguments(tmp_path, max_steps=1), processor, table)
+    trainer = MMGEMTrainer(make_model(processor), training_arguments(tmp_path, max_steps=1), processor, table)
+    with pytest.raises(ValueError, match=r"eval_dataset must be a datasets\.Dataset, got NoneType"):
+        trainer.evaluate()
