@@ -1,7 +1,7 @@
 """Retrieval and captions of one model over a dataset of pairs, long captions included (the paper's L-DCI)."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -21,6 +21,7 @@ from .embedding import (
     embed_images,
     embed_pairs,
     evaluating,
+    readable_batches,
     write_captions,
 )
 from .retrieval import best_ranks, retrieval_metrics
@@ -143,8 +144,8 @@ def held_out_caption_loss(
     """L_Gen in nats per token, EOS included, over all captions of the dataset."""
     collate = PairCollator(processor, "caption")
     sums = []
-    for examples in _batches(dataset, len(dataset), batch_size):
-        pairs = [{**example, "caption": caption} for example in examples for caption in example["captions"]]
+    for examples in readable_batches(dataset, dataset.__getitem__, batch_size, faults=[]):
+        pairs = [{**example, "caption": caption} for _, example in examples for caption in example["captions"]]
         for start in range(0, len(pairs), batch_size):
             batch = collate(pairs[start : start + batch_size])
             inputs = {name: batch[name].to(model.device) for name in MODEL_INPUTS if name in batch}
@@ -162,8 +163,10 @@ def generate_captions(
 ) -> list[str]:
     """Captions of the first `count` images; greedy unless `generation` says otherwise."""
     captions: list[str] = []
-    for examples in _batches(dataset, count, batch_size):
-        inputs = processor(images=[e["image"] for e in examples], task="caption", return_tensors="pt")
+    dataset = dataset.select(range(count))
+    for examples in readable_batches(dataset, dataset.__getitem__, batch_size, faults=[]):
+        images = [example["image"] for _, example in examples]
+        inputs = processor(images=images, task="caption", return_tensors="pt")
         captions += write_captions(model, processor, inputs, **generation)
     return gather_parts(captions)
 
@@ -243,10 +246,3 @@ def evaluate_reranking(
         "caption_cider_drawn_best": scores.amax(0).mean().item(),
     }
     return metrics, drawn
-
-
-def _batches(dataset: PairDataset, count: int, batch_size: int) -> Iterator[list[dict[str, Any]]]:
-    """This process's share of the first `count` examples."""
-    share = shard_range(count)
-    for start in range(0, len(share), batch_size):
-        yield [dataset[i] for i in share[start : start + batch_size]]

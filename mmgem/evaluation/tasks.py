@@ -145,8 +145,9 @@ def _drawn_lines(drawn: list[list[tuple[str, float]]], draws: int) -> list[str]:
     lines = ["", f"Of {draws} captions drawn of an image, the nearest to it and the furthest:", ""]
     lines += ["| nearest | | furthest | |", "|---|---|---|---|"]
     for captions in drawn:
-        (near, nearest), (far, furthest) = captions[0], captions[-1]
-        lines.append(f"| {_escaped(near)} | {nearest:.2f} | {_escaped(far)} | {furthest:.2f} |")
+        ends = ((text.replace("|", "\\|"), cosine) for text, cosine in (captions[0], captions[-1]))
+        nearest, furthest = (f"{text} | {cosine:.2f}" for text, cosine in ends)
+        lines.append(f"| {nearest} | {furthest} |")
     return lines
 
 
@@ -249,7 +250,3 @@ def _image_ids(dataset: PairDataset, count: int) -> list[str]:
         if times > 1:
             raise ValueError(f"The annotations have {times} images of the id {image}. Evaluate one file at a time.")
     return ids
-
-
-def _escaped(text: str) -> str:
-    return text.replace("|", "\\|")
