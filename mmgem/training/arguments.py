@@ -20,7 +20,6 @@ MINIMA = {
     "per_device_eval_batch_size": 1,
     "gradient_accumulation_steps": 1,
     "lora_alpha": 1,
-    "pack_length": 1,
     "lora_rank": 0,
     "mini_batch_size": 0,
     "caption_samples": 0,
@@ -200,6 +199,8 @@ class MMGEMTrainingArguments(TrainingArguments):
         for name, minimum in MINIMA.items():
             if getattr(self, name) is not None and getattr(self, name) < minimum:
                 raise ValueError(f"{name} must be {minimum} or more, got {getattr(self, name)}.")
+        if self.packing and self.pack_length < 1:
+            raise ValueError(f"pack_length must be 1 or more, got {self.pack_length}; or pass --packing false.")
         if self.max_steps == 0:
             raise ValueError("max_steps must be 1 or more, or -1 to train for num_train_epochs.")
         if self.max_steps < 0 and self.num_train_epochs == 0:
