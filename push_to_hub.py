@@ -28,9 +28,9 @@ class PushOptions:
     adapters: list[str] | None = option(None, "Folders of adapters; by default those in the model's folder.")
     dry_run: bool = option(False, "Write the folder, list it, and upload nothing.")
     private: bool = option(False, "Make a new repository private.")
-    revision: str | None = option(None, "Branch; made where there is none.")
+    revision: str | None = option(None, "Branch to commit to; created if necessary.")
     create_pr: bool = option(False, "Open a pull request.")
-    commit_message: str = option("Upload MM-GEM", "Of the one commit.")
+    commit_message: str = option("Upload MM-GEM", "Message of the commit.")
 
     def __post_init__(self) -> None:
         try:

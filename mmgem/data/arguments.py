@@ -19,9 +19,11 @@ class TableArguments:
     dataset_name: str | None = option(None, "'scenes' (built in), a Hub id, or a local folder of `datasets`.")
     dataset_config_name: str | None = option(None, "Configuration of the Hub dataset.")
     image_folders: list[str] = option([], "Folders with the images that annotations name.")
-    image_column: str = option("image", "Images, bytes or paths.")
-    caption_column: str = option("caption", "A string, or a list: one is drawn per step, all count in evaluation.")
-    regions_column: str = option("regions", "Lists of {box: [x0, y0, x1, y1], phrase}, in pixels.")
+    image_column: str = option("image", "Column of images, bytes or paths.")
+    caption_column: str = option(
+        "caption", "Column of texts, or lists of texts: one is drawn per step, all are evaluated."
+    )
+    regions_column: str = option("regions", "Column of lists of {box: [x0, y0, x1, y1], phrase}, in pixels.")
 
     def require_one_of(self, names: tuple[str, ...]) -> None:
         """Raises ValueError unless exactly one of these options is set."""
@@ -45,8 +47,8 @@ class TableArguments:
 class DataArguments(TableArguments):
     """Images with captions, and for stage 2 with regions."""
 
-    train_file: str | None = option(None, "parquet, jsonl, json or csv.")
-    validation_file: str | None = option(None, "parquet, jsonl, json or csv.")
+    train_file: str | None = option(None, "Training table: parquet, jsonl, json or csv.")
+    validation_file: str | None = option(None, "Table to evaluate on: parquet, jsonl, json or csv.")
     train_shards: list[str] | None = option(
         None,
         "Tar shards with jpg and txt or json, as img2dataset writes them: patterns such as "
@@ -54,11 +56,13 @@ class DataArguments(TableArguments):
     )
     shard_weights: list[float] | None = option(None, "How often to draw from each of train_shards; default: alike.")
     shuffle_window: int = option(1000, "Samples of a shard that are shuffled among each other.")
-    train_annotations: list[str] | None = option(None, f"{ANNOTATION_FILES}: joined by image.")
-    validation_annotations: list[str] | None = option(None, "The same, to evaluate on.")
+    train_annotations: list[str] | None = option(
+        None, f"Published files to train on, joined by image: {ANNOTATION_FILES}."
+    )
+    validation_annotations: list[str] | None = option(None, "Published files to evaluate on, as train_annotations.")
     max_length: int = option(50, "Tokens per text, BOS and [EMB] included.")
-    max_train_samples: int | None = option(None, "Use that many (scenes: draws 20,000).")
-    max_eval_samples: int | None = option(None, "Use that many (scenes: draws 500).")
+    max_train_samples: int | None = option(None, "Number of training examples to use (scenes: 20,000).")
+    max_eval_samples: int | None = option(None, "Number of examples to evaluate on (scenes: 500).")
     augmentation_scale: float = option(1.0, "Least share of the area that a random training crop keeps; 1: no crop.")
     max_regions: int = option(16, "Stage 2: regions of an image in a step, drawn anew.")
     whole_image_weight: float = option(

@@ -17,34 +17,34 @@ class EvaluationArguments(TableArguments):
     """What to evaluate a model on, and on what data."""
 
     model: str | None = option(None, "MM-GEM checkpoint, a folder or a Hub id.")
-    adapters: list[str] = option([], "Adapters of stage 2 beside it, for regions.")
+    adapters: list[str] = option([], "Stage 2's adapters of the model, for regions.")
     tasks: list[str] = option(["retrieval", "captioning"], f"Any of {', '.join(TASKS)}; commas or spaces between.")
-    split: str = option("test", "Of the dataset, or of Karpathy's file.")
-    data_file: str | None = option(None, "Instead: parquet, jsonl, json or csv.")
-    annotations: list[str] | None = option(None, f"Instead: {ANNOTATION_FILES}.")
+    split: str = option("test", "Split of the dataset, or of Karpathy's file.")
+    data_file: str | None = option(None, "Table to evaluate on: parquet, jsonl, json or csv.")
+    annotations: list[str] | None = option(None, f"Published files to evaluate on: {ANNOTATION_FILES}.")
     long_caption_column: str = option(
         LONG_CAPTION_COLUMN, f"For long_text; caption_column where there is no {LONG_CAPTION_COLUMN}."
     )
-    label_column: str = option("label", "For classification: numbers of classes.")
-    captions_per_image: int = option(5, "For retrieval: the first so many of an image.")
+    label_column: str = option("label", "For classification: column of class numbers.")
+    captions_per_image: int = option(5, "For retrieval: captions that count of each image, the first ones.")
     class_names: list[str] | None = option(None, "For classification: the classes, if the data does not name them.")
     templates: list[str] | None = option(None, "For classification: sentences with {} for the name of the class.")
     classification_suite: str | None = option(
         None, "For classification: YAML, a list of datasets, each a mapping of options such as these."
     )
     max_lengths: list[int] = option([*MAX_LENGTHS], "For long_text: tokens to truncate captions to.")
-    caption_samples: int | None = option(None, "Caption so many images; all by default.")
-    num_beams: int = option(1, "For captioning: beams; 1: the most probable word by word.")
-    draws: int = option(0, "Draw so many captions of each image, and let the model choose; 0: do not.")
-    caption_results: str | None = option(None, "Without a model: captions in COCO's form to score.")
+    caption_samples: int | None = option(None, "Number of images to caption; all by default.")
+    num_beams: int = option(1, "For captioning: number of beams; 1 is greedy decoding.")
+    draws: int = option(0, "Number of captions to sample of each image and to rank by the model; 0 for none.")
+    caption_results: str | None = option(None, "Captions in COCO's format to score; no model is needed.")
     caption_references: str | None = option(None, "COCO's, NoCaps' or Karpathy's reference file (with --split).")
     caption_subset: bool = option(False, "Score the images that caption_results has, not all of caption_references.")
-    max_samples: int | None = option(None, "Use the first so many (scenes: 500).")
+    max_samples: int | None = option(None, "Number of examples to use, the first ones (scenes: 500).")
     max_length: int | None = option(None, "Tokens per text; the processor's own by default.")
     batch_size: int = option(64, "Images, or texts, at a time.")
-    dtype: Literal["float32", "bfloat16", "float16"] = option("float32", "Of the weights.")
-    seed: int = option(0, "Of captions that are drawn.")
-    output_dir: str = option("outputs/evaluation", "For results.json, report.md, images.")
+    dtype: Literal["float32", "bfloat16", "float16"] = option("float32", "Precision of the weights.")
+    seed: int = option(0, "Seed of sampled captions.")
+    output_dir: str = option("outputs/evaluation", "Folder for results.json, report.md and images.")
 
     def __post_init__(self) -> None:
         for declared in fields(self):

@@ -16,7 +16,7 @@ from .sharing import gather_parts, is_first_process, shard_range
 
 logger = logging.get_logger(__name__)
 
-CPU_TOKENS = 1024  # of a batch of texts: with more, what layers hand on to each other falls out of the caches
+CPU_TOKENS = 1024  # per batch of texts; with more, activations do not fit into a CPU's caches
 
 
 @contextlib.contextmanager
@@ -77,7 +77,7 @@ def embed_images(
     return model.get_embedding(**inputs).float().cpu().view(len(images), -1)
 
 
-def write_captions(model: MMGEMModel, processor: MMGEMProcessor, inputs: Any, **generation: Any) -> list[str]:
+def generate_captions(model: MMGEMModel, processor: MMGEMProcessor, inputs: Any, **generation: Any) -> list[str]:
     """The captions of the processor's inputs; greedy unless `generation` says otherwise."""
     options = {"do_sample": False, "max_new_tokens": processor.max_length, **generation}
     ids = model.generate(**inputs.to(model.device), **options)

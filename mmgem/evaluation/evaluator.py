@@ -22,7 +22,7 @@ from .embedding import (
     embed_pairs,
     evaluating,
     readable_batches,
-    write_captions,
+    generate_captions,
 )
 from .retrieval import best_ranks, retrieval_metrics
 from .sharing import gather_parts, shard_range
@@ -167,7 +167,7 @@ def generate_captions(
     for examples in readable_batches(dataset, dataset.__getitem__, batch_size, faults=[]):
         images = [example["image"] for _, example in examples]
         inputs = processor(images=images, task="caption", return_tensors="pt")
-        captions += write_captions(model, processor, inputs, **generation)
+        captions += generate_captions(model, processor, inputs, **generation)
     return gather_parts(captions)
 
 
@@ -216,7 +216,7 @@ def draw_captions(
         inputs = processor(images=[image], task="caption", return_tensors="pt")
         with torch.random.fork_rng():
             torch.manual_seed(seed * 1_000_003 + i)
-            captions = write_captions(model, processor, inputs, **options)
+            captions = generate_captions(model, processor, inputs, **options)
         embeds = embed_images(model, processor, [image]).expand(draws, -1)
         cosines = caption_cosines(model, processor, captions, list(embeds), draws)
         if not all(map(math.isfinite, cosines)):

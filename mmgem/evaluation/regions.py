@@ -21,7 +21,7 @@ from .embedding import (
     evaluating,
     gather_readable,
     readable_batches,
-    write_captions,
+    generate_captions,
 )
 from .retrieval import TIE, check_finite, retrieval_metrics
 from .sharing import gather_parts
@@ -138,7 +138,7 @@ def caption_regions(
     for examples in _batches(dataset, processor, batch_size, faults):
         images, boxes = [e["image"] for e in examples], [e["boxes"] for e in examples]
         inputs = processor(images=images, boxes=boxes, task="region-caption", return_tensors="pt")
-        captions = write_captions(model, processor, inputs, **generation)
+        captions = generate_captions(model, processor, inputs, **generation)
         inputs = processor(images=images, boxes=boxes, return_tensors="pt").to(model.device)
         embeds = model.get_embedding(**inputs)[inputs["region_mask"]].float().cpu()
         scores = caption_cosines(model, processor, captions, list(embeds), batch_size)

@@ -48,10 +48,10 @@ class CardOptions:
 
     license: str | None = option(
         None,
-        "Of the weights, as the Hub names licenses. By default that of the code, apache-2.0, where training.json says "
+        "License of the weights, as the Hub names it. By default that of the code, apache-2.0, if training.json says "
         "that they were trained from scratch; otherwise none.",
     )
-    language: list[str] = option([], "Of the captions, such as en.")
+    language: list[str] = option([], "Languages of the captions, such as en.")
     limits: str = option("", "What users of this very model should know of its limits.")
     model_card: str | None = option(None, "A card of your own (a Markdown file) instead of the one that fills itself.")
 
