@@ -21,8 +21,8 @@ from .embedding import (
     embed_images,
     embed_pairs,
     evaluating,
-    readable_batches,
     generate_captions,
+    readable_batches,
 )
 from .retrieval import best_ranks, retrieval_metrics
 from .sharing import gather_parts, shard_range

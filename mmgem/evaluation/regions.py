@@ -20,8 +20,8 @@ from .embedding import (
     embed_texts,
     evaluating,
     gather_readable,
-    readable_batches,
     generate_captions,
+    readable_batches,
 )
 from .retrieval import TIE, check_finite, retrieval_metrics
 from .sharing import gather_parts
