@@ -24,12 +24,12 @@ from mmgem.training.memory import check_memory
 from mmgem.training.run import build_trainer, evaluate_saved, save_trained
 
 
-def main(lock: ExitStack) -> None:
+def main(stack: ExitStack) -> None:
     """
     Builds, trains, saves, evaluates and publishes. Errors that the user can put right end the run with one line.
 
     Args:
-        lock: holds the lock of `output_dir` against other runs.
+        stack: holds the lock of `output_dir` against other runs.
     """
     try:
         model_args, data_args, args, dry_run_args = parse_arguments()
@@ -40,7 +40,7 @@ def main(lock: ExitStack) -> None:
             return
         check_memory(config, args)
         if args.process_index == 0:
-            lock.enter_context(output_lock(str(args.output_dir)))
+            stack.enter_context(output_lock(str(args.output_dir)))
         trainer = build_trainer(model_args, data_args, args, config, checkpoint)
     except (ValueError, OSError, HTTPError) as error:
         sys.exit(f"error: {error}")

@@ -77,7 +77,7 @@ def embed_images(
     return model.get_embedding(**inputs).float().cpu().view(len(images), -1)
 
 
-def generate_captions(model: MMGEMModel, processor: MMGEMProcessor, inputs: Any, **generation: Any) -> list[str]:
+def caption_inputs(model: MMGEMModel, processor: MMGEMProcessor, inputs: Any, **generation: Any) -> list[str]:
     """The captions of the processor's inputs; greedy unless `generation` says otherwise."""
     options = {"do_sample": False, "max_new_tokens": processor.max_length, **generation}
     ids = model.generate(**inputs.to(model.device), **options)

@@ -16,12 +16,12 @@ from .arguments import MAX_LENGTHS
 from .captioning import best_constant_caption, caption_scores, cider_d, has_cider, tokenize
 from .embedding import (
     caption_cosines,
+    caption_inputs,
     embed_all_texts,
     embed_dataset,
     embed_images,
     embed_pairs,
     evaluating,
-    generate_captions,
     readable_batches,
 )
 from .retrieval import best_ranks, retrieval_metrics
@@ -167,7 +167,7 @@ def generate_captions(
     for examples in readable_batches(dataset, dataset.__getitem__, batch_size, faults=[]):
         images = [example["image"] for _, example in examples]
         inputs = processor(images=images, task="caption", return_tensors="pt")
-        captions += generate_captions(model, processor, inputs, **generation)
+        captions += caption_inputs(model, processor, inputs, **generation)
     return gather_parts(captions)
 
 
@@ -216,7 +216,7 @@ def draw_captions(
         inputs = processor(images=[image], task="caption", return_tensors="pt")
         with torch.random.fork_rng():
             torch.manual_seed(seed * 1_000_003 + i)
-            captions = generate_captions(model, processor, inputs, **options)
+            captions = caption_inputs(model, processor, inputs, **options)
         embeds = embed_images(model, processor, [image]).expand(draws, -1)
         cosines = caption_cosines(model, processor, captions, list(embeds), draws)
         if not all(map(math.isfinite, cosines)):

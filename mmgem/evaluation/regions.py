@@ -16,11 +16,11 @@ from .captioning import cider_d, has_cider
 from .dense_captioning import dense_captioning_map
 from .embedding import (
     caption_cosines,
+    caption_inputs,
     embed_pairs,
     embed_texts,
     evaluating,
     gather_readable,
-    generate_captions,
     readable_batches,
 )
 from .retrieval import TIE, check_finite, retrieval_metrics
@@ -138,7 +138,7 @@ def caption_regions(
     for examples in _batches(dataset, processor, batch_size, faults):
         images, boxes = [e["image"] for e in examples], [e["boxes"] for e in examples]
         inputs = processor(images=images, boxes=boxes, task="region-caption", return_tensors="pt")
-        captions = generate_captions(model, processor, inputs, **generation)
+        captions = caption_inputs(model, processor, inputs, **generation)
         inputs = processor(images=images, boxes=boxes, return_tensors="pt").to(model.device)
         embeds = model.get_embedding(**inputs)[inputs["region_mask"]].float().cpu()
         scores = caption_cosines(model, processor, captions, list(embeds), batch_size)
