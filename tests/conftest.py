@@ -4,6 +4,7 @@ import io
 import os
 import tarfile
 
+import hypothesis
 import numpy as np
 import pytest
 import torch
@@ -17,6 +18,8 @@ from mmgem.processing import to_mmgem_tokenizer
 from mmgem.processing.tokenization_mmgem import special_token_ids
 
 
+hypothesis.settings.register_profile("same_examples_every_time", derandomize=True)
+hypothesis.settings.load_profile("same_examples_every_time")
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 
 CORPUS = ["a dog on a beach", "the cat sat on the mat", "two people ride red bicycles", "snow on a mountain"] * 3
