@@ -80,9 +80,8 @@ def save_trained(
     trainer.merge_lora()
     trainer.save_model(_internal_call=True)  # does not push: train.py does, after the evaluation
     if trainer.is_world_process_zero():
-        Path(str(trainer.args.output_dir), "results.json").unlink(
-            missing_ok=True
-        )  # stale: belongs to the previous weights
+        # Stale: belongs to the previous weights.
+        Path(str(trainer.args.output_dir), "results.json").unlink(missing_ok=True)
         if seconds is not None:
             write_record(trainer, model_args, data_args, seconds)
     trainer.accelerator.wait_for_everyone()

@@ -224,14 +224,19 @@ def test_box_holds_what_cutting_the_picture_by_hand_holds(processor, size, corne
     inputs = processor(images=[picture], boxes=[[[x0, y0, x1, y1]]], return_tensors="pt")
     by_hand = (np.array(kept) - [left, top, left, top]) * 32 / side
     assert np.allclose(inputs["boxes"][0, 0], by_hand, atol=1.0), "sizes and offsets are rounded to whole pixels"
-    patch = picture.resize((1, 1), Image.Resampling.BOX, box=kept)
+    # The part of the file that these pixels of the input show: the longer side and the crop are whole pixels.
+    resized = [32 * length // side for length in size]
+    scale = np.tile(np.array(resized) / size, 2)
+    crop = np.tile([(length - 32) // 2 for length in resized], 2)
+    box = inputs["boxes"][0, 0].numpy().astype(float)
+    shown = ((box + crop) / scale).clip(0, [width, height, width, height])
+    patch = picture.resize((1, 1), Image.Resampling.BOX, box=tuple(shown))
     expected = np.asarray(patch).reshape(3) / 255
     weights = PoolAggregator(1).weights_of_boxes(inputs["boxes"], (32, 32))[0, 0]
     mean = (inputs["pixel_values"][0].flatten(1) @ weights).numpy()
     image_processor = processor.image_processor
     mean = mean * np.array(image_processor.image_std) + np.array(image_processor.image_mean)
-    # Offsets are rounded to whole pixels, of which eight lie between two colours of the picture.
-    assert np.allclose(mean, expected, atol=0.1)
+    assert np.allclose(mean, expected, atol=0.06)
 
 
 def test_geometry_equals_the_image_processor(processor):
