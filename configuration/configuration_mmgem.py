@@ -1,7 +1,7 @@
 """MM-GEM configuration: the architecture, and nothing about training."""
 
 import math
-from typing import Any
+from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
@@ -26,6 +26,13 @@ class MMGEMConfig(PreTrainedConfig):
         image_token_id, cap_token_id, emb_token_id (`int`, *optional*, default to -3, -2, -1):
             Ids of `<image>` (a visual token's place), `[CAP]` (a caption starts) and `[EMB]` (the sentence
             embedding is read here); negative ones count from the end of the vocabulary.
+        image_pooling (`str`, *optional*, defaults to `"mean"`):
+            What a whole image is embedded from: `"mean"` of its patches (the paper), `"cls"` (the class token),
+            `"cls+mean"` (both, side by side), or `"tower"` (what CLIP and SigLIP embed themselves: the class token, or
+            the attention head's vector). Regions are pooled from patches.
+        image_grid_size (`int`, *optional*, defaults to 1):
+            k: a whole image becomes k x k visual tokens in front of its caption. 1 is the paper's: the token comes
+            from the image's own embedding; otherwise from the patches in each cell of a k x k grid over the image.
         region_grid_size (`int`, *optional*, defaults to 7):
             k: a region becomes k x k visual tokens in front of its caption, unless an adapter has a k of its own. The
             default is measured (`benchmarks/region_grid_size.py`).
@@ -68,6 +75,8 @@ class MMGEMConfig(PreTrainedConfig):
     image_token_id: int = -3
     cap_token_id: int = -2
     emb_token_id: int = -1
+    image_pooling: Literal["mean", "cls", "cls+mean", "tower"] = "mean"
+    image_grid_size: int = 1
     region_grid_size: int = 7
     num_soft_prompts: int = 64
     lm_head_bias: bool = False
@@ -84,6 +93,18 @@ class MMGEMConfig(PreTrainedConfig):
         # The library ties by the top config, checkpoints of language models say it in their own.
         if getattr(self.text_config, "tie_word_embeddings", False):
             self.tie_word_embeddings = True
+
+    def validate_image_grid_size(self) -> None:
+        """Raises ValueError unless 1 <= k <= patches per side."""
+        vision = self.vision_config
+        if self.image_grid_size == 1:
+            return
+        side = vision.image_size // vision.patch_size
+        if not 1 <= self.image_grid_size <= side:
+            raise ValueError(
+                f"image_grid_size must lie in [1, {side}], got {self.image_grid_size}: '{vision.model_type}' sees an "
+                f"image as {side} x {side} patches."
+            )
 
     def validate_token_ids(self) -> None:
         """Raises ValueError unless the three special tokens are distinct ids of the vocabulary."""

@@ -7,7 +7,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrai
 
 from ..configuration.configuration_mmgem import MMGEMConfig
 from ..processing.tokenization_mmgem import special_token_ids, to_mmgem_tokenizer
-from .vision_mmgem import load_vision_model, vision_config_of
+from .vision_mmgem import load_tower_projection, load_vision_model, vision_config_of
 
 
 def from_vision_text_pretrained(
@@ -33,12 +33,24 @@ def from_vision_text_pretrained(
         dtype (`torch.dtype` or `str`, *optional*, defaults to `torch.float32`): precision of all weights; "auto" is
             the language model's. Train in float32 (under autocast): small steps are lost in 16-bit weights.
         attn_implementation (`str`, *optional*): of both towers, such as "sdpa" or "flash_attention_2".
-        **config_kwargs: of [`MMGEMConfig`], such as `projection_dim`.
+        **config_kwargs: of [`MMGEMConfig`], such as `projection_dim`. With `image_pooling="tower"` h1 starts as the
+            tower's own projection, whose size is the only `projection_dim`: images then have the embeddings that they
+            had in CLIP or SigLIP, and keep them while the vision tower and h1 are frozen.
 
     Raises:
-        ValueError: for a vision tower or language model that could not be rebuilt exactly, by name.
+        ValueError: for a vision tower or language model that could not be rebuilt exactly, by name; for another
+            `projection_dim` than the tower's.
     """
-    vision_config = vision_config_of(vision)  # refuses a tower before the language model is loaded
+    image_pooling = config_kwargs.get("image_pooling", "mean")
+    vision_config = vision_config_of(vision, image_pooling)  # refuses a tower before the language model is loaded
+    tower_projection = load_tower_projection(vision, vision_config) if image_pooling == "tower" else None
+    if tower_projection is not None:
+        size = len(tower_projection)
+        if config_kwargs.setdefault("projection_dim", size) != size:
+            raise ValueError(
+                f"projection_dim {config_kwargs['projection_dim']} is not that of {vision}, {size}, which "
+                "image_pooling 'tower' keeps. Leave out projection_dim."
+            )
     causal_lm = AutoModelForCausalLM.from_pretrained(text, dtype=dtype)
     dtype = causal_lm.dtype
     vision_model = load_vision_model(vision, vision_config, image_size, dtype)
@@ -69,6 +81,9 @@ def from_vision_text_pretrained(
         if any(tensor.is_meta for tensor in [*module.parameters(), *module.buffers()]):
             module.to(dtype).to_empty(device=causal_lm.device)
             model._init_weights(module)
+    if tower_projection is not None:
+        model.visual_projection.weight.data.copy_(tower_projection)
+        model.visual_projection.bias.data.zero_()
     model.tie_weights()
     if attn_implementation is not None:
         model.set_attn_implementation(attn_implementation)

@@ -8,6 +8,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import torch_compilable_check
 
 from .inputs_mmgem import mask_of_padding
+from .vision_mmgem import EncodedImages
 
 
 class EmbeddingMixin:
@@ -38,6 +39,31 @@ class EmbeddingMixin:
         """
         images = self._encode_images(pixel_values, boxes, masks, region_mask)
         return BaseModelOutputWithPooling(last_hidden_state=images.features, pooler_output=self._image_embeds(images))
+
+    def get_patch_embedding(self: Any, pixel_values: torch.Tensor) -> torch.Tensor:
+        """
+        Every patch as a region of its own, as heat maps need it.
+
+        Args:
+            pixel_values (`torch.FloatTensor` of shape `(B, 3, height, width)`).
+
+        Returns:
+            `torch.FloatTensor` of shape `(B, P, D)`: unit norm, float32, row by row of the grid.
+        """
+        return unit_norm(self.region_projection(self._cell_embeds(self._encode_images(pixel_values))))
+
+    def _cell_embeds(self: Any, images: EncodedImages, grid_size: int | None = None) -> torch.Tensor:
+        """
+        h1 of the patches pooled in the k x k cells of each region, or of the whole image: `(B, R * k * k, D)`. Without
+        `grid_size` each patch is a cell.
+        """
+        vectors = images.features
+        if grid_size is not None:
+            vectors = self.pool_aggregator(vectors, images.grid, images.boxes, images.masks, grid_size)
+        if self.config.image_pooling == "cls+mean":
+            class_token = images.pooled[:, None, : vectors.shape[-1]]
+            vectors = torch.cat([class_token.expand_as(vectors), vectors], -1)
+        return self.visual_projection(vectors)
 
     def get_text_features(
         self: Any,

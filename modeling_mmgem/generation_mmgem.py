@@ -46,14 +46,14 @@ class CaptionGenerationMixin(GenerationMixin):
         if kwargs.get("attention_mask") is not None:
             input_ids, kwargs["attention_mask"] = _pad_left(input_ids, kwargs["attention_mask"])
         images = self._encode_images(pixel_values, **regions)
-        if not bool(images.features.isfinite().all()):
+        if not bool(images.features.isfinite().all() & images.pooled.isfinite().all()):
             raise ValueError(
                 "The features of pixel_values are NaN or infinite, so no caption could be read from them. Check "
                 "pixel_values, the weights, and whether their dtype is too small."
             )
         self._warn_of_untrained_prompts(input_ids, images)
         owners = _owners(images)
-        grid_size = self.region_grid_size if images.has_regions else 1
+        grid_size = self.region_grid_size if images.has_regions else self.config.image_grid_size
         tokens = len(owners) * grid_size**2
         check_placeholders(input_ids, tokens, self.config.image_token_id, self.config.emb_token_id)
         rows_at_a_time = len(input_ids) if kwargs.get("return_dict_in_generate") else MAX_ROWS
@@ -118,8 +118,9 @@ class CaptionGenerationMixin(GenerationMixin):
                 None if regions is None else regions[index : index + 1, chosen]
                 for regions in (images.boxes, images.masks)
             )
-            features = images.features[index : index + 1]
-            tokens.append(self._visual_tokens(EncodedImages(features, images.grid, boxes, masks)))
+            own = slice(index, index + 1)
+            pooled, patches = images.pooled[own], None if images.patches is None else images.patches[own]
+            tokens.append(self._visual_tokens(EncodedImages(pooled, patches, boxes, masks)))
         return torch.cat(tokens)
 
 
@@ -128,7 +129,7 @@ def _owners(images: EncodedImages) -> torch.Tensor:
     region_mask = images.region_mask
     if region_mask is None:
         regions = images.boxes if images.masks is None else images.masks
-        region_mask = torch.ones(len(images.features), 1 if regions is None else regions.shape[1], dtype=torch.bool)
+        region_mask = torch.ones(len(images.pooled), 1 if regions is None else regions.shape[1], dtype=torch.bool)
     return region_mask.nonzero()
 
 

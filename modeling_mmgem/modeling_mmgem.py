@@ -11,6 +11,9 @@ Where the paper leaves something open, this is our reading: V_in comes from V_Em
 after the ViT's final norm, without CLS and registers; a prompt is "<bos> <image> [CAP]", with BOS if the tokenizer has
 one; a region gives k x k visual tokens; tau is learned as the logarithm of 1 / tau.
 
+Beside the paper's mean of V, `config.image_pooling` takes V_Emb from the class token, or from what the tower embeds
+itself; with `config.image_grid_size` a whole image gives k x k visual tokens too.
+
 Stage 2 trains caption_projection and soft_prompts, or region_projection, as adapters beside all other weights: see
 `adapters_mmgem.py`.
 """
@@ -44,7 +47,7 @@ from .losses_mmgem import LogitScale, caption_loss_of_states, contrastive_loss, 
 from .outputs_mmgem import CACHE_NAME, MMGEMOutput, TrainingInputs
 from .pipelines_mmgem import RegionCaptioningPipeline
 from .pooling_mmgem import PoolAggregator
-from .vision_mmgem import EncodedImages, build_vision_model, check_vision_config, patch_features
+from .vision_mmgem import EncodedImages, build_vision_model, check_image_pooling, check_vision_config, encode_images
 
 
 class MMGEMModel(CheckedLoadingMixin, RegionAdapterMixin, EmbeddingMixin, CaptionGenerationMixin, PreTrainedModel):
@@ -84,6 +87,7 @@ class MMGEMModel(CheckedLoadingMixin, RegionAdapterMixin, EmbeddingMixin, Captio
         super().__init__(config)
         vision_config, text_config, dim = config.vision_config, config.text_config, config.projection_dim
         check_vision_config(vision_config, "vision_config")
+        check_image_pooling(vision_config, config.image_pooling)
         self.vision_model = build_vision_model(vision_config)
         self.language_model = AutoModel.from_config(text_config)
         if self.language_model._is_stateful:
@@ -93,7 +97,8 @@ class MMGEMModel(CheckedLoadingMixin, RegionAdapterMixin, EmbeddingMixin, Captio
             )
         self.lm_head = nn.Linear(text_config.hidden_size, text_config.vocab_size, bias=config.lm_head_bias)
         self.pool_aggregator = PoolAggregator(vision_config.patch_size)
-        self.visual_projection = nn.Linear(vision_config.hidden_size, dim)  # h1
+        pooled_size = vision_config.hidden_size * (2 if config.image_pooling == "cls+mean" else 1)
+        self.visual_projection = nn.Linear(pooled_size, dim)  # h1
         self.text_projection = nn.Linear(text_config.hidden_size, dim)  # h2
         self.caption_projection = nn.Linear(dim, text_config.hidden_size)  # h3
         self.region_projection = nn.Linear(dim, dim)  # h4
@@ -206,8 +211,9 @@ class MMGEMModel(CheckedLoadingMixin, RegionAdapterMixin, EmbeddingMixin, Captio
         text_positions, label_positions = extra["text_positions"], extra["label_positions"]
         cache = past_key_values if cache is None else cache
         images = text_embeds = image_embeds = outputs = None
-        if pixel_values is not None or extra["patch_features"] is not None:
-            images = self._encode_images(pixel_values, boxes, masks, region_mask, extra["patch_features"])
+        pooled, patches = extra["pooled_features"], extra["patch_features"]
+        if pixel_values is not None or pooled is not None:
+            images = self._encode_images(pixel_values, boxes, masks, region_mask, pooled, patches)
             image_embeds = unit_norm(self._image_embeds(images))
         elif input_ids is None and inputs_embeds is None:
             raise ValueError("Pass input_ids (or inputs_embeds), pixel_values, or both.")
@@ -252,30 +258,28 @@ class MMGEMModel(CheckedLoadingMixin, RegionAdapterMixin, EmbeddingMixin, Captio
         boxes: torch.Tensor | None = None,
         masks: torch.Tensor | None = None,
         region_mask: torch.Tensor | None = None,
+        pooled: torch.Tensor | None = None,
         patches: torch.Tensor | None = None,
     ) -> EncodedImages:
-        """V of pixels, or V that was computed before as `patches` `(B, rows, columns, C)`."""
-        if patches is not None:
-            features, grid = patches.flatten(1, 2), (patches.shape[1], patches.shape[2])
-        else:
-            assert pixel_values is not None
-            features, grid = patch_features(self.vision_model, pixel_values)
-        return EncodedImages(features, grid, boxes, masks, region_mask)
+        """Images after the ViT, from pixels or from what was kept of an earlier pass: see [`TrainingInputs`]."""
+        if pixel_values is not None:
+            pooled, patches = encode_images(self.vision_model, pixel_values, self.config.image_pooling)
+        assert pooled is not None
+        return EncodedImages(pooled, patches, boxes, masks, region_mask)
 
     def _image_embeds(self, images: EncodedImages) -> torch.Tensor:
         """V_Emb, `(B, D)`, or `(B, R, D)` through h4 for regions (equations 5 and 7)."""
-        pooled = self.pool_aggregator(images.features, images.grid, images.boxes, images.masks)
-        embeds = self.visual_projection(pooled)
         if not images.has_regions:
-            return embeds[:, 0]
-        embeds = self.region_projection(embeds)
+            return self.visual_projection(images.pooled)
+        embeds = self.region_projection(self._cell_embeds(images, 1))
         return embeds if images.region_mask is None else embeds * images.region_mask[..., None].to(embeds.device)
 
     def _visual_tokens(self, images: EncodedImages) -> torch.Tensor:
-        """V_in `(N, H)`: one token per image, k x k per region, in row-major order (equations 5 and 6)."""
-        grid_size = self.region_grid_size if images.has_regions else 1
-        pooled = self.pool_aggregator(images.features, images.grid, images.boxes, images.masks, grid_size)
-        tokens = self.caption_projection(self.visual_projection(pooled))
+        """V_in `(N, H)`: k x k tokens per image or region, in row-major order (equations 5 and 6)."""
+        grid_size = self.region_grid_size if images.has_regions else self.config.image_grid_size
+        if not images.has_regions and grid_size == 1:
+            return self.caption_projection(self.visual_projection(images.pooled))
+        tokens = self.caption_projection(self._cell_embeds(images, grid_size))
         if images.region_mask is not None:
             tokens = tokens.unflatten(1, (images.region_mask.shape[1], -1))[images.region_mask.to(tokens.device)]
         return tokens.flatten(0, -2)

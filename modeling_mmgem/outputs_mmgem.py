@@ -47,8 +47,10 @@ class TrainingInputs(TypedDict, total=False):
 
     Args:
         num_items_in_batch (`int` or scalar tensor): see [`caption_loss`].
-        patch_features (`torch.FloatTensor` of shape `(B, rows, columns, C)`): V of images that went through the vision
-            tower before, instead of `pixel_values`.
+        pooled_features (`torch.FloatTensor` of shape `(B, C)` or `(B, 2 C)`): what images are embedded from, of images
+            that went through the vision tower before; instead of `pixel_values`.
+        patch_features (`torch.FloatTensor` of shape `(B, rows, columns, C)`): their V for regions, or its means in
+            k x k cells; not needed for whole images with one visual token.
         text_positions, label_positions (`torch.LongTensor` of shapes `(N,)` and `(L,)`): indices into
             `input_ids.flatten()` of the [EMB] to read, in the order of the texts wanted, and of all labels that are
             not -100. A collator that passes them spares the host from waiting for the device to find them; its prompts
@@ -56,6 +58,7 @@ class TrainingInputs(TypedDict, total=False):
     """
 
     num_items_in_batch: torch.Tensor | int | None
+    pooled_features: torch.Tensor | None
     patch_features: torch.Tensor | None
     text_positions: torch.Tensor | None
     label_positions: torch.Tensor | None

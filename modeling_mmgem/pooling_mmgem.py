@@ -84,21 +84,24 @@ class PoolAggregator(nn.Module):
             patch_features (`torch.FloatTensor` of shape `(B, P, C)`): V, row by row of the map.
             grid: patches along height and width; their product is P.
             boxes (`torch.FloatTensor` of shape `(B, R, 4)`, *optional*): `[x0, y0, x1, y1]` in pixels; clipped to the
-                patches.
+                patches. Without boxes and masks there is one region, the whole image.
             masks (`torch.Tensor` of shape `(B, R, height, width)`, *optional*): a region's weight per pixel. Behind
                 the last whole patch there are no features, so that pixels there count at its edge.
             grid_size (`int`): k, a region gives k x k vectors.
 
         Returns:
-            `torch.FloatTensor` of shape `(B, 1, C)` for whole images, `(B, R * k * k, C)` for regions (one by one,
-            each row by row of its k x k grid). Many regions are pooled in parts, so that A never exists whole.
+            `torch.FloatTensor` of shape `(B, R * k * k, C)`: region by region, each row by row of its k x k grid. Many
+            regions are pooled in parts, so that A never exists whole.
 
         Raises:
             ValueError: for boxes and masks at once; for masks of another size than the image; for a negative,
                 infinite or NaN weight.
         """
         if boxes is None and masks is None:
-            return patch_features.mean(1, keepdim=True)
+            if grid_size == 1:
+                return patch_features.mean(1, keepdim=True)
+            height, width = (cells * self.patch_size for cells in grid)
+            boxes = patch_features.new_tensor([0, 0, width, height], dtype=torch.float32).expand(1, 1, 4)
         if boxes is not None and masks is not None:
             raise ValueError("A region is a box or a mask: pass `boxes` or `masks`, not both.")
         if masks is not None and tuple(side // self.patch_size for side in masks.shape[2:]) != tuple(grid):

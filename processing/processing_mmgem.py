@@ -66,7 +66,8 @@ class MMGEMProcessor(ProcessorMixin):
         chat_template (`str`, *optional*): by default the texts of a chat, with `<image>` for its image.
         max_length (`int`, *optional*, defaults to 50): tokens of a text, BOS and [EMB] included (paper: 50
             in training, 200 for long captions at test time); at least 3.
-        region_grid_size (`int`, *optional*, defaults to 7): k, as in [`MMGEMConfig`].
+        image_grid_size, region_grid_size (`int`, *optional*, default to 1 and 7): k of whole images and of regions, as
+            in [`MMGEMConfig`].
         num_soft_prompts (`int`, *optional*, defaults to 64): as in [`MMGEMConfig`].
 
     Raises:
@@ -80,6 +81,7 @@ class MMGEMProcessor(ProcessorMixin):
         tokenizer: Any = None,
         chat_template: str | None = None,
         max_length: int = 50,
+        image_grid_size: int = 1,
         region_grid_size: int = 7,
         num_soft_prompts: int = 64,
     ):
@@ -92,6 +94,7 @@ class MMGEMProcessor(ProcessorMixin):
             )
         self.bos = tokenizer.bos_token if starts_with_bos(tokenizer) else ""
         self.max_length = self.checked_length(max_length)
+        self.image_grid_size = _at_least_one("image_grid_size", image_grid_size)
         self.region_grid_size = _at_least_one("region_grid_size", region_grid_size)
         self.num_soft_prompts = _at_least_one("num_soft_prompts", num_soft_prompts)
         self.image_token = IMAGE_TOKEN
@@ -145,8 +148,8 @@ class MMGEMProcessor(ProcessorMixin):
                 one, a prompt may also have text before its `<image>`.
             boxes: per image a list of `[x0, y0, x1, y1]` in pixels of the original image (upright, after EXIF).
             masks: per image a list of `(height, width)` arrays, 0 outside the region and 1 inside; instead of boxes.
-            task (`str`, *optional*): "caption" (one prompt per image) or "region-caption" (one per region: k x k
-                placeholders and 64 [CAP]).
+            task (`str`, *optional*): "caption" (one prompt per image: k x k placeholders and [CAP]) or
+                "region-caption" (one per region: k x k placeholders and 64 [CAP]).
             return_tensors (`str`, *optional*): "pt" or "np".
             **kwargs: `max_length` (None: the processor's own), `truncation` (True truncates long texts without a
                 warning, False leaves them; too long a prompt is refused), `padding`, `padding_side` for texts; options
@@ -184,6 +187,21 @@ class MMGEMProcessor(ProcessorMixin):
         elif texts is not None:
             data.update(self._sentences(texts, text_kwargs))
         return MMGEMBatchFeature(data, tensor_type=return_tensors)
+
+    @property
+    def image_prompt(self) -> list[str]:
+        """The tokens between BOS and the caption of a whole image."""
+        return [IMAGE_TOKEN] * self.image_grid_size**2 + [CAP_TOKEN]
+
+    @property
+    def region_prompt(self) -> list[str]:
+        """The tokens between BOS and the caption of a region."""
+        return [IMAGE_TOKEN] * self.region_grid_size**2 + [CAP_TOKEN] * self.num_soft_prompts
+
+    @property
+    def longest_sequence(self) -> int:
+        """Tokens of the longest caption with its prompt: a sentence of `max_length` has [EMB] where this has EOS."""
+        return self.max_length + len(self.image_prompt)
 
     def sentence_ids(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids "(BOS) text [EMB]" of each text, not truncated; training and evaluation read texts by it too."""
@@ -302,9 +320,9 @@ class MMGEMProcessor(ProcessorMixin):
             if region_mask is None:
                 raise ValueError('task="region-caption" needs boxes or masks; task="caption" takes whole images.')
             number = int(region_mask.sum())
-            opening = [IMAGE_TOKEN] * self.region_grid_size**2 + [CAP_TOKEN] * self.num_soft_prompts
+            opening = self.region_prompt
         else:
-            number, opening = len(images), [IMAGE_TOKEN, CAP_TOKEN]
+            number, opening = len(images), self.image_prompt
         if len(texts) == 1:
             texts = texts * max(number, 1)
         if len(texts) != number:

@@ -8,23 +8,25 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from ..processing import MMGEMProcessor
-from ..processing.tokenization_mmgem import CAP_TOKEN, IMAGE_TOKEN
 from .pairs import BadDataError, digest
 from .regions import regions_inside
 
 
+# What is kept of an image that went through the ViT before.
+CACHED_FEATURES = ("pooled_features", "patch_features")
 # The tensors of a batch that the model takes; the others are for the losses and the log.
 MODEL_INPUTS = (
     *("input_ids", "attention_mask", "position_ids", "text_positions", "labels", "label_positions"),
-    *("pixel_values", "patch_features", "boxes", "region_mask"),
+    *("pixel_values", *CACHED_FEATURES, "boxes", "region_mask"),
 )
 TokenSequence = tuple[list[int], list[int]]  # token ids and labels
 
 
 class PairCollator:
     """
-    Collates B pairs into B sentences "(BOS) caption [EMB]" and B captions "(BOS) <image> [CAP] caption EOS" with
-    labels on caption and EOS. Both hold the same words (paper: the same batch).
+    Collates B pairs into B sentences "(BOS) caption [EMB]" and B captions "(BOS) <image> [CAP] caption EOS", of which
+    k x k `<image>`, with labels on caption and EOS. Both hold the same words (paper: the same batch). If the examples
+    hold features of a frozen ViT, the batch does too, instead of `pixel_values`.
 
     Args:
         processor: of the model.
@@ -50,11 +52,12 @@ class PairCollator:
     def __init__(
         self, processor: MMGEMProcessor, objective: str = "joint", pack_length: int = 0, mini_batch_size: int = 0
     ):
-        longest = processor.checked_length(processor.max_length) + 2
+        processor.checked_length(processor.max_length)
+        longest = processor.longest_sequence
         if 0 < pack_length < longest:
             raise ValueError(
                 f"pack_length {pack_length} does not hold the longest sequence: max_length {processor.max_length} "
-                f"needs {longest}; raise it, or turn packing off."
+                f"needs {longest}, visual tokens included; raise it, or turn packing off."
             )
         self.processor = processor
         self.objective = objective
@@ -80,14 +83,14 @@ class PairCollator:
 
     def _batch(self, examples: Sequence[dict[str, Any]], ids: list[list[int]]) -> dict[str, Any]:
         sentences = [] if self.objective == "caption" else self._sentences(ids)
-        captions = [] if self.objective == "contrastive" else self._captions(ids)
+        captions = [] if self.objective == "contrastive" else self._captions(ids, self.processor.image_prompt)
         sequences = sentences + captions
         rows = pack([len(tokens) for tokens, _ in sequences], self.pack_length)
         order = [i for row in rows for i in row]
         images = [i - len(sentences) for i in order if i >= len(sentences)] or order
         texts = images if sentences else []
         batch = self._tensors(sequences, rows, texts)
-        batch["pixel_values"] = self.pixel_values([examples[i]["image"] for i in images])
+        batch.update(self._images([examples[i] for i in images]))
         if sentences:
             pair_ids = [[digest(examples[i]["caption"].encode()), examples[i]["image_id"]] for i in images]
             batch["pair_ids"] = torch.tensor(pair_ids)
@@ -95,6 +98,13 @@ class PairCollator:
             rows = pack([len(tokens) for tokens, _ in sentences], self.pack_length)
             batch["sentences"] = self._tensors(sentences, rows, texts)
         return batch
+
+    def _images(self, examples: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        """Their pixels, or what is cached of them."""
+        cached = [name for name in CACHED_FEATURES if name in examples[0]]
+        if not cached:
+            return {"pixel_values": self.pixel_values([example["image"] for example in examples])}
+        return {name: torch.stack([example[name] for example in examples]) for name in cached}
 
     def pixel_values(self, images: list[Any]) -> torch.Tensor:
         """As the image processor, but rescales and normalises the whole batch at once, which takes half the time."""
@@ -113,7 +123,7 @@ class PairCollator:
         truncated = [row if len(row) <= max_length else [*row[: max_length - 1], row[-1]] for row in ids]
         return [(row, [-100] * len(row)) for row in truncated]
 
-    def _captions(self, ids: list[list[int]], prompt: Sequence[str] = (IMAGE_TOKEN, CAP_TOKEN)) -> list[TokenSequence]:
+    def _captions(self, ids: list[list[int]], prompt: Sequence[str]) -> list[TokenSequence]:
         tokenizer, max_length = self.processor.tokenizer, self.processor.max_length
         start = int(bool(self.processor.bos))
         opening = [*ids[0][:start], *tokenizer.convert_tokens_to_ids(list(prompt))]
@@ -187,8 +197,7 @@ class RegionCollator(PairCollator):
         counts = torch.tensor([len(of_image) for of_image in boxes])
         ids = self.processor.sentence_ids(phrases)
         if self.objective == "caption":
-            prompt = [IMAGE_TOKEN] * self.processor.region_grid_size**2
-            sequences, texts = self._captions(ids, prompt + [CAP_TOKEN] * self.processor.num_soft_prompts), []
+            sequences, texts = self._captions(ids, self.processor.region_prompt), []
         else:
             sequences, texts = self._sentences(ids), list(range(len(ids)))
         batch = {
@@ -199,11 +208,8 @@ class RegionCollator(PairCollator):
             "truncated": sum(len(row) > self.processor.max_length for row in ids),
             "left_out": sum(example.get("left_out", 0) for example in examples),
             "bad": {index: reason for example in examples for index, reason in example["bad"].items()},
+            **self._images(examples),
         }
-        if "patch_features" in examples[0]:
-            batch["patch_features"] = torch.stack([example["patch_features"] for example in examples])
-        else:
-            batch["pixel_values"] = self.pixel_values([example["image"] for example in examples])
         return batch
 
 

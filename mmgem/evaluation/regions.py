@@ -6,7 +6,6 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
-from torch.nn.functional import normalize
 
 from ..data.pairs import PairDataset
 from ..data.regions import RegionDataset
@@ -97,12 +96,12 @@ def evaluate_adapter(
 @contextmanager
 def stage_1(model: MMGEMModel, processor: MMGEMProcessor) -> Iterator[MMGEMProcessor]:
     """
-    Switches off the adapters, if there are any, and yields a processor whose region prompts are stage 1's: one visual
-    token and one [CAP], as for a whole image. Stage 1 was never trained on 64 [CAP] tokens.
+    Switches off the adapters, if there are any, and yields a processor whose region prompts are stage 1's: as many
+    visual tokens as a whole image has, and one [CAP]. Stage 1 was never trained on 64 [CAP] tokens.
     """
     own_processor = copy.copy(processor)
     own_processor.num_soft_prompts = 1
-    grid_size, model.config.region_grid_size = model.config.region_grid_size, 1
+    grid_size, model.config.region_grid_size = model.config.region_grid_size, model.config.image_grid_size
     try:
         with adapters_off(model):
             yield own_processor
@@ -179,14 +178,13 @@ def _retrieve_regions(
     for examples in _batches(dataset, processor, batch_size, faults):
         images, boxes = [e["image"] for e in examples], [e["boxes"] for e in examples]
         inputs = processor(images=images, boxes=boxes, return_tensors="pt").to(model.device)
-        features: Any = model.get_image_features(**inputs)
-        embeds.append(normalize(features.pooler_output[inputs["region_mask"]].float(), dim=-1).cpu())
+        embeds.append(model.get_embedding(**inputs)[inputs["region_mask"]].cpu())
         batch = _regions(examples)
         new = sorted({region["phrase"] for region in batch} - texts.keys())
         texts.update(zip(new, embed_texts(model, processor, new, batch_size)))
         queries = torch.stack([texts[region["phrase"]] for region in batch])
         owners = inputs["region_mask"].nonzero()[:, 0].cpu()
-        patches = patch_embeddings(model, features.last_hidden_state).cpu()
+        patches = model.get_patch_embedding(inputs["pixel_values"]).cpu()
         similarity = torch.stack([patches[owner] @ query for owner, query in zip(owners, queries)])
         right = _same_phrase(batch, patches_inside(model, inputs)[inputs["region_mask"]].cpu())
         is_highest = similarity >= similarity.amax(1, keepdim=True) - TIE
@@ -210,11 +208,6 @@ def _retrieve_regions(
     metrics["pointing_game"] = sum(region["hit"] for region in regions) / len(regions)
     metrics["pointing_game_chance"] = sum(region.pop("share") for region in regions) / len(regions)
     return metrics, regions
-
-
-def patch_embeddings(model: MMGEMModel, patch_features: torch.Tensor) -> torch.Tensor:
-    """V `(B, P, C)` through h1 and h4, each patch a region of its own: unit norm, `(B, P, D)`, float32."""
-    return normalize(model.region_projection(model.visual_projection(patch_features)).float(), dim=-1)
 
 
 def patches_inside(model: MMGEMModel, inputs: Any) -> torch.Tensor:
@@ -242,9 +235,8 @@ def heat_map(model: MMGEMModel, processor: MMGEMProcessor, image: Any, sentence:
     mean over all patches; "region-retrieval" has learned parts.
     """
     pixels = processor(images=[image], return_tensors="pt").to(model.device)["pixel_values"]
-    features: Any = model.get_image_features(pixels)
     text = embed_texts(model, processor, [sentence])[0]
-    similarity = patch_embeddings(model, features.last_hidden_state)[0].cpu() @ text
+    similarity = model.get_patch_embedding(pixels)[0].cpu() @ text
     return similarity.view(-1, pixels.shape[-1] // model.pool_aggregator.patch_size)
 
 

@@ -4,7 +4,7 @@ import importlib.util
 import math
 import os
 from dataclasses import MISSING, dataclass, fields
-from typing import Literal
+from typing import Any, Literal
 
 from transformers import TrainingArguments
 
@@ -43,10 +43,25 @@ class ModelArguments:
     attn_implementation: str | None = option(
         None, "Attention of both towers: sdpa (default), eager, flash_attention_2, …"
     )
-    projection_dim: int = option(None, "D, the size of the embedding space of a new model; 512 by default.")
+    projection_dim: int | None = option(
+        None, "D, the size of the embedding space of a new model; 512 by default, or the tower's."
+    )
+    image_pooling: Literal["mean", "cls", "cls+mean", "tower"] | None = option(
+        None,
+        "What a new model embeds images from; mean of the patches by default. tower: as CLIP or SigLIP does itself.",
+    )
+    image_grid_size: int | None = option(
+        None, "k: a whole image becomes k x k visual tokens; 1 by default, or the checkpoint's own."
+    )
     region_grid_size: int | None = option(
         None, "k: a region becomes k x k visual tokens; by default the checkpoint's own."
     )
+
+    @property
+    def config_settings(self) -> dict[str, Any]:
+        """The settings of a new model's configuration that were given."""
+        names = ("projection_dim", "image_pooling", "image_grid_size")
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
     def __post_init__(self) -> None:
         self.vision_config = _as_mapping(self.vision_config, "vision_config")
@@ -59,15 +74,18 @@ class ModelArguments:
             raise ValueError("init_from brings its own towers. Leave out --vision_model_name_or_path and its pair.")
         if self.init_from and self.projection_dim is not None:
             raise ValueError("projection_dim of the checkpoint of --init_from is kept. Leave out --projection_dim.")
+        if self.init_from and self.image_pooling is not None:
+            raise ValueError("image_pooling of the checkpoint of --init_from is kept. Leave out --image_pooling.")
         for name in ("vocab_size", "vision_config", "text_config"):
             if getattr(self, name) and (self.init_from or self.vision_model_name_or_path):
                 raise ValueError(
                     f"{name} is for a model from scratch: pretrained towers and --init_from bring their own. Leave "
                     f"out --{name}."
                 )
-        self.projection_dim = 512 if self.projection_dim is None else self.projection_dim
         self.vocab_size = 4096 if self.vocab_size is None else self.vocab_size
-        for name in ("projection_dim", "vocab_size", "region_grid_size"):
+        if self.projection_dim is None and self.image_pooling != "tower":  # which has a size of its own
+            self.projection_dim = 512
+        for name in ("projection_dim", "vocab_size", "image_grid_size", "region_grid_size"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be 1 or more, got {value}.")
@@ -261,7 +279,7 @@ def parse_arguments(
     if args.stage != "1":
         _check_stage_2(model_args, data_args, args)
     elif model_args.region_grid_size is not None:
-        raise ValueError("region_grid_size is for --stage region-caption; stage 1 has one visual token per image.")
+        raise ValueError("region_grid_size is for --stage region-caption; stage 1 has --image_grid_size.")
     if data_args.train_shards and (args.ignore_data_skip or args.train_sampling_strategy != "random"):
         raise ValueError(
             "ignore_data_skip and train_sampling_strategy are for tables: a stream goes on where it was, in its order."

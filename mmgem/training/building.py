@@ -20,7 +20,7 @@ from ..data.tokenizer import train_tokenizer
 from ..loading import load_checkpoint
 from ..modeling_mmgem import MMGEMModel
 from ..modeling_mmgem.conversion_mmgem import configure_generation
-from ..modeling_mmgem.vision_mmgem import interpolate_positions, vision_config_of
+from ..modeling_mmgem.vision_mmgem import interpolate_positions, tower_projection_dim, vision_config_of
 from ..processing import MMGEMProcessor, set_image_size, to_mmgem_tokenizer
 from ..processing.tokenization_mmgem import special_token_ids
 from .arguments import ModelArguments
@@ -68,6 +68,9 @@ def _build(
         processor.max_length = max_length
         if arguments.region_grid_size is not None:
             processor.region_grid_size = arguments.region_grid_size
+        if arguments.image_grid_size is not None:
+            processor.image_grid_size = model.config.image_grid_size = arguments.image_grid_size
+            model.config.validate_image_grid_size()
         if arguments.image_size not in (None, model.config.vision_config.image_size):
             model.vision_model = interpolate_positions(model.vision_model, arguments.image_size)
             model.config.vision_config = model.vision_model.config
@@ -75,11 +78,13 @@ def _build(
         return model, processor
     if arguments.vision_model_name_or_path and arguments.text_model_name_or_path:
         towers = (arguments.vision_model_name_or_path, arguments.text_model_name_or_path)
-        model = MMGEMModel.from_vision_text_pretrained(
-            *towers, image_size=arguments.image_size, projection_dim=arguments.projection_dim
-        )
+        settings = arguments.config_settings
+        model = MMGEMModel.from_vision_text_pretrained(*towers, image_size=arguments.image_size, **settings)
         processor = saved or MMGEMProcessor.from_vision_text_pretrained(
-            *towers, image_size=arguments.image_size, max_length=max_length
+            *towers,
+            image_size=arguments.image_size,
+            max_length=max_length,
+            image_grid_size=model.config.image_grid_size,
         )
         processor.max_length = max_length
         return model, processor
@@ -97,11 +102,14 @@ def planned_config(arguments: ModelArguments, checkpoint: str | None = None) -> 
     if source is not None:
         config = _load_config(source)
     elif arguments.vision_model_name_or_path and arguments.text_model_name_or_path:
-        vision = vision_config_of(arguments.vision_model_name_or_path).to_dict()
+        vision_name, settings = arguments.vision_model_name_or_path, arguments.config_settings
+        if arguments.image_pooling == "tower":
+            settings.setdefault("projection_dim", tower_projection_dim(vision_name))
+        vision = vision_config_of(vision_name, settings.get("image_pooling", "mean")).to_dict()
         text = AutoConfig.from_pretrained(arguments.text_model_name_or_path).to_dict()
         vision["dtype"] = text["dtype"] = "float32"  # as both are loaded, whatever the files hold
         text["vocab_size"] += len(TOKEN_IDS)
-        config = MMGEMConfig(vision_config=vision, text_config=text, projection_dim=arguments.projection_dim)
+        config = MMGEMConfig(vision_config=vision, text_config=text, **settings)
     elif arguments.vision_config and arguments.text_config:
         return _config_from_scratch(arguments, {"vocab_size": arguments.vocab_size}, {})
     else:
@@ -156,7 +164,9 @@ def _from_scratch(
     )
     _whiten_patches(model.vision_model, image_processor, train_dataset)
     _set_sinusoidal_positions(model.vision_model, side // config.vision_config.patch_size)
-    return model, MMGEMProcessor(image_processor, tokenizer, max_length=max_length)
+    return model, MMGEMProcessor(
+        image_processor, tokenizer, max_length=max_length, image_grid_size=config.image_grid_size
+    )
 
 
 def _config_from_scratch(arguments: ModelArguments, text: dict[str, Any], token_ids: dict[str, Any]) -> MMGEMConfig:
@@ -167,7 +177,7 @@ def _config_from_scratch(arguments: ModelArguments, text: dict[str, Any], token_
         config = MMGEMConfig(
             vision_config=vision,
             text_config={"model_type": "llama", **arguments.text_config, **text},  # type: ignore[dict-item]
-            projection_dim=arguments.projection_dim,
+            **arguments.config_settings,
             **token_ids,
         )
     except (StrictDataclassError, KeyError, TypeError) as error:

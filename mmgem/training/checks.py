@@ -8,6 +8,7 @@ import torch
 from accelerate import Accelerator
 
 from ..modeling_mmgem import MMGEMModel
+from ..processing import MMGEMProcessor
 
 
 # Optimizers that transformers does not have: names of classes of pytorch-optimizer.
@@ -127,15 +128,17 @@ def check_precision(model: torch.nn.Module) -> None:
             )
 
 
-def check_positions(model: MMGEMModel, longest: int) -> None:
+def check_positions(model: MMGEMModel, processor: MMGEMProcessor) -> None:
     """
     Raises:
         ValueError: where the language model has a table of positions that ends before the longest sequence does.
     """
+    longest = processor.longest_sequence
     if model._max_positions is not None and longest > model._max_positions:
         raise ValueError(
             f"Sequences may have {longest} tokens, but '{model.config.text_config.model_type}' has positions for "
-            f"{model._max_positions} only; lower --max_length to {model._max_positions - 2} or less."
+            f"{model._max_positions} only; lower --max_length to "
+            f"{model._max_positions - longest + processor.max_length} or less."
         )
 
 

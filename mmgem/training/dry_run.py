@@ -140,7 +140,8 @@ class _Step:
         captions = size if with_captions else 0
         rows, length = sentences + captions, self.max_length
         if self.args.packing:
-            tokens = sentences * self.tokens + captions * (self.tokens + 1)
+            prompt = self.model.config.image_grid_size**2 + 1
+            tokens = sentences * self.tokens + captions * (self.tokens + prompt)
             rows, length = max(1, round(tokens / FILL / self.args.pack_length)), self.args.pack_length
         ids = torch.zeros(rows, length, dtype=torch.long)
         inputs = {"position_ids": ids} if self.args.packing else {"attention_mask": torch.ones_like(ids)}

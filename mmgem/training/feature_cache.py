@@ -13,7 +13,7 @@ from ..data.collator import PairCollator
 from ..data.pairs import BadDataError
 from ..data.regions import RegionDataset
 from ..modeling_mmgem import MMGEMModel
-from ..modeling_mmgem.vision_mmgem import patch_features
+from ..modeling_mmgem.vision_mmgem import encode_images
 
 
 class DiskFullError(OSError):
@@ -49,7 +49,8 @@ class FeatureDataset(torch.utils.data.Dataset):
     def __getitem__(self, index: int) -> dict[str, Any]:
         example = self.examples[index]
         example = self.dataset.draw(example, self.dataset.rows[example["index"]])
-        return {**example, "patch_features": self.features[example["index"]], "bad": {}}
+        features = self.features[example["index"]]
+        return {**example, "pooled_features": features.mean((0, 1)), "patch_features": features, "bad": {}}
 
 
 class _ProcessShare(torch.utils.data.Dataset):
@@ -112,11 +113,11 @@ def cache_features(
             continue
         pixels = collator.pixel_values([example.pop("image") for example in readable.values()])
         with accelerator.autocast():
-            patches, grid = patch_features(model.vision_model, pixels.to(model.device))
+            _, patches = encode_images(model.vision_model, pixels.to(model.device), "mean")
         if features is None:
-            shape_and_dtype = (torch.Size((len(dataset), *grid, patches.shape[-1])), patches.dtype)
+            shape_and_dtype = (torch.Size((len(dataset), *patches.shape[1:])), patches.dtype)
             features = _memory_mapped(path, *shape_and_dtype)
-        features[list(readable)] = patches.unflatten(1, grid).cpu()
+        features[list(readable)] = patches.cpu()
         described.update({index: {**example, "index": index} for index, example in readable.items()})
     if accelerator.num_processes > 1:
         shares: list[Any] = [None] * accelerator.num_processes

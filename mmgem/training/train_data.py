@@ -82,8 +82,8 @@ class ExampleCounts:
         self.add_bad(batch.pop("bad"))
         self.truncated += batch.pop("truncated")
         self.left_out += batch.pop("left_out", 0)
-        name = "patch_features" if "patch_features" in batch else "pixel_values"
-        images = sum(len(part[name]) for part in batch.get("mini_batches", [batch]))
+        parts = batch.get("mini_batches", [batch])
+        images = sum(len(part["pooled_features" if "pooled_features" in part else "pixel_values"]) for part in parts)
         self.seen += len(batch["pair_ids"]) if "boxes" in batch else images
         return images
 

@@ -15,7 +15,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 from transformers.utils import logging
 
 from ..data.arguments import TableArguments
-from ..data.collator import MODEL_INPUTS, PairCollator
+from ..data.collator import CACHED_FEATURES, MODEL_INPUTS, PairCollator
 from ..data.loading import Table, checked_table
 from ..data.pairs import PairDataset
 from ..data.shards import ShardStream
@@ -113,7 +113,7 @@ class MMGEMTrainer(LoggingTrainer):
             args = copy.copy(args)
             args.ignore_data_skip = True  # the stream itself starts where it should
         check_optimizer(args)
-        check_positions(model, processing_class.max_length + 2)  # <image> and [CAP] come on top
+        check_positions(model, processing_class)
         if peft_config is not None and args.lora_rank:
             raise ValueError("peft_config and lora_rank both ask for LoRA. Leave out lora_rank.")
         self.peft_config = peft_config or lora_config(args)
@@ -259,7 +259,8 @@ class MMGEMTrainer(LoggingTrainer):
         caption_losses = []
 
         def embed(mini_batch: dict[str, Any]) -> Embeddings:
-            sentences = {"pixel_values": mini_batch["pixel_values"], **mini_batch["sentences"]}
+            images = {name: mini_batch[name] for name in ("pixel_values", *CACHED_FEATURES) if name in mini_batch}
+            sentences = {**images, **mini_batch["sentences"]}
             with self.compute_loss_context_manager():
                 return self._forward(model, sentences)[0]
 
