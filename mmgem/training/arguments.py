@@ -6,13 +6,14 @@ import os
 from dataclasses import MISSING, dataclass, fields
 from typing import Any, Literal
 
+import torch
 from transformers import TrainingArguments
 
 from ..data.arguments import DataArguments
 from ..data.json_files import parse_json
 from ..evaluation.arguments import EvaluationArguments
 from ..options import checked_token, option, parse_options
-from .checks import PYTORCH_OPTIMIZERS, refuse_unsupported, refuse_unsupported_loaders
+from .checks import PYTORCH_OPTIMIZERS, refuse_unsupported, refuse_unsupported_loaders, warn_of_slow_bfloat16
 
 
 MINIMA = {
@@ -192,13 +193,15 @@ class MMGEMTrainingArguments(TrainingArguments):
         if self.ddp_find_unused_parameters is None:
             # Parameters that an objective does not reach are frozen, so DistributedDataParallel need not search.
             self.ddp_find_unused_parameters = False
-        if self.dry_run:
-            self.use_cpu = True  # so that the options of a GPU run are accepted on a machine without one
+        # transformers accepts the options of a GPU run, and bfloat16 on a machine without a GPU, with use_cpu only.
+        if self.dry_run or (self.bf16 and not torch.accelerator.is_available()):
+            self.use_cpu = True
         optim = self.optim
         self.optim = "adamw_torch" if optim in PYTORCH_OPTIMIZERS else optim  # transformers refuses unknown names
         super().__post_init__()
         self.optim = optim if optim in PYTORCH_OPTIMIZERS else self.optim
         refuse_unsupported_loaders(self)
+        warn_of_slow_bfloat16(self)
         if self.push_to_hub and self.hub_token is not None:
             self.hub_token = checked_token(self.hub_token)
 

@@ -6,10 +6,15 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from transformers.utils import logging
 
 from ..modeling_mmgem import MMGEMModel
 from ..processing import MMGEMProcessor
 
+
+logger = logging.get_logger(__name__)
+
+BFLOAT16_CAPABILITIES = ("avx512_bf16", "amx_bf16", "bf16")  # of x86-64, the last of ARM64
 
 # Optimizers that transformers does not have: names of classes of pytorch-optimizer.
 PYTORCH_OPTIMIZERS = {"lamb": "Lamb", "soap": "SOAP"}
@@ -83,6 +88,19 @@ def refuse_unsupported_loaders(args: Any) -> None:
                 f"accelerator_config's {name} is not supported: per_device_train_batch_size is the batch of each "
                 "process, which reads its own examples. Leave it out."
             )
+
+
+def warn_of_slow_bfloat16(args: Any) -> None:
+    """Warns if bfloat16 would be emulated: only some CPUs multiply it (AVX512-BF16, AMX; ARM's BF16)."""
+    is_real_run = args.bf16 and args.device.type == "cpu" and not args.dry_run
+    if not is_real_run or not hasattr(torch.cpu, "get_capabilities"):  # torch before 2.13
+        return
+    capabilities = torch.cpu.get_capabilities()
+    if not any(capabilities.get(name) for name in BFLOAT16_CAPABILITIES):
+        logger.warning(
+            "This CPU has no instructions for bfloat16, so --bf16 true is slower than float32. Leave it out. "
+            "torch.cpu.get_capabilities() lists what a CPU has."
+        )
 
 
 @torch.no_grad()

@@ -40,6 +40,17 @@ def test_a_checkpoint_in_16_bits_trains_in_float32(processor, scenes, tmp_path):
     assert len(moved) > 0.9 * len(trained) and {p.dtype for p in model.parameters()} == {torch.float32}
 
 
+def test_a_cpu_computes_in_16_bits_without_being_asked_to_be_one(tmp_path, monkeypatch, caplog):
+    options = {**OPTIONS, "use_cpu": False}
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    for has_instructions in (True, False):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": has_instructions}, raising=False)
+        args = MMGEMTrainingArguments(output_dir=str(tmp_path), bf16=True, **options)
+        assert args.use_cpu and args.device.type == "cpu"
+        assert ("no instructions for bfloat16" in caplog.text) != has_instructions
+    assert not MMGEMTrainingArguments(output_dir=str(tmp_path), **options).use_cpu
+
+
 def test_a_model_in_16_bits_is_refused_by_name(processor, scenes, tmp_path):
     args = MMGEMTrainingArguments(output_dir=str(tmp_path), max_steps=1, **OPTIONS)
     model = make_model(processor).to(torch.bfloat16)
