@@ -44,7 +44,9 @@ def test_a_cpu_computes_in_16_bits_without_being_asked_to_be_one(tmp_path, monke
     options = {**OPTIONS, "use_cpu": False}
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
     for has_instructions in (True, False):
-        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": has_instructions}, raising=False)
+        monkeypatch.setattr(
+            torch.cpu, "get_capabilities", lambda has=has_instructions: {"avx512_bf16": has}, raising=False
+        )
         args = MMGEMTrainingArguments(output_dir=str(tmp_path), bf16=True, **options)
         assert args.use_cpu and args.device.type == "cpu"
         assert ("no instructions for bfloat16" in caplog.text) != has_instructions
