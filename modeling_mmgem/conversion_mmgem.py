@@ -20,7 +20,8 @@ def from_vision_text_pretrained(
     **config_kwargs: Any,
 ) -> Any:
     """
-    Loads both towers, adds the new tokens (their rows start at the mean of the old ones) and new projections.
+    Loads both towers, adds the new tokens (their rows start at the mean of the old ones) and new projections, which a
+    Trainer starts from its training data (`has_new_projections`).
 
     The loaded towers become part of the model as they are: no second copy of their weights is made.
 
@@ -88,6 +89,7 @@ def from_vision_text_pretrained(
     if attn_implementation is not None:
         model.set_attn_implementation(attn_implementation)
     configure_generation(model, tokenizer)
+    model.has_new_projections = True
 
     with torch.no_grad():
         error = (model(**probe).logits[..., known] - expected).abs().max() / expected.abs().max()

@@ -80,6 +80,7 @@ class MMGEMModel(CheckedLoadingMixin, RegionAdapterMixin, EmbeddingMixin, Captio
     _supports_attention_backend = True
     _can_compile_fullgraph = True
     _keep_in_fp32_modules_strict = ["logit_scale"]
+    has_new_projections = False  # between pretrained towers: training starts with statistics of its data
     # Buffers of adapters in checkpoints of mmgem 0.1.0.
     _keys_to_ignore_on_load_unexpected = [r"\.trained_on$", r"\.grid_size$"]
 

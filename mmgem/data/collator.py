@@ -90,7 +90,7 @@ class PairCollator:
         images = [i - len(sentences) for i in order if i >= len(sentences)] or order
         texts = images if sentences else []
         batch = self._tensors(sequences, rows, texts)
-        batch.update(self._images([examples[i] for i in images]))
+        batch.update(self.images([examples[i] for i in images]))
         if sentences:
             pair_ids = [[digest(examples[i]["caption"].encode()), examples[i]["image_id"]] for i in images]
             batch["pair_ids"] = torch.tensor(pair_ids)
@@ -99,7 +99,7 @@ class PairCollator:
             batch["sentences"] = self._tensors(sentences, rows, texts)
         return batch
 
-    def _images(self, examples: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    def images(self, examples: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """Their pixels, or what is cached of them."""
         cached = [name for name in CACHED_FEATURES if name in examples[0]]
         if not cached:
@@ -208,7 +208,7 @@ class RegionCollator(PairCollator):
             "truncated": sum(len(row) > self.processor.max_length for row in ids),
             "left_out": sum(example.get("left_out", 0) for example in examples),
             "bad": {index: reason for example in examples for index, reason in example["bad"].items()},
-            **self._images(examples),
+            **self.images(examples),
         }
         return batch
 

@@ -92,10 +92,10 @@ class PairDataset(torch.utils.data.Dataset):
                 captions.append([])
         return captions
 
-    def some_images(self, number: int = 256) -> Iterator[Image.Image]:
-        """Images spread evenly over the dataset, one at a time."""
+    def some_examples(self, number: int) -> Iterator[dict[str, Any]]:
+        """Examples spread evenly over the dataset, one at a time."""
         for index in np.linspace(0, len(self) - 1, min(number, len(self))).astype(int):
-            yield self[int(index)]["image"]
+            yield self[int(index)]
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         bad: dict[int, str] = {}

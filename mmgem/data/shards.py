@@ -173,12 +173,12 @@ class ShardStream(torch.utils.data.IterableDataset):
                 continue
         return captions
 
-    def some_images(self, number: int = 256) -> Iterator[Image.Image]:
-        """The first images that can be read."""
+    def some_examples(self, number: int) -> Iterator[dict[str, Any]]:
+        """The first examples that can be read."""
         rng = np.random.default_rng(self.seed)
         for sample in self._first_samples():
             try:
-                yield self._example(sample, rng)["image"]
+                yield self._example(sample, rng)
             except BadSampleError:
                 continue
             number -= 1

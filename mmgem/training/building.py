@@ -26,6 +26,9 @@ from ..processing.tokenization_mmgem import special_token_ids
 from .arguments import ModelArguments
 
 
+IMAGES = 256  # that the start of a new vision tower is computed from
+
+
 def build_model_and_processor(
     arguments: ModelArguments,
     train_dataset: PairDataset | ShardStream,
@@ -196,8 +199,8 @@ def _config_from_scratch(arguments: ModelArguments, text: dict[str, Any], token_
 def _pixel_statistics(dataset: PairDataset | ShardStream) -> tuple[list[float], list[float]]:
     """Returns mean and standard deviation of each colour, in [0, 1]."""
     count, total, squares = 0, np.zeros(3), np.zeros(3)
-    for image in dataset.some_images():
-        pixels = np.asarray(image).reshape(-1, 3) / 255
+    for example in dataset.some_examples(IMAGES):
+        pixels = np.asarray(example["image"]).reshape(-1, 3) / 255
         count += len(pixels)
         total += pixels.sum(0)
         squares += (pixels**2).sum(0)
@@ -216,8 +219,8 @@ def _whiten_patches(vision_model: PreTrainedModel, image_processor: Any, dataset
     patches = _patch_embedding(vision_model)
     size = patches.kernel_size[0]
     moments, count = torch.zeros(3 * size**2, 3 * size**2), 0
-    for image in dataset.some_images():
-        pixel_values = image_processor(image, return_tensors="pt")["pixel_values"]
+    for example in dataset.some_examples(IMAGES):
+        pixel_values = image_processor(example["image"], return_tensors="pt")["pixel_values"]
         vectors = nn.functional.unfold(pixel_values, size, stride=size)[0]
         moments += vectors @ vectors.T
         count += vectors.shape[1]

@@ -85,7 +85,7 @@ class RegionTrainer(MMGEMTrainer):
         loader = {"batch_size": batch_size, "num_workers": self.args.dataloader_num_workers}
         try:
             self.train_dataset, bad = cache_features(  # type: ignore[assignment]
-                self._base(), dataset, collator, self.accelerator, path, quiet, **loader
+                self.base, dataset, collator, self.accelerator, path, quiet, **loader
             )
             self.counts.add_bad(bad)
             return super().train(*args, **kwargs)
@@ -122,10 +122,7 @@ class RegionTrainer(MMGEMTrainer):
     def _metrics(self, dataset: Any) -> dict[str, float]:
         """The metrics of this adapter's regions."""
         batch_size = self.args.per_device_eval_batch_size
-        return evaluate_regions(self._base(), self.processing_class, dataset, self.args.stage, batch_size)[0]
-
-    def _base(self) -> Any:
-        return self.accelerator.unwrap_model(self.model).get_base_model()
+        return evaluate_regions(self.base, self.processing_class, dataset, self.args.stage, batch_size)[0]
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         super()._save(output_dir, state_dict)

@@ -39,6 +39,7 @@ from .distributed import GatherWithGradient, keep_temperature_in_float32
 from .gradient_cache import Embeddings, cached_backward, refuse_dropout
 from .logging_trainer import LoggingTrainer
 from .stages import check_optimizer, freeze_parameters, make_optimizer
+from .start import start_projections
 from .stream_progress import StreamProgress
 from .train_data import ExampleCounts, TrainingCallback, check_dataset, prepared_for
 
@@ -100,6 +101,7 @@ class MMGEMTrainer(LoggingTrainer):
                 f"{type(self).__name__} trains stage {' or '.join(self.stages)}, not {args.stage}. Use MMGEMTrainer "
                 "for stage 1, RegionTrainer for the others."
             )
+        self.base = model  # without PEFT's, DistributedDataParallel's or the compiler's wrapper
         self.processing_class = processing_class
         self.columns: Any = {"image_column": image_column, "caption_column": caption_column}
         if isinstance(train_dataset, datasets.Dataset):
@@ -300,6 +302,11 @@ class MMGEMTrainer(LoggingTrainer):
             state = TrainerState.load_from_json(os.path.join(checkpoint, TRAINER_STATE_NAME))
             if state.global_step >= self.set_initial_training_values(self.args, self.get_train_dataloader())[-1]:
                 return self._load_finished(state, checkpoint)
+        elif self.base.has_new_projections:
+            start_projections(
+                self.base, self.processing_class, self.train_dataset, self.args.per_device_eval_batch_size
+            )
+            self.base.has_new_projections = False
         result = super().train(checkpoint, *args, **kwargs)
         self._refuse_diverged()
         self.counts.report()

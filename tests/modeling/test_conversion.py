@@ -118,8 +118,10 @@ def test_logits_equal_the_original_language_model(name, tie, vision, base_tokeni
     new_rows = model.get_input_embeddings().weight[size:]
     torch.testing.assert_close(new_rows[0], original.get_input_embeddings().weight.mean(0))
     assert len(new_rows) == 3 and torch.equal(new_rows[0], new_rows[2])
+    assert model.has_new_projections
     model.save_pretrained(tmp_path / "out")
     loaded = MMGEMModel.from_pretrained(tmp_path / "out").eval()
+    assert not loaded.has_new_projections
     with torch.no_grad():
         torch.testing.assert_close(loaded(ids).logits[..., :size], expected, atol=1e-5, rtol=1e-5)
 
