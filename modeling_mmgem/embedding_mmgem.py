@@ -52,6 +52,22 @@ class EmbeddingMixin:
         """
         return unit_norm(self.region_projection(self._cell_embeds(self._encode_images(pixel_values))))
 
+    def _caption_sources(self: Any, images: EncodedImages) -> torch.Tensor:
+        """
+        What h3 makes visual tokens of: h1 of each cell of an image or region, `(B, R * k * k, D)`, or with one token
+        per image its own embedding. Only that of "tower" is normalised, so that a vector of an index gives its token.
+        """
+        if images.has_regions:
+            return self._cell_embeds(images, self.region_grid_size)
+        if self.config.image_grid_size > 1:
+            return self._cell_embeds(images, self.config.image_grid_size)
+        embeds = self.visual_projection(images.pooled)[:, None]
+        return self._rescaled(embeds) if self.config.image_pooling == "tower" else embeds
+
+    def _rescaled(self: Any, embeds: torch.Tensor) -> torch.Tensor:
+        """Embeddings of any norm `(…, D)` with the norm sqrt(D), which gives their numbers unit variance."""
+        return (unit_norm(embeds) * self.config.projection_dim**0.5).to(self.caption_projection.weight.dtype)
+
     def _cell_embeds(self: Any, images: EncodedImages, grid_size: int | None = None) -> torch.Tensor:
         """
         h1 of the patches pooled in the k x k cells of each region, or of the whole image: `(B, R * k * k, D)`. Without

@@ -29,22 +29,35 @@ class CaptionGenerationMixin(GenerationMixin):
         it, or a prompt of its `task="region-caption"`. More than 256 prompts are continued in parts, so that memory
         does not grow with the number of regions (except with `return_dict_in_generate`).
 
+        Args:
+            inputs, **kwargs: as [`GenerationMixin.generate`], with the inputs of `forward`.
+            image_embeds (`torch.FloatTensor` of shape `(B, D)`, *optional*): instead of `pixel_values`, the embeddings
+                that CLIP or SigLIP computed of the images, of any norm, such as vectors of an index. For models with
+                `image_pooling="tower"` and one visual token per image.
+
         Returns:
             `torch.LongTensor` of shape `(B * num_return_sequences, T)`: prompt and caption, as every decoder of the
             library; `processor.batch_decode(ids, skip_special_tokens=True)` leaves the caption.
 
         Raises:
             ValueError: for images without a placeholder in `input_ids`, or with another number of them; for a
-                sentence instead of a prompt; for images whose features are not finite.
+                sentence instead of a prompt; for images whose features are not finite; for `image_embeds` of another
+                tower.
         """
         regions = {name: kwargs.pop(name, None) for name in ("boxes", "masks", "region_mask")}
-        pixel_values = kwargs.pop("pixel_values", None)
+        pixel_values, image_embeds = kwargs.pop("pixel_values", None), kwargs.pop("image_embeds", None)
         input_ids = kwargs.pop("input_ids", None) if inputs is None else inputs
-        self._check_prompts(input_ids, pixel_values)
-        if pixel_values is None:
+        self._check_prompts(input_ids, pixel_values if image_embeds is None else image_embeds)
+        if pixel_values is None and image_embeds is None:
             return super().generate(input_ids, **kwargs)
         if kwargs.get("attention_mask") is not None:
             input_ids, kwargs["attention_mask"] = _pad_left(input_ids, kwargs["attention_mask"])
+        if image_embeds is not None:
+            tokens = self._tokens_of_embeds(image_embeds)
+            check_placeholders(input_ids, len(tokens), self.config.image_token_id, self.config.emb_token_id)
+            inputs_embeds = self._build_inputs(input_ids, None, check=False)
+            inputs_embeds = place_visual_tokens(inputs_embeds, input_ids, tokens, self.config.image_token_id)
+            return super().generate(input_ids, inputs_embeds=inputs_embeds, **kwargs)
         images = self._encode_images(pixel_values, **regions)
         if not bool(images.features.isfinite().all() & images.pooled.isfinite().all()):
             raise ValueError(
@@ -78,17 +91,37 @@ class CaptionGenerationMixin(GenerationMixin):
         pad = self.generation_config.pad_token_id
         return torch.cat([nn.functional.pad(part, (0, longest - part.shape[1]), value=pad) for part in generated])
 
-    def _check_prompts(self: Any, input_ids: torch.Tensor | None, pixel_values: torch.Tensor | None) -> None:
+    def _tokens_of_embeds(self: Any, image_embeds: torch.Tensor) -> torch.Tensor:
+        """
+        V_in of image embeddings that are normalised already.
+
+        Raises:
+            ValueError: for a model that captions patches, or vectors that this tower did not compute.
+        """
+        config = self.config
+        if config.image_pooling != "tower" or config.image_grid_size > 1:
+            raise ValueError(
+                "Captions of image_embeds need a model with image_pooling 'tower' and image_grid_size 1, not "
+                f"{config.image_pooling!r} and {config.image_grid_size}: pass the images."
+            )
+        if image_embeds.ndim != 2 or image_embeds.shape[1] != config.projection_dim:
+            shape, expected = tuple(image_embeds.shape), f"(images, {config.projection_dim})"
+            raise ValueError(f"image_embeds have the shape {shape}, but must be {expected}: embeddings of this tower.")
+        if not bool(image_embeds.isfinite().all() and image_embeds.any(1).all()):
+            raise ValueError("image_embeds hold NaN, infinity, or a vector of zeros. Embed these images again.")
+        return self.caption_projection(self._rescaled(image_embeds.to(self.device)))
+
+    def _check_prompts(self: Any, input_ids: torch.Tensor | None, images: torch.Tensor | None) -> None:
         """Raises ValueError for images without placeholders, and placeholders or a sentence without images."""
         has_placeholders = input_ids is not None and bool(input_ids.eq(self.config.image_token_id).any())
-        if pixel_values is not None and not has_placeholders:
+        if images is not None and not has_placeholders:
             raise ValueError(
                 "The images have no <image> placeholder in input_ids, so no caption would see them; use "
                 'processor(images=…, task="caption").'
             )
-        if pixel_values is None and has_placeholders:
+        if images is None and has_placeholders:
             raise ValueError("input_ids hold <image> placeholders, but there are no pixel_values to fill them.")
-        if pixel_values is None and input_ids is not None and bool(input_ids.eq(self.config.emb_token_id).any()):
+        if images is None and input_ids is not None and bool(input_ids.eq(self.config.emb_token_id).any()):
             raise ValueError(
                 "input_ids hold a sentence, which ends with [EMB], so that nothing goes on from it. Pass images: "
                 'processor(images=…, task="caption").'

@@ -277,10 +277,7 @@ class MMGEMModel(CheckedLoadingMixin, RegionAdapterMixin, EmbeddingMixin, Captio
 
     def _visual_tokens(self, images: EncodedImages) -> torch.Tensor:
         """V_in `(N, H)`: k x k tokens per image or region, in row-major order (equations 5 and 6)."""
-        grid_size = self.region_grid_size if images.has_regions else self.config.image_grid_size
-        if not images.has_regions and grid_size == 1:
-            return self.caption_projection(self.visual_projection(images.pooled))
-        tokens = self.caption_projection(self._cell_embeds(images, grid_size))
+        tokens = self.caption_projection(self._caption_sources(images))
         if images.region_mask is not None:
             tokens = tokens.unflatten(1, (images.region_mask.shape[1], -1))[images.region_mask.to(tokens.device)]
         return tokens.flatten(0, -2)

@@ -6,13 +6,12 @@ from collections.abc import Sequence
 from numbers import Integral
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
 from transformers import AutoImageProcessor, AutoTokenizer, BatchFeature, ProcessorMixin
 from transformers.utils import logging
 
-from .images_mmgem import is_one_image, read_image, with_one_scale
+from .images_mmgem import check_moments, is_one_image, read_image, set_image_size, with_one_scale
 from .regions_mmgem import map_regions
 from .tokenization_mmgem import (
     CAP_TOKEN,
@@ -99,7 +98,7 @@ class MMGEMProcessor(ProcessorMixin):
         self.num_soft_prompts = _at_least_one("num_soft_prompts", num_soft_prompts)
         self.image_token = IMAGE_TOKEN
         self.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
-        _check_moments(image_processor)
+        check_moments(image_processor)
 
     @classmethod
     def from_vision_text_pretrained(cls, vision: str, text: str, image_size: int | None = None, **kwargs: Any) -> Any:
@@ -119,7 +118,7 @@ class MMGEMProcessor(ProcessorMixin):
 
     @property
     def model_input_names(self) -> list[str]:
-        return ["input_ids", "attention_mask", "pixel_values", "boxes", "masks", "region_mask"]
+        return ["input_ids", "attention_mask", "pixel_values", "boxes", "masks", "region_mask", "image_embeds"]
 
     def __call__(  # type: ignore[override]
         self,
@@ -128,6 +127,7 @@ class MMGEMProcessor(ProcessorMixin):
         *,
         boxes: Sequence[Sequence[Sequence[float]]] | None = None,
         masks: Sequence[Sequence[Any]] | None = None,
+        image_embeds: Any = None,
         task: str | None = None,
         return_tensors: str | None = None,
         **kwargs: Any,
@@ -148,6 +148,7 @@ class MMGEMProcessor(ProcessorMixin):
                 one, a prompt may also have text before its `<image>`.
             boxes: per image a list of `[x0, y0, x1, y1]` in pixels of the original image (upright, after EXIF).
             masks: per image a list of `(height, width)` arrays, 0 outside the region and 1 inside; instead of boxes.
+            image_embeds: `(B, D)`, instead of images for `task="caption"`: see [`MMGEMModel.generate`].
             task (`str`, *optional*): "caption" (one prompt per image: k x k placeholders and [CAP]) or
                 "region-caption" (one per region: k x k placeholders and 64 [CAP]).
             return_tensors (`str`, *optional*): "pt" or "np".
@@ -157,8 +158,8 @@ class MMGEMProcessor(ProcessorMixin):
                 `text_kwargs`, `images_kwargs` and `common_kwargs`, as in transformers.
 
         Returns:
-            `BatchFeature` with those of `input_ids`, `attention_mask`, `pixel_values`, `boxes`, `masks` and
-            `region_mask` for which there is input.
+            `BatchFeature` with those of `input_ids`, `attention_mask`, `pixel_values`, `boxes`, `masks`, `region_mask`
+            and `image_embeds` for which there is input.
 
         Raises:
             ValueError: nothing to process, an empty text, an unknown task or option, an image that cannot be read,
@@ -169,7 +170,7 @@ class MMGEMProcessor(ProcessorMixin):
         texts = [text] if isinstance(text, str) else None if text is None else list(text)
         kwargs = _flatten_options(kwargs)
         return_tensors = kwargs.pop("return_tensors", return_tensors)
-        self._check_texts(texts, images, task)
+        self._check_texts(texts, images if image_embeds is None else image_embeds, task)
         text_kwargs: dict[str, Any] = {name: kwargs.pop(name) for name in TEXT_KWARGS if name in kwargs}
         self._check_image_kwargs(kwargs, boxes is not None or masks is not None)
         data: dict[str, Any] = {}
@@ -178,12 +179,17 @@ class MMGEMProcessor(ProcessorMixin):
             data.update(self.image_processor(images, return_tensors="np", **kwargs))
         if boxes is not None or masks is not None:
             data.update(self._regions(images, boxes, masks))
+        if image_embeds is not None:
+            if task != "caption" or images:
+                raise ValueError('image_embeds stand for the images of task="caption". Leave out images.')
+            data["image_embeds"] = image_embeds
         if task is not None:
             prompts = [("", sample) for sample in texts or [""]]
-            data.update(self._prompts(prompts, images, data.get("region_mask"), task, text_kwargs))
+            number = len(images if image_embeds is None else image_embeds)
+            data.update(self._prompts(prompts, number, data.get("region_mask"), task, text_kwargs))
         elif texts is not None and images and all(IMAGE_TOKEN in sample for sample in texts):
             prompts = [_around_image(sample, i) for i, sample in enumerate(texts)]
-            data.update(self._prompts(prompts, images, None, "caption", text_kwargs))
+            data.update(self._prompts(prompts, len(images), None, "caption", text_kwargs))
         elif texts is not None:
             data.update(self._sentences(texts, text_kwargs))
         return MMGEMBatchFeature(data, tensor_type=return_tensors)
@@ -307,7 +313,7 @@ class MMGEMProcessor(ProcessorMixin):
     def _prompts(
         self,
         texts: list[tuple[str, str]],
-        images: list[Image.Image],
+        number: int,
         region_mask: Any,
         task: str,
         text_kwargs: dict[str, Any],
@@ -322,7 +328,7 @@ class MMGEMProcessor(ProcessorMixin):
             number = int(region_mask.sum())
             opening = self.region_prompt
         else:
-            number, opening = len(images), self.image_prompt
+            opening = self.image_prompt
         if len(texts) == 1:
             texts = texts * max(number, 1)
         if len(texts) != number:
@@ -347,14 +353,6 @@ class MMGEMProcessor(ProcessorMixin):
         return self._padded(rows, max_length, {"padding": True, "padding_side": "left", **text_kwargs})
 
 
-def set_image_size(image_processor: Any, image_size: int) -> None:
-    """Sets the size to which an image processor resizes (and crops), in pixels per side."""
-    for name in ("size", "crop_size"):
-        edges = getattr(image_processor, name, None)
-        if edges:
-            setattr(image_processor, name, {edge: image_size for edge, value in dict(edges).items() if value})
-
-
 def _flatten_options(options: dict[str, Any]) -> dict[str, Any]:
     """Merges options that are sorted by modality, as transformers allows: no two of them share a name here."""
     flat = {name: value for name, value in options.items() if name not in KWARGS_BY_MODALITY}
@@ -370,18 +368,6 @@ def _at_least_one(name: str, value: Any) -> int:
     if not isinstance(value, Integral) or value < 1:
         raise ValueError(f"{name} must be 1 or more, got {value!r}.")
     return int(value)
-
-
-def _check_moments(image_processor: Any) -> None:
-    """Raises ValueError for a mean, std or rescale factor that would make pixels NaN or infinite."""
-    moments = {name: getattr(image_processor, name, None) for name in ("image_mean", "image_std", "rescale_factor")}
-    for name, value in moments.items():
-        numbers = np.asarray([] if value is None else value, dtype=np.float64)
-        if not np.isfinite(numbers).all() or (name == "image_std" and (numbers <= 0).any()):
-            raise ValueError(
-                f"The image processor's {name} would make pixels NaN or infinite: {value}. Repair it in "
-                "processor_config.json or preprocessor_config.json."
-            )
 
 
 def _around_image(text: str, index: int) -> tuple[str, str]:

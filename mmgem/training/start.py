@@ -48,15 +48,11 @@ def start_projections(
     encoded = _encode(model, processor, examples, batch_size)
     if model.config.image_pooling != "tower":
         whiten(_active(model.visual_projection), encoded.pooled)
-    # What h3 gets of an image: its V_Emb, or h1 of each cell of its grid.
-    if model.config.image_grid_size == 1:
-        cells = model.visual_projection(encoded.pooled)[:, None]
-    else:
-        cells = model._cell_embeds(encoded, model.config.image_grid_size)
+    sources = model._caption_sources(encoded)
     input_embeddings: Any = model.get_input_embeddings()
     embeddings = input_embeddings.weight.detach().float()
     words = _mean_embeddings(embeddings, processor, [example["captions"] for example in examples])
-    predict(_active(model.caption_projection), cells.float(), words, embeddings.norm(dim=1).mean())
+    predict(_active(model.caption_projection), sources.float(), words, embeddings.norm(dim=1).mean())
     model.train(was_training)
 
 

@@ -151,3 +151,42 @@ def test_images_without_patches_are_one_token(processor):
     model = make_model(processor)
     pooled = torch.randn(3, 32)
     assert model._visual_tokens(EncodedImages(pooled, None)).shape == (3, 32)
+
+
+@torch.no_grad()
+def test_vectors_of_an_index_get_the_captions_of_their_images(processor):
+    """Of any norm, and with the beginning of a caption."""
+    model = make_model(processor, config={"image_pooling": "tower"})
+    model.visual_projection.weight.normal_(std=2.0)  # so that images differ
+    images = [make_picture(i) for i in range(3)]
+    index = model.get_embedding(**processor(images=images, return_tensors="pt"))
+    for options in ({}, {"text": "a"}):
+        inputs = processor(images=images, task="caption", return_tensors="pt", **options)
+        expected = model.generate(**inputs, max_new_tokens=6)
+        assert len(expected.unique(dim=0)) > 1
+        for vectors in (index, 7 * index.numpy()):
+            prompts = processor(image_embeds=vectors, task="caption", return_tensors="pt", **options)
+            assert torch.equal(model.generate(**prompts, max_new_tokens=6), expected)
+
+
+@pytest.mark.parametrize(
+    ("config", "vectors", "message"),
+    [
+        ({}, torch.ones(1, 16), "image_pooling 'tower' and image_grid_size 1, not 'mean' and 1"),
+        ({"image_pooling": "tower", "image_grid_size": 2}, torch.ones(1, 16), "not 'tower' and 2"),
+        ({"image_pooling": "tower"}, torch.ones(1, 8), r"shape \(1, 8\), but must be \(images, 16\)"),
+        ({"image_pooling": "tower"}, torch.zeros(1, 16), "a vector of zeros"),
+        ({"image_pooling": "tower"}, torch.full((1, 16), torch.nan), "NaN"),
+    ],
+)
+def test_vectors_that_are_not_of_this_tower_are_refused(processor, config, vectors, message):
+    model = make_model(processor, config=config)
+    inputs = processor(image_embeds=vectors, task="caption", return_tensors="pt")
+    with pytest.raises(ValueError, match=message):
+        model.generate(**inputs, max_new_tokens=2)
+
+
+def test_vectors_of_an_index_are_for_captions(processor):
+    for options in ({}, {"task": "caption", "images": [make_picture(0)]}, {"text": "a"}):
+        with pytest.raises(ValueError, match=r"image_embeds stand for the images of task=.caption."):
+            processor(image_embeds=torch.ones(1, 16), **options)
