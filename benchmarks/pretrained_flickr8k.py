@@ -1,0 +1,216 @@
+"""
+Flickr8k with pretrained towers: the recipe of configs/pretrained.yaml beside its baselines, in the same minutes.
+
+Every run goes through train.py, on the cached features of the same frozen ViT, for as many steps as fit into
+`--minutes` (a short run measures the speed beforehand, and caches the features), and is judged on all validation images.
+Baselines: "LiT", a text tower of CLIP's size from scratch (Zhai et al., 2022); "captions alone", the same language
+model without L_Emb, as ClipCap (Mokady et al., 2021) trains it; "from scratch", configs/flickr8k.yaml; "random towers",
+the recipe on towers of the same sizes that nobody trained.
+
+    python benchmarks/pretrained_flickr8k.py --vision VIT_FOLDER --text LM_FOLDER \
+        --train_file train.parquet --validation_file validation.parquet
+
+A run that is done is kept in `--output_dir`; started again, the benchmark goes on where it stopped. Nothing else
+should run beside it.
+"""
+
+import argparse
+import json
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+import yaml
+from common import print_result
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+)
+
+from mmgem import MMGEMModel, MMGEMProcessor
+from mmgem.data.pairs import as_captions
+from mmgem.data.tokenizer import train_tokenizer
+
+
+RECIPE = ["--config", "configs/pretrained.yaml"]
+SCRATCH = ["--config", "configs/flickr8k.yaml"]
+# By name: what a run's options add to the recipe. `{…}` are folders that `prepare` makes.
+RUNS: dict[str, list[str]] = {
+    "mmgem": [],
+    "LiT": [
+        *("--objective", "contrastive", "--text_model_name_or_path", "{clip_text}", "--lora_rank", "0"),
+        *("--freeze", "vision_model", "--learning_rate", "1e-3", "--projection_lr_multiplier", "1"),
+    ],
+    "captions alone": ["--objective", "caption"],
+    "from scratch": SCRATCH,
+    "random towers": ["--vision_model_name_or_path", "{random}/vision", "--text_model_name_or_path", "{random}/text"],
+    # One factor at a time.
+    "contrastive alone": ["--objective", "contrastive"],
+    "mean pooling": ["--image_pooling", "mean"],
+    "cls pooling": ["--image_pooling", "cls"],
+    "k = 1": ["--image_grid_size", "1"],
+    "k = 2": ["--image_grid_size", "2"],
+    "k = 4": ["--image_grid_size", "4"],
+    "LoRA": ["--lora_rank", "16", "--learning_rate", "5e-4", "--projection_lr_multiplier", "4"],
+    "10 layers": ["--text_model_name_or_path", "{layers}"],
+    "caption weight 4": ["--caption_loss_weight", "4"],
+    "random projections": ["--init_from", "{random_projections}"],
+}
+METRICS = (
+    *(f"{way}_R@{k}" for way in ("text_to_image", "image_to_text") for k in (1, 5, 10)),
+    *("caption_cider", "caption_loss", "caption_distinct"),
+)
+CALIBRATION_STEPS = 12
+KEPT_LAYERS = 10
+
+
+def train(options: list[str], folder: Path, steps: int, seed: int, judged: list[str]) -> dict[str, float]:
+    """Runs train.py; its metrics, and the speed that it logged."""
+    command = [sys.executable, "train.py", *options, "--output_dir", str(folder), "--max_steps", str(steps)]
+    command += [
+        "--seed",
+        str(seed),
+        "--disable_tqdm",
+        "true",
+        "--logging_steps",
+        "4",
+        "--eval_strategy",
+        "no",
+        *judged,
+    ]
+    run = subprocess.run(command, capture_output=True, text=True)
+    folder.parent.joinpath(f"{folder.name}.log").write_text(run.stdout + run.stderr)
+    if run.returncode:
+        raise SystemExit(f"{' '.join(command)} failed:\n{run.stderr[-2000:]}")
+    speeds = [float(speed) for speed in re.findall(r"'samples_per_second': '?([\d.]+)", run.stdout)]
+    (seconds,) = re.findall(r"'train_runtime': '?([\d.]+)", run.stdout)
+    results, record = (json.loads((folder / name).read_text()) for name in ("results.json", "training.json"))
+    pairs_per_minute = 60 * statistics.median(speeds[1:])  # the first steps are slower
+    return {
+        **{name: value for name, value in results["metrics"].items() if name in METRICS},
+        "minutes": float(seconds) / 60,
+        "pairs": record["examples"],
+        "steps_per_minute": pairs_per_minute / record["batch_size"],
+    }
+
+
+def steps_for(minutes: float, options: list[str], folder: Path) -> int:
+    """As many steps as fit into the minutes; the features are cached on the way."""
+    few = ["--max_eval_samples", "8", "--caption_samples", "0"]
+    speed = train(options, folder, CALIBRATION_STEPS, 0, few)
+    shutil.rmtree(folder)
+    return max(1, round(minutes * speed["steps_per_minute"]))
+
+
+def prepare(options: argparse.Namespace) -> dict[str, Path]:
+    """Folders of towers that nobody trained, of a shorter language model, and of a model with random projections."""
+    vision, text, folder = options.vision, options.text, options.work_dir
+    made = {name: folder / name for name in ("random", "layers", "clip_text", "random_projections")}
+    if made["random_projections"].exists():  # the last to be made
+        return made
+    torch.manual_seed(0)
+    AutoModel.from_config(AutoConfig.from_pretrained(vision)).save_pretrained(made["random"] / "vision")
+    AutoImageProcessor.from_pretrained(vision, backend="pil").save_pretrained(made["random"] / "vision")
+    AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(text)).save_pretrained(made["random"] / "text")
+    tokenizer = AutoTokenizer.from_pretrained(text)
+    tokenizer.save_pretrained(made["random"] / "text")
+    shorter = AutoModelForCausalLM.from_pretrained(text)
+    shorter.model.layers = shorter.model.layers[:KEPT_LAYERS]
+    shorter.config.num_hidden_layers = KEPT_LAYERS
+    shorter.save_pretrained(made["layers"])
+    tokenizer.save_pretrained(made["layers"])
+    table = datasets.load_dataset("parquet", data_files=options.train_file, split="train")
+    own = train_tokenizer((caption for value in table["captions"] for caption in as_captions(value)), 4096)
+    # CLIP's text tower is a GPT-2.
+    ids = {"vocab_size": len(own), "bos_token_id": own.bos_token_id, "eos_token_id": own.eos_token_id}
+    config = GPT2Config(n_embd=512, n_layer=12, n_head=8, n_positions=77, activation_function="quick_gelu", **ids)
+    GPT2LMHeadModel(config).save_pretrained(made["clip_text"])
+    own.save_pretrained(made["clip_text"])
+    recipe = yaml.safe_load(Path(RECIPE[1]).read_text())
+    settings = {
+        name: recipe[name] for name in ("projection_dim", "image_pooling", "image_grid_size") if name in recipe
+    }
+    MMGEMModel.from_vision_text_pretrained(vision, text, **settings).save_pretrained(made["random_projections"])
+    grid = {"image_grid_size": settings.get("image_grid_size", 1), "max_length": recipe["max_length"]}
+    MMGEMProcessor.from_vision_text_pretrained(vision, text, **grid).save_pretrained(made["random_projections"])
+    return made
+
+
+def measure(name: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
+    """Metrics of one run; from its file if it was done before."""
+    file = options.output_dir / f"{name} {seed}.json"
+    asked = {"run": name, "seed": seed, "asked_minutes": options.minutes}
+    if file.exists():
+        result = json.loads(file.read_text())
+        if {key: result.get(key) for key in asked} != asked:
+            raise SystemExit(f"{file} holds another run; delete it, or give another --output_dir.")
+        return result
+    work = options.work_dir / f"{name} {seed}"
+    run_options = ["--train_file", options.train_file, "--validation_file", options.validation_file]
+    extra = [part.format(**options.folders) for part in RUNS[name]]
+    if extra != SCRATCH:
+        run_options += [*RECIPE, "--feature_cache_dir", str(options.work_dir / f"features of {name}")]
+    if not {"--init_from", *SCRATCH} & set(extra):
+        towers = {"vision": options.vision, "text": options.text}
+        run_options += [part for kind, path in towers.items() for part in (f"--{kind}_model_name_or_path", path)]
+    run_options += extra
+    steps = steps_for(options.minutes, run_options, work)
+    found = {**train(run_options, work, steps, seed, []), "steps": steps}
+    result = {**asked, **found}
+    file.write_text(json.dumps(result, indent=2) + "\n")
+    print(json.dumps(result), flush=True)
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--vision", required=True)
+    parser.add_argument("--text", required=True)
+    parser.add_argument("--train_file", required=True)
+    parser.add_argument("--validation_file", required=True)
+    parser.add_argument("--output_dir", type=Path, default=Path("benchmarks/results/pretrained_flickr8k"))
+    parser.add_argument("--work_dir", type=Path, default=Path("outputs/pretrained_flickr8k"))
+    parser.add_argument("--minutes", type=float, default=20.0)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--runs", nargs="+", default=["mmgem"], choices=[*RUNS, "lit"])
+    options = parser.parse_args()
+    options.output_dir.mkdir(parents=True, exist_ok=True)
+    options.folders = prepare(options)
+    results = {name: [] for name in options.runs}
+    for seed in options.seeds:
+        for name in options.runs:
+            if seed == options.seeds[0] or name == "mmgem":  # baselines and factors have one seed
+                results[name].append(measure(name, seed, options))
+    columns = [*METRICS, "steps", "pairs", "minutes"]
+    print(f"| run | {' | '.join(columns)} |\n|---|{'---|' * len(columns)}")
+    for name, runs in results.items():
+        print(f"| {name} | {' | '.join(_mean(runs, column) for column in columns)} |")
+    ours = results.get("mmgem", [])
+    goals = {"text_to_image_R@10": 0.36, "caption_cider": 0.33}
+    for column, goal in goals.items():
+        if ours:
+            value = statistics.mean(run[column] for run in ours)
+            print_result(f"pretrained_flickr8k_{column}", round(value, 3), "share or points", f">= {goal}", "none")
+
+
+def _mean(runs: list[dict[str, Any]], column: str) -> str:
+    values = [run[column] for run in runs if column in run]
+    if not values:
+        return "–"
+    spread = f" ± {statistics.stdev(values):.2g}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.4g}{spread}"
+
+
+if __name__ == "__main__":
+    main()
