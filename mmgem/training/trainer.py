@@ -34,8 +34,9 @@ from .checkpoints import (
     checkpoint_to_resume,
     run_settings,
 )
-from .checks import check_packing, check_parallelism, check_positions, check_precision
+from .checks import check_cached_features, check_packing, check_parallelism, check_positions, check_precision
 from .distributed import GatherWithGradient, keep_temperature_in_float32
+from .feature_cache import cache_features
 from .gradient_cache import Embeddings, cached_backward, refuse_dropout
 from .logging_trainer import LoggingTrainer
 from .stages import check_optimizer, freeze_parameters, make_optimizer
@@ -119,6 +120,8 @@ class MMGEMTrainer(LoggingTrainer):
         self.peft_config = peft_config or lora_config(args)
         trained = self.make_trainable(model, args)
         check_precision(trained)
+        if args.cache_features:
+            check_cached_features(model, train_data.augmentation_scale)
         if args.mini_batch_size:
             refuse_dropout(trained)
         if args.torch_compile:
@@ -290,6 +293,7 @@ class MMGEMTrainer(LoggingTrainer):
             CheckpointError: for a checkpoint of a run with other settings.
             TrainingStopped: where training diverged, or an evaluation failed.
             BadDataError: for too many unreadable examples.
+            FeatureCacheError, DiskFullError: with `cache_features`, see [`FeatureCache.compute`].
         """
         self._started = time.perf_counter()
         checkpoint = self._resumed_from = checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir)
@@ -300,6 +304,10 @@ class MMGEMTrainer(LoggingTrainer):
             state = TrainerState.load_from_json(os.path.join(checkpoint, TRAINER_STATE_NAME))
             if state.global_step >= self.set_initial_training_values(self.args, self.get_train_dataloader())[-1]:
                 return self._load_finished(state, checkpoint)
+        if self.args.cache_features:
+            collator: Any = self.data_collator
+            bad = cache_features(self.model, self.train_dataset, collator, self.args, self.accelerator)
+            self.counts.add_bad(bad)
         result = super().train(checkpoint, *args, **kwargs)
         self._refuse_diverged()
         self.counts.report()
