@@ -295,7 +295,6 @@ class MMGEMTrainer(LoggingTrainer):
             BadDataError: for too many unreadable examples.
             FeatureCacheError, DiskFullError: with `cache_features`, see [`FeatureCache.compute`].
         """
-        self._started = time.perf_counter()
         checkpoint = self._resumed_from = checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir)
         if checkpoint is not None:
             check_settings(checkpoint, self._settings)
@@ -308,6 +307,8 @@ class MMGEMTrainer(LoggingTrainer):
             collator: Any = self.data_collator
             bad = cache_features(self.model, self.train_dataset, collator, self.args, self.accelerator)
             self.counts.add_bad(bad)
+        self._started = time.perf_counter()
+        self._start_interval()
         result = super().train(checkpoint, *args, **kwargs)
         self._refuse_diverged()
         self.counts.report()
