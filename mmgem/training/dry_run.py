@@ -21,6 +21,7 @@ from ..modeling_mmgem import MMGEMModel, contrastive_loss
 from ..modeling_mmgem.losses_mmgem import BLOCK_SIZE
 from .arguments import DryRunArguments, MMGEMTrainingArguments
 from .checks import check_cached_features
+from .feature_cache import kept_grid_size
 from .gradient_cache import Embeddings, cached_backward
 from .memory import GIB, device_memory, empty_model
 from .stages import make_optimizer
@@ -109,7 +110,7 @@ def _images(model: MMGEMModel, args: MMGEMTrainingArguments, batch_size: int) ->
     if not args.cache_features:
         return {"pixel_values": torch.empty(batch_size, config.num_channels, config.image_size, config.image_size)}
     images = {"pooled_features": torch.empty(batch_size, model.visual_projection.in_features)}
-    grid_size = 1 if args.objective == "contrastive" else model.config.image_grid_size
+    grid_size = kept_grid_size(model.config, args.objective)
     if grid_size > 1:
         images["patch_features"] = torch.empty(batch_size, grid_size, grid_size, config.hidden_size)
     return images

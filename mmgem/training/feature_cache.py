@@ -6,7 +6,6 @@ import shutil
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
+from ..configuration import MMGEMConfig
 from ..data.collator import PairCollator
 from ..data.feature_parts import ShardImages, TableImages, part_names, rows_of_part
 from ..data.features import ROWS_PER_PART, CachedFeatures, FeatureCacheError
@@ -61,6 +61,11 @@ def cache_features(
     return dict(list(bad.items())[accelerator.process_index :: accelerator.num_processes])
 
 
+def kept_grid_size(config: MMGEMConfig, objective: str) -> int:
+    """k of the cells that stage 1 keeps of V; 1 keeps none, since the pooled vector is all that embeddings need."""
+    return 1 if objective == "contrastive" else config.image_grid_size
+
+
 class FeatureCache:
     """
     The features of a training set's images in a folder. Every part is one file, written under another name and then
@@ -87,6 +92,7 @@ class FeatureCache:
         self.model: MMGEMModel = base
         self.dataset, self.collator, self.accelerator = dataset, collator, accelerator
         self.folder = args.feature_cache_dir or os.path.join(str(args.output_dir), "features")
+        self.unfinished = os.path.join(self.folder, "unfinished")  # safetensors may leave files of its own there too
         self.quiet = bool(args.disable_tqdm)
         self.loader: dict[str, Any] = {
             "batch_size": args.per_device_eval_batch_size,
@@ -94,10 +100,9 @@ class FeatureCache:
             "multiprocessing_context": args.dataloader_multiprocessing_context,
         }
         self.paths = [os.path.join(self.folder, name) for name in part_names(dataset)]
-        # k of the cells that are kept of V: regions need all of it (None), and embeddings none (1).
-        self.grid_size: int | None = 1 if args.objective == "contrastive" else self.model.config.image_grid_size
-        if isinstance(dataset, RegionDataset):
-            self.grid_size = None
+        # None keeps all of V, which regions need.
+        is_stage_1 = not isinstance(dataset, RegionDataset)
+        self.grid_size = kept_grid_size(self.model.config, args.objective) if is_stage_1 else None
         self.key = self._key()
 
     def compute(self) -> CachedFeatures:
@@ -127,6 +132,8 @@ class FeatureCache:
             self._check_disk([part for part in range(len(self.paths)) if not os.path.exists(self.paths[part])])
             self._compute_parts(missing)
             self.accelerator.wait_for_everyone()
+            if local_rank == 0:
+                shutil.rmtree(self.unfinished, ignore_errors=True)
         for path in self.paths:
             self._check_key(path)
         return CachedFeatures(self.paths)
@@ -156,7 +163,7 @@ class FeatureCache:
             raise FeatureCacheError(
                 f"{path} is no part of a feature cache, or damaged ({type(error).__name__}: {error}). Delete it."
             ) from error
-        for name in self.key.keys() | key.keys():
+        for name in sorted(self.key.keys() | key.keys()):
             if key.get(name) != self.key.get(name):
                 raise FeatureCacheError(
                     f"{path} holds features of another run: {name} was {key.get(name)!r} there, and is "
@@ -168,9 +175,7 @@ class FeatureCache:
         Refuses parts of an earlier run whose key differs, or that were made of other images of a table: all of them up
         to 10,000, of larger tables as many rows spread evenly. Removes what was being written when a run was killed.
         """
-        for pattern in ("*.tmp", ".tmp*"):  # ours and safetensors' own
-            for path in Path(self.folder).glob(pattern):
-                path.unlink()
+        shutil.rmtree(self.unfinished, ignore_errors=True)
         found = {part for part, path in enumerate(self.paths) if os.path.exists(path)}
         for part in sorted(found):
             self._check_key(self.paths[part])
@@ -269,8 +274,9 @@ class FeatureCache:
                 )
         if "size" in first:
             tensors["sizes"] = torch.tensor([row.get("size", (0, 0)) for row in rows])
-        temporary = f"{path}.{self.accelerator.process_index}.tmp"
+        temporary = os.path.join(self.unfinished, f"{self.accelerator.process_index}-{os.path.basename(path)}")
         try:
+            os.makedirs(self.unfinished, exist_ok=True)
             save_file(tensors, temporary, {"key": json.dumps(self.key), "unreadable": json.dumps(reasons)})
             os.replace(temporary, path)
         except (OSError, SafetensorError) as error:
