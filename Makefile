@@ -11,8 +11,9 @@ TRAIN := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_pre
 
 demo: $(READY)
 	$(TRAIN) --config configs/scenes.yaml
-	$(TRAIN) --config configs/scenes-region-caption.yaml
-	$(TRAIN) --config configs/scenes-region-retrieval.yaml
+	rm -rf outputs/scenes/features  # of the model that stood there before; both adapters share the new ones
+	$(TRAIN) --config configs/scenes-region-caption.yaml --feature_cache_dir outputs/scenes/features
+	$(TRAIN) --config configs/scenes-region-retrieval.yaml --feature_cache_dir outputs/scenes/features
 	@echo "Look at outputs/scenes/report.md: searches, captions, and what two adapters know of regions."
 
 # Two processes, of a thread each, because the models of tests are too small for two threads.

@@ -12,6 +12,7 @@ from contextlib import ExitStack
 from huggingface_hub.errors import HTTPError
 from safetensors import SafetensorError
 
+from mmgem.data.features import FeatureCacheError
 from mmgem.data.pairs import BadDataError
 from mmgem.hub.upload import PublishError, publish
 from mmgem.output_lock import output_lock
@@ -46,7 +47,7 @@ def main(stack: ExitStack) -> None:
         sys.exit(f"error: {error}")
     try:
         result = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
-    except (BadDataError, CheckpointError, DiskFullError, TrainingStopped) as error:
+    except (BadDataError, CheckpointError, DiskFullError, FeatureCacheError, TrainingStopped) as error:
         sys.exit(f"error: {error}")
     try:
         save_trained(trainer, model_args, data_args, result.metrics.get("train_runtime"))

@@ -19,10 +19,13 @@ ORPHANS = 15.0  # seconds until the data loader's workers notice that their proc
 
 
 @contextmanager
-def output_lock(folder: str) -> Iterator[None]:
+def output_lock(folder: str, option: str = "--output_dir") -> Iterator[None]:
     """
     Makes the folder and holds it for this process. The lock is the operating system's: it goes with the process,
     however that ends.
+
+    Args:
+        option: that names the folder, for the error.
 
     Raises:
         ValueError: if another process holds the folder, with its id and start; for a folder that the locale cannot
@@ -41,7 +44,7 @@ def output_lock(folder: str) -> Iterator[None]:
             raise ValueError(
                 f"{folder} is in use by process {owner.get('process', 'unknown')} on {owner.get('host', 'a host')}, "
                 f"started {owner.get('started', 'just now')}; two runs in one folder would overwrite each other. Wait "
-                "for it or stop it, or give another --output_dir."
+                f"for it or stop it, or give another {option}."
             ) from error
     with held:
         with open(note, "w", encoding="utf-8") as file:

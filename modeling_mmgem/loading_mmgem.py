@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -64,11 +64,16 @@ def weights_revision(folder: str | None) -> str | None:
     """
     files = [safe_open(path, "pt") for path in Path(folder).glob("model*.safetensors")] if folder else []
     file_of = {key: file for file in files for key in file.keys()}  # noqa: SIM118  # not a mapping
+    return digest_of_tensors((key, file_of[key].get_tensor(key)) for key in sorted(file_of)) if files else None
+
+
+def digest_of_tensors(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
+    """`sha256:` and the digest of names and contents, one tensor in memory at a time."""
     digest = hashlib.sha256()
-    for key in sorted(file_of):
+    for key, tensor in tensors:
         digest.update(key.encode())
-        digest.update(file_of[key].get_tensor(key).reshape(-1).view(torch.uint8).numpy())
-    return f"sha256:{digest.hexdigest()}" if files else None
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return f"sha256:{digest.hexdigest()}"
 
 
-__all__ = ["CheckedLoadingMixin", "OPTIONAL_MODULES", "refuse_not_finite", "weights_revision"]
+__all__ = ["CheckedLoadingMixin", "OPTIONAL_MODULES", "digest_of_tensors", "refuse_not_finite", "weights_revision"]

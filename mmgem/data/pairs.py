@@ -15,6 +15,7 @@ from PIL import Image
 
 from ..processing.images_mmgem import encoded_image, image_of_array, open_image, to_rgb
 from ..processing.tokenization_mmgem import as_sentence
+from .features import CachedFeatures, UnreadableImageError
 
 
 MAX_STRETCH = 4 / 3  # of random crops
@@ -35,6 +36,9 @@ class PairDataset(torch.utils.data.Dataset):
     If an image has several captions, `caption` is one of them, drawn anew each epoch. The draw and the augmentation
     depend on (seed, epoch, index) alone, so a resumed run sees the examples of the uninterrupted one. An example that
     cannot be read is replaced by the next that can; `bad` says which were skipped, for the Trainer to count.
+
+    With `features`, examples hold `pooled_features` (and `patch_features`) of the cache instead of `"image"`, and no
+    image is read.
 
     Args:
         table: rows with the two columns; anything with `len` and indexing by row number and by column name, such as
@@ -65,6 +69,7 @@ class PairDataset(torch.utils.data.Dataset):
         self.max_captions: int | None = None  # of each image, the first ones
         self.missing = 0  # number of images that annotations name but that do not exist
         self.least_side = 0  # pixels per side that the image processor needs; 0 decodes at full size
+        self.features: CachedFeatures | None = None  # of the examples in their order
         # Shared with the loader's worker processes, which start before the epoch is known.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 
@@ -75,6 +80,7 @@ class PairDataset(torch.utils.data.Dataset):
         """A dataset of these examples alone: its example i is `indices[i]` of this one."""
         chosen = copy.copy(self)
         chosen.rows = [self.rows[i] for i in indices]
+        chosen.features = None  # its rows are those of this dataset
         return chosen
 
     def set_epoch(self, epoch: int) -> None:
@@ -116,7 +122,7 @@ class PairDataset(torch.utils.data.Dataset):
             BadDataError: if it cannot be read, with the reason.
         """
         with self._as_bad_data(self.rows[index]):
-            return self._read(self.rows[index])
+            return self._read(self.rows[index], None if self.features is None else self.features.of_row(index))
 
     def image(self, index: int) -> Image.Image:
         """
@@ -126,13 +132,42 @@ class PairDataset(torch.utils.data.Dataset):
             BadDataError: as [`read`].
         """
         with self._as_bad_data(self.rows[index]):
-            content = encoded(self.table[self.rows[index]][self.image_column], self.root)
-            return to_rgb(decoded(content, self.least_side))
+            return self._decoded(self._encoded(index))["image"]
+
+    def image_id(self, index: int) -> int:
+        """The hash of example `index`'s image, which need not be decoded; 0 if there is none to hash."""
+        try:
+            return image_id_of(self._encoded(index))
+        except Exception:  # as in `_as_bad_data`
+            return 0
+
+    def image_with_id(self, index: int) -> dict[str, Any]:
+        """
+        What a cache of features needs of example `index`: `"image_id"`, and the whole `"image"`, or the `"reason"` why
+        it cannot be read.
+        """
+        found: dict[str, Any] = {"image_id": 0}
+        try:
+            with self._as_bad_data(self.rows[index]):
+                content = self._encoded(index)
+                found["image_id"] = image_id_of(content)
+                return {**found, **self._decoded(content)}
+        except BadDataError as error:
+            return {**found, "reason": str(error)}
+
+    def _encoded(self, index: int) -> bytes | Image.Image:
+        return encoded(self.table[self.rows[index]][self.image_column], self.root)
+
+    def _decoded(self, content: bytes | Image.Image) -> dict[str, Any]:
+        """What an example holds of its image, beside the id."""
+        return {"image": to_rgb(decoded(content, self.least_side))}
 
     @contextlib.contextmanager
     def _as_bad_data(self, row: int) -> Iterator[None]:
         try:
             yield
+        except UnreadableImageError as error:  # whose message names the image already
+            raise BadDataError(str(error)) from error
         except Exception as error:  # Pillow's readers raise errors of many types
             reason = f"{type(error).__name__}: {error}"
             value = self.table[row].get(self.image_column)
@@ -140,23 +175,30 @@ class PairDataset(torch.utils.data.Dataset):
             name = os.fspath(path) if isinstance(path, str | os.PathLike) else ""
             raise BadDataError(reason if name in reason else f"{reason} ({name})") from error
 
-    def _read(self, row: int) -> dict[str, Any]:
+    def _read(self, row: int, cached: dict[str, Any] | None) -> dict[str, Any]:
+        """The example of a row of the table; `cached` takes the place of its image."""
         columns = self.table[row]
         captions = as_captions(columns[self.caption_column])[: self.max_captions]
         if not captions:
             raise ValueError("it has no caption")
         rng = np.random.default_rng([self.seed, int(self._epoch), row])
-        content = encoded(columns[self.image_column], self.root)
-        pixels = content if isinstance(content, bytes) else repr(content.size).encode() + to_rgb(content).tobytes()
-        image_id = digest(pixels)
-        image = augmented_image(content, self.augmentation_scale, self.least_side, rng)
+        if cached is None:
+            content = encoded(columns[self.image_column], self.root)
+            image = augmented_image(content, self.augmentation_scale, self.least_side, rng)
+            cached = {"image": image, "image_id": image_id_of(content)}
         caption = captions[rng.integers(len(captions))]
-        return {"image": image, "image_id": image_id, "caption": caption, "captions": captions}
+        return {**cached, "caption": caption, "captions": captions}
 
 
 def digest(content: bytes) -> int:
     """A signed 64-bit hash, the same in every process."""
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "big", signed=True)
+
+
+def image_id_of(content: bytes | Image.Image) -> int:
+    """The hash of a file's bytes, or of the size and pixels of an image that was never a file."""
+    pixels = content if isinstance(content, bytes) else repr(content.size).encode() + to_rgb(content).tobytes()
+    return digest(pixels)
 
 
 def as_captions(value: Any) -> list[str]:

@@ -5,12 +5,12 @@ from contextlib import suppress
 from typing import Any
 
 import numpy as np
-from PIL import ExifTags
+from PIL import ExifTags, Image
 
 from ..processing.images_mmgem import open_image, to_rgb
 from ..processing.regions_mmgem import geometry_of, map_box, refuse_normalized
 from ..processing.tokenization_mmgem import as_sentence
-from .pairs import PairDataset, as_captions, decoded, digest, encoded
+from .pairs import PairDataset, as_captions, decoded, encoded, image_id_of
 
 
 class RegionDataset(PairDataset):
@@ -59,36 +59,39 @@ class RegionDataset(PairDataset):
         chosen.least_side, chosen.max_regions, chosen.image_processor = 0, 0, image_processor
         return chosen
 
-    def _read(self, row: int) -> dict[str, Any]:
-        example = self.describe(row)
+    def _decoded(self, content: bytes | Image.Image) -> dict[str, Any]:
+        width, height = open_image(content).size
+        image = decoded(content, self.least_side)
+        if image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8):  # lies on its side
+            width, height = height, width
+        return {"image": to_rgb(image), "size": (width, height)}
+
+    def _read(self, row: int, cached: dict[str, Any] | None) -> dict[str, Any]:
+        example = self.describe(row, cached)
         if self.max_regions:
             return self.draw(example, row)
         if not example["boxes"]:
             raise ValueError("it has no region with a phrase")
         return example
 
-    def describe(self, row: int) -> dict[str, Any]:
-        """The example of a row of the table with all its regions and captions."""
+    def describe(self, row: int, cached: dict[str, Any] | None) -> dict[str, Any]:
+        """The example of a row of the table with all its regions and captions; `cached` as of [`PairDataset`]."""
         columns = self.table[row]
         regions = as_regions(columns.get(self.regions_column))
         refuse_normalized([box for box, _ in regions])
         captions = as_captions(columns.get(self.caption_column))
-        content = encoded(columns[self.image_column], self.root)
-        width, height = open_image(content).size
-        picture = decoded(content, self.least_side)
-        if picture.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8):  # lies on its side
-            width, height = height, width
+        if cached is None:
+            content = encoded(columns[self.image_column], self.root)
+            cached = {"image_id": image_id_of(content), **self._decoded(content)}
+        width, height = cached["size"]
         stated = (int(columns.get("width") or width), int(columns.get("height") or height))
         if stated != (width, height):
             raise ValueError(
                 f"its regions are given for an image of {stated[0]} x {stated[1]} pixels, but the file has "
                 f"{width} x {height}"
             )
-        image = to_rgb(picture)
         example: dict[str, Any] = {
-            "image": image,
-            "image_id": digest(content if isinstance(content, bytes) else image.tobytes()),
-            "size": (width, height),
+            **cached,
             "caption": captions[0] if captions else "",
             "captions": captions,
             "boxes": [box for box, _ in regions],

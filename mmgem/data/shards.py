@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from .features import CachedFeatures, UnreadableImageError
 from .pairs import BadDataError, as_captions, augmented_image, digest
 
 
@@ -37,6 +38,7 @@ class RawSample:
     key: str
     members: dict[str, bytes] = field(default_factory=dict)
     fault: str | None = None
+    place: tuple[int, int] | None = None  # number of its shard among those of all sources, and its own in the shard
 
 
 class ShardStream(torch.utils.data.IterableDataset):
@@ -48,7 +50,7 @@ class ShardStream(torch.utils.data.IterableDataset):
     samples of a shard within windows. The orders, the choice among several sources and the augmentation depend only on
     the seed and on `position`, which every example carries: a stream that starts from a position continues exactly as
     the first one would have, without decoding earlier samples. A sample that cannot be read is skipped; `bad` of the
-    next example names it.
+    next example names it. With `features` an example holds those instead of `"image"`.
 
     Args:
         sources: the shards of each source: paths, or URLs that fsspec opens (`hf://datasets/org/name/00000.tar`).
@@ -84,6 +86,7 @@ class ShardStream(torch.utils.data.IterableDataset):
         self.window = window
         self.rank, self.world_size = rank, world_size
         self.least_side = 0  # as of PairDataset
+        self.features: CachedFeatures | None = None  # by shard and sample
         self.batches = 0
         self.positions: dict[int, dict[str, Any]] = {}
 
@@ -129,6 +132,7 @@ class ShardStream(torch.utils.data.IterableDataset):
         """This reader's samples from a place (epoch, shard, sample) on, each with the place after it."""
         epoch, shard, sample = place
         found = sample > 0
+        shards_before = sum(map(len, self.sources[:source]))
         while True:
             order = np.random.default_rng([self.seed, 1, source, epoch]).permutation(len(self.sources[source]))
             mine = order[part::parts].tolist()
@@ -140,7 +144,9 @@ class ShardStream(torch.utils.data.IterableDataset):
                     shuffled = rng.permutation(len(window))
                     found = True
                     for k in range(max(sample - begin, 0), len(window)):
-                        yield window[shuffled[k]], [epoch, number, begin + k + 1]
+                        chosen = window[shuffled[k]]
+                        chosen.place = (shards_before + mine[number], begin + int(shuffled[k]))
+                        yield chosen, [epoch, number, begin + k + 1]
                     begin += len(window)
                 sample = 0
             if not found and shard == 0:
@@ -151,17 +157,37 @@ class ShardStream(torch.utils.data.IterableDataset):
         if sample.fault is not None:
             raise BadSampleError(sample.fault)
         captions = captions_of(sample, self.caption_column)
-        content = next((sample.members[name] for name in PICTURES if name in sample.members), None)
-        if content is None:
-            raise BadSampleError(f"no image: only {', '.join(sample.members)}")
+        content = content_of(sample)
+        if self.features is None:
+            image = {"image": self._image(content, rng), "image_id": digest(content)}
+        else:
+            assert sample.place is not None
+            try:
+                image = self.features.of_sample(*sample.place, digest(content), sample.key)
+            except UnreadableImageError as error:
+                raise BadSampleError(str(error)) from error
+        caption = captions[rng.integers(len(captions))]
+        return {**image, "caption": caption, "captions": captions}
+
+    def _image(self, content: bytes, rng: np.random.Generator) -> Image.Image:
         try:
-            image = augmented_image(content, self.augmentation_scale, self.least_side, rng)
+            return augmented_image(content, self.augmentation_scale, self.least_side, rng)
         except Image.DecompressionBombError as error:
             raise BadSampleError(f"too many pixels: {error}") from error
         except Exception as error:  # Pillow's readers raise errors of many types
             raise BadSampleError(f"unreadable image: {type(error).__name__}: {error}") from error
-        caption = captions[rng.integers(len(captions))]
-        return {"image": image, "image_id": digest(content), "caption": caption, "captions": captions}
+
+    def image_with_id(self, sample: RawSample) -> dict[str, Any]:
+        """[`PairDataset.image_with_id`] of a sample."""
+        found: dict[str, Any] = {"image_id": 0}
+        try:
+            if sample.fault is not None:
+                raise BadSampleError(sample.fault)
+            content = content_of(sample)
+            found["image_id"] = digest(content)
+            return {**found, "image": self._image(content, np.random.default_rng(self.seed))}
+        except BadSampleError as error:
+            return {**found, "reason": str(error)}
 
     def captions(self, limit: int = 10_000) -> list[list[str]]:
         """The captions of the first samples, without decoding an image."""
@@ -188,6 +214,19 @@ class ShardStream(torch.utils.data.IterableDataset):
     def _first_samples(self) -> Iterator[RawSample]:
         for shard in itertools.chain(*self.sources):
             yield from read_samples(shard)
+
+
+def content_of(sample: RawSample) -> bytes:
+    """
+    The image file of a sample.
+
+    Raises:
+        BadSampleError: if there is none.
+    """
+    for name in PICTURES:
+        if name in sample.members:
+            return sample.members[name]
+    raise BadSampleError(f"no image: only {', '.join(sample.members)}")
 
 
 def captions_of(sample: RawSample, column: str) -> list[str]:

@@ -129,7 +129,10 @@ class MMGEMTrainingArguments(TrainingArguments):
     )
     dry_run: bool = option(False, "Print parameters, memory per device and cost of a step, and stop.")
     cache_features: bool = option(
-        False, "Stage 2: run the ViT once over all images, and read its features from a file."
+        False, "Run the frozen vision tower once over all images, and read its features from files."
+    )
+    feature_cache_dir: str | None = option(
+        None, "Folder of --cache_features, which later runs may share; OUTPUT_DIR/features by default."
     )
     packing: bool = option(True, "Stage 1: pack sequences into rows without padding; false gives each a padded row.")
     pack_length: int = option(128, "Length of the packed rows.")
@@ -177,8 +180,8 @@ class MMGEMTrainingArguments(TrainingArguments):
         self._read_evaluation_config()
         if self.stage != "1":
             self._set_up_stage_2()
-        elif self.cache_features:
-            raise ValueError("cache_features is for stage 2; in stage 1 the ViT itself is trained.")
+        if self.feature_cache_dir is not None and not self.cache_features:
+            raise ValueError("feature_cache_dir is the folder of cached features: pass --cache_features true too.")
         if self.mini_batch_size and self.objective == "caption":
             raise ValueError(
                 "mini_batch_size is for the contrastive loss. A caption loss alone needs gradient accumulation only."

@@ -146,6 +146,24 @@ def check_precision(model: torch.nn.Module) -> None:
             )
 
 
+def check_cached_features(model: MMGEMModel, augmentation_scale: float) -> None:
+    """
+    Raises:
+        ValueError: for a vision tower that is trained, and for random crops: features differ from step to step.
+    """
+    for name, parameter in model.vision_model.named_parameters():
+        if parameter.requires_grad:
+            raise ValueError(
+                f"cache_features keeps what a frozen vision tower computes, but vision_model.{name} is trained. Pass "
+                "--freeze vision_model (--lora_rank freezes it too), or leave out --cache_features."
+            )
+    if augmentation_scale < 1:
+        raise ValueError(
+            f"cache_features keeps the features of whole images, but augmentation_scale {augmentation_scale} takes "
+            "another crop in each step. Leave out one of the two."
+        )
+
+
 def check_positions(model: MMGEMModel, processor: MMGEMProcessor) -> None:
     """
     Raises:

@@ -20,6 +20,8 @@ from ..data.arguments import DataArguments
 from ..modeling_mmgem import MMGEMModel, contrastive_loss
 from ..modeling_mmgem.losses_mmgem import BLOCK_SIZE
 from .arguments import DryRunArguments, MMGEMTrainingArguments
+from .checks import check_cached_features
+from .feature_cache import kept_grid_size
 from .gradient_cache import Embeddings, cached_backward
 from .memory import GIB, device_memory, empty_model
 from .stages import make_optimizer
@@ -60,6 +62,8 @@ def estimate(
     live = LiveTensors(config.text_config.vocab_size)
     with FakeTensorMode():
         model, parameters = empty_model(config, args)
+        if args.cache_features:
+            check_cached_features(model, data_args.augmentation_scale)
         if args.activation_checkpointing:
             model.activation_checkpointing_enable()
         optimizer = make_optimizer(args, model)
@@ -70,16 +74,15 @@ def estimate(
             parameter.register_post_accumulate_grad_hook(lambda p: live.add(p.grad, "gradients"))
         is_replicated = dry_run.dry_run_devices > 1 and not dry_run.dry_run_sharded
         buckets = [torch.empty_like(parameter) for parameter in trained if is_replicated]  # DistributedDataParallel's
-        side = config.vision_config.image_size
-        pixels = torch.empty(batch_size, config.vision_config.num_channels, side, side)
-        for kind, tensors in (("gradients", buckets), ("inputs", [pixels])):
+        images = _images(model, args, batch_size)
+        for kind, tensors in (("gradients", buckets), ("inputs", images.values())):
             for tensor in tensors:
                 live.add(tensor, kind)
         step = _Step(model, args, data_args, dry_run)
         for _ in range(2):  # from the second step on the optimizer has its state
             live.peak.clear()
             with live, flops:
-                step.backward(pixels[:mini_batch_size], simulated)
+                step.backward({name: tensor[:mini_batch_size] for name, tensor in images.items()}, simulated)
                 optimizer.step()
                 optimizer.zero_grad()
             for value in tree_leaves(list(optimizer.state.values())):
@@ -101,6 +104,18 @@ def estimate(
     )
 
 
+def _images(model: MMGEMModel, args: MMGEMTrainingArguments, batch_size: int) -> dict[str, torch.Tensor]:
+    """The images of a batch: pixels, or what `cache_features` keeps of them."""
+    config = model.config.vision_config
+    if not args.cache_features:
+        return {"pixel_values": torch.empty(batch_size, config.num_channels, config.image_size, config.image_size)}
+    images = {"pooled_features": torch.empty(batch_size, model.visual_projection.in_features)}
+    grid_size = kept_grid_size(model.config, args.objective)
+    if grid_size > 1:
+        images["patch_features"] = torch.empty(batch_size, grid_size, grid_size, config.hidden_size)
+    return images
+
+
 class _Step:
     """A step as the Trainer takes it, on batches with the shapes that the collator would give them."""
 
@@ -113,29 +128,29 @@ class _Step:
         self.tokens = min(dry_run.dry_run_caption_tokens, data_args.max_length)
         self.max_length = data_args.max_length
 
-    def backward(self, pixels: torch.Tensor, mini_batches: int) -> None:
-        """Takes the gradients of a batch of which `mini_batches` are simulated, with the images in `pixels`."""
+    def backward(self, images: dict[str, torch.Tensor], mini_batches: int) -> None:
+        """Takes the gradients of a batch of which `mini_batches` are simulated; `images` are those of one."""
         objective = self.args.objective
         if self.args.mini_batch_size:
             cached_backward(
                 [{}] * mini_batches,
-                lambda _: self.forward(pixels, with_captions=False)[0],
+                lambda _: self.forward(images, with_captions=False)[0],
                 self.contrastive_loss,
-                lambda _: self.forward(pixels, with_captions=objective == "joint"),
+                lambda _: self.forward(images, with_captions=objective == "joint"),
                 lambda loss: loss.backward(),
                 contextlib.nullcontext,
             )
             return
-        embeddings, loss = self.forward(pixels, with_captions=objective != "contrastive")
+        embeddings, loss = self.forward(images, with_captions=objective != "contrastive")
         if objective != "caption":
             contrastive = self.contrastive_loss(*embeddings)
             loss = contrastive if loss is None else loss + contrastive
         assert loss is not None
         loss.backward()
 
-    def forward(self, pixels: torch.Tensor, with_captions: bool) -> tuple[Embeddings, torch.Tensor | None]:
+    def forward(self, images: dict[str, torch.Tensor], with_captions: bool) -> tuple[Embeddings, torch.Tensor | None]:
         """Runs the model's own forward; fake tensors of token ids and positions hold no values."""
-        size = len(pixels)
+        size = len(next(iter(images.values())))
         sentences = 0 if self.args.objective == "caption" else size
         captions = size if with_captions else 0
         rows, length = sentences + captions, self.max_length
@@ -152,7 +167,7 @@ class _Step:
         precision = torch.float16 if self.args.fp16 else torch.bfloat16
         with torch.autocast("cpu", precision, enabled=self.args.bf16 or self.args.fp16):
             outputs = self.model(
-                ids, pixel_values=pixels, text_positions=text_positions, return_loss=False, logits_to_keep=1, **inputs
+                ids, text_positions=text_positions, return_loss=False, logits_to_keep=1, **images, **inputs
             )
         return (outputs.text_embeds, outputs.image_embeds, outputs.logit_scale), outputs.caption_loss
 

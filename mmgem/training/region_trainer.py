@@ -19,7 +19,6 @@ from ..modeling_mmgem import MMGEMModel, contrastive_loss
 from .adapters import add_region_adapter, base_revision
 from .arguments import MMGEMTrainingArguments, data_seed
 from .distributed import gather_ragged
-from .feature_cache import cache_features
 from .gradient_cache import refuse_dropout
 from .trainer import MMGEMTrainer
 
@@ -30,8 +29,7 @@ class RegionTrainer(MMGEMTrainer):
     phrases (paper, equation 6), with "region-retrieval" h4 by L_Emb between all regions of the global batch and their
     phrases (equation 7), in which equal phrases are no negatives of each other.
 
-    All else is frozen and in eval mode. With `args.cache_features` the ViT encodes every image once, before the first
-    step.
+    All else is frozen and in eval mode.
 
     Args:
         processing_class: its `region_grid_size` is the k that the adapter is trained with.
@@ -72,27 +70,6 @@ class RegionTrainer(MMGEMTrainer):
 
     def make_collator(self, args: MMGEMTrainingArguments) -> RegionCollator:
         return RegionCollator(self.processing_class, args.objective)
-
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """[`MMGEMTrainer.train`]; with `cache_features` the patch features lie in a file until it ends."""
-        if not self.args.cache_features:
-            return super().train(*args, **kwargs)
-        os.makedirs(str(self.args.output_dir), exist_ok=True)
-        path = os.path.join(str(self.args.output_dir), "patch_features.bin")
-        dataset: Any = self.train_dataset
-        collator: Any = self.data_collator
-        quiet, batch_size = bool(self.args.disable_tqdm), self.args.per_device_eval_batch_size
-        loader = {"batch_size": batch_size, "num_workers": self.args.dataloader_num_workers}
-        try:
-            self.train_dataset, bad = cache_features(  # type: ignore[assignment]
-                self.base, dataset, collator, self.accelerator, path, quiet, **loader
-            )
-            self.counts.add_bad(bad)
-            return super().train(*args, **kwargs)
-        finally:
-            self.train_dataset = dataset
-            with suppress(FileNotFoundError):
-                os.remove(path)
 
     def compute_loss(self, model: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
         """The loss, with the frozen base in eval mode: dropout applies to trained modules only."""

@@ -34,8 +34,9 @@ from .checkpoints import (
     checkpoint_to_resume,
     run_settings,
 )
-from .checks import check_packing, check_parallelism, check_positions, check_precision
+from .checks import check_cached_features, check_packing, check_parallelism, check_positions, check_precision
 from .distributed import GatherWithGradient, keep_temperature_in_float32
+from .feature_cache import cache_features
 from .gradient_cache import Embeddings, cached_backward, refuse_dropout
 from .logging_trainer import LoggingTrainer
 from .stages import check_optimizer, freeze_parameters, make_optimizer
@@ -121,6 +122,8 @@ class MMGEMTrainer(LoggingTrainer):
         self.peft_config = peft_config or lora_config(args)
         trained = self.make_trainable(model, args)
         check_precision(trained)
+        if args.cache_features:
+            check_cached_features(model, train_data.augmentation_scale)
         if args.mini_batch_size:
             refuse_dropout(trained)
         if args.torch_compile:
@@ -292,8 +295,8 @@ class MMGEMTrainer(LoggingTrainer):
             CheckpointError: for a checkpoint of a run with other settings.
             TrainingStopped: where training diverged, or an evaluation failed.
             BadDataError: for too many unreadable examples.
+            FeatureCacheError, DiskFullError: with `cache_features`, see [`FeatureCache.compute`].
         """
-        self._started = time.perf_counter()
         checkpoint = self._resumed_from = checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir)
         if checkpoint is not None:
             check_settings(checkpoint, self._settings)
@@ -302,11 +305,16 @@ class MMGEMTrainer(LoggingTrainer):
             state = TrainerState.load_from_json(os.path.join(checkpoint, TRAINER_STATE_NAME))
             if state.global_step >= self.set_initial_training_values(self.args, self.get_train_dataloader())[-1]:
                 return self._load_finished(state, checkpoint)
-        elif self.base.has_new_projections:
-            start_projections(
-                self.base, self.processing_class, self.train_dataset, self.args.per_device_eval_batch_size
-            )
+        if self.args.cache_features:
+            collator: Any = self.data_collator
+            bad = cache_features(self.base, self.train_dataset, collator, self.args, self.accelerator)
+            self.counts.add_bad(bad)
+        if checkpoint is None and self.base.has_new_projections:
+            batch_size = self.args.per_device_eval_batch_size
+            start_projections(self.base, self.processing_class, self.train_dataset, batch_size)
             self.base.has_new_projections = False
+        self._started = time.perf_counter()
+        self._start_interval()
         result = super().train(checkpoint, *args, **kwargs)
         self._refuse_diverged()
         self.counts.report()

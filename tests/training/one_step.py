@@ -1,4 +1,4 @@
-"""One optimizer step on 16 pairs, however many processes there are; run by test_distributed.py under torchrun."""
+"""One optimizer step on the first 16 pairs, however many processes there are; test_distributed.py runs it."""
 
 import os
 import sys
@@ -14,6 +14,7 @@ from mmgem.data.collator import PairCollator
 from mmgem.data.pairs import PairDataset
 from mmgem.data.scenes import ScenesDataset
 from mmgem.data.tokenizer import train_tokenizer
+from mmgem.evaluation.sharing import gather_parts
 from mmgem.processing import to_mmgem_tokenizer
 from mmgem.training.trainer import MMGEMTrainer
 from tests.conftest import CORPUS, make_model
@@ -21,6 +22,7 @@ from tests.training.sharding import training_arguments, whole
 
 
 PAIRS = 16
+CACHED_PAIRS = 1030  # two parts of a feature cache
 CAPTION_LOSS_WEIGHT = 3.0
 
 
@@ -37,11 +39,15 @@ def main(strategy: str, accumulation_steps: int, mini_batch_size: int, folder: P
     image_processor = CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
     processor = MMGEMProcessor(image_processor, to_mmgem_tokenizer(train_tokenizer(CORPUS, 320)), max_length=200)
     model = make_model(processor)
-    dataset = PairDataset(ScenesDataset("train", PAIRS, 32))  # 1 to 4 objects: captions of very different lengths
+    is_cached = strategy == "ddp-cached"
+    # 1 to 4 objects: captions of very different lengths
+    dataset = PairDataset(ScenesDataset("train", CACHED_PAIRS if is_cached else PAIRS, 32))
     micro_batch = PAIRS // accumulation_steps
     expected_loss = reference_loss(model, processor, dataset, micro_batch)
     args = training_arguments(
-        strategy,
+        strategy.removesuffix("-cached"),
+        cache_features=is_cached,
+        freeze=["vision_model"] if is_cached else [],
         output_dir=str(folder),
         per_device_train_batch_size=micro_batch // world_size,
         gradient_accumulation_steps=accumulation_steps,
@@ -59,7 +65,12 @@ def main(strategy: str, accumulation_steps: int, mini_batch_size: int, folder: P
         pack_length=256,
     )
     gradients = {}
+    encoded = [0]
 
+    def count(module, args, output):
+        encoded[0] += len(output[0])
+
+    model.vision_model.register_forward_hook(count)
     trainer = Sequential(model, args, processor, dataset)
 
     class Keep(TrainerCallback):
@@ -69,6 +80,7 @@ def main(strategy: str, accumulation_steps: int, mini_batch_size: int, folder: P
     trainer.add_callback(Keep())
     trainer.train()
     trainer.save_model(str(folder / "saved"))
+    encoded = gather_parts(encoded)
     if int(os.environ["RANK"]) == 0:
         log = next(entry for entry in trainer.state.log_history if "loss" in entry)
         torch.save(
@@ -78,6 +90,7 @@ def main(strategy: str, accumulation_steps: int, mini_batch_size: int, folder: P
                 "loss": torch.tensor(log["loss"]),
                 "tau": torch.tensor(log["tau"]),
                 "expected_loss": expected_loss,
+                "encoded": encoded,
             },
             folder / "gradients.pt",
         )
@@ -89,7 +102,7 @@ def reference_loss(model, processor, dataset, micro_batch: int) -> torch.Tensor:
     """Mean contrastive loss of the micro-batches, and weighted caption loss over all tokens of the step."""
     collate = PairCollator(processor)
     contrastive, nll, tokens = [], 0.0, 0
-    for start in range(0, len(dataset), micro_batch):
+    for start in range(0, PAIRS, micro_batch):
         batch = collate([dataset[i] for i in range(start, start + micro_batch)])
         labels = batch["labels"]
         inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "pixel_values", "labels")}

@@ -60,13 +60,22 @@ def test_gradient_cache_equals_the_whole_batch(
 
 @pytest.mark.parametrize("stage", [pytest.param("region-caption", marks=slow), "region-retrieval"])
 def test_stage_2_equals_the_single_process_whatever_number_of_regions_each_has(stage, tmp_path):
-    """Also with the patch features in a file that the processes share."""
-    expected = launch(1, "one_region_step.py", "ddp", stage, "plain", tmp_path)
-    assert len(expected["gradients"]) == (3 if stage == "region-caption" else 2)
+    """Also with the patch features in files that the processes share."""
     for strategy, features in (("ddp", "cached"), ("fsdp", "plain")):
-        actual = launch(2, "one_region_step.py", strategy, stage, features, tmp_path)
+        folders = [tmp_path / f"{features}-{processes}" for processes in (1, 2)]  # each computes its own cache
+        expected = launch(1, "one_region_step.py", "ddp", stage, features, folders[0])
+        assert len(expected["gradients"]) == (3 if stage == "region-caption" else 2)
+        actual = launch(2, "one_region_step.py", strategy, stage, features, folders[1])
         assert_equal(actual, expected)
         torch.testing.assert_close(actual["loss"], expected["loss"], atol=1e-4, rtol=1e-5)
+
+
+def test_processes_share_the_parts_of_a_feature_cache(tmp_path):
+    """Of 1,030 images one process encodes the first 1,024, the other the rest, and both train on all of them."""
+    expected, actual = (run(n, 4, tmp_path / str(n), strategy="ddp-cached") for n in (1, 2))
+    assert_equal(actual, expected)
+    assert (expected["encoded"], actual["encoded"]) == ([1030], [1024, 6])
+    torch.testing.assert_close(actual["loss"], expected["expected_loss"], atol=2e-3, rtol=0)  # float16
 
 
 @pytest.mark.parametrize(

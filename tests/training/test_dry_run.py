@@ -13,6 +13,7 @@ from mmgem.data.pairs import PairDataset
 from mmgem.training.arguments import DryRunArguments, MMGEMTrainingArguments, ModelArguments
 from mmgem.training.building import planned_config
 from mmgem.training.dry_run import LiveTensors, estimate
+from mmgem.training.feature_cache import cache_features
 from mmgem.training.memory import check_memory, container_memory
 from mmgem.training.stages import make_optimizer
 from mmgem.training.trainer import MMGEMTrainer
@@ -35,6 +36,9 @@ def real_step(processor, args):
     if args.activation_checkpointing:  # which train() would do
         model.activation_checkpointing_enable()
     trainer.current_gradient_accumulation_steps = 1
+    if args.cache_features:  # as well
+        cache_features(model, trainer.train_dataset, trainer.data_collator, args, trainer.accelerator)
+        model.train()
     batch = next(iter(trainer.get_train_dataloader()))
     live = LiveTensors(len(processor.tokenizer))
     for parameter in model.parameters():
@@ -64,6 +68,7 @@ def real_step(processor, args):
         ({"objective": "contrastive"}, True),
         ({"objective": "caption", "activation_checkpointing": True}, True),
         ({"freeze": ["vision_model"], "optim": "lamb"}, True),
+        ({"freeze": ["vision_model"], "cache_features": True}, True),
         ({"logits_in_parts": True, "freeze": ["vision_model"], "objective": "caption"}, True),
     ],
 )
