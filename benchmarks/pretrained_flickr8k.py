@@ -2,10 +2,10 @@
 Flickr8k with pretrained towers: the recipe of configs/pretrained.yaml beside its baselines, in the same minutes.
 
 Every run goes through train.py, on the cached features of the same frozen ViT, for as many steps as fit into
-`--minutes` (a short run measures the speed beforehand, and caches the features), and is judged on all validation images.
-Baselines: "LiT", a text tower of CLIP's size from scratch (Zhai et al., 2022); "captions alone", the same language
-model without L_Emb, as ClipCap (Mokady et al., 2021) trains it; "from scratch", configs/flickr8k.yaml; "random towers",
-the recipe on towers of the same sizes that nobody trained.
+`--minutes` (a short run measures the speed beforehand, and caches the features), and is judged on all validation
+images. Baselines: "LiT", a text tower of CLIP's size from scratch (Zhai et al., 2022); "captions alone", the same
+language model without L_Emb, as ClipCap (Mokady et al., 2021) trains it; "from scratch", configs/flickr8k.yaml;
+"random towers", the recipe on towers of the same sizes that nobody trained.
 
     python benchmarks/pretrained_flickr8k.py --vision VIT_FOLDER --text LM_FOLDER \
         --train_file train.parquet --validation_file validation.parquet
