@@ -1,4 +1,5 @@
-from .processing_mmgem import MMGEMProcessor, set_image_size
+from .image_processors_mmgem import set_image_size
+from .processing_mmgem import MMGEMProcessor
 from .tokenization_mmgem import to_mmgem_tokenizer
 
 

@@ -9,9 +9,11 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from transformers import AutoImageProcessor, AutoTokenizer, BatchFeature, ProcessorMixin
+from transformers import AutoTokenizer, BatchFeature, ProcessorMixin
 from transformers.utils import logging
 
+from ..configuration.hub_options_mmgem import checked_hub_options
+from .image_processors_mmgem import load_image_processor
 from .images_mmgem import is_one_image, read_image, with_one_scale
 from .regions_mmgem import map_regions
 from .tokenization_mmgem import (
@@ -102,7 +104,15 @@ class MMGEMProcessor(ProcessorMixin):
         _check_moments(image_processor)
 
     @classmethod
-    def from_vision_text_pretrained(cls, vision: str, text: str, image_size: int | None = None, **kwargs: Any) -> Any:
+    def from_vision_text_pretrained(
+        cls,
+        vision: str,
+        text: str,
+        image_size: int | None = None,
+        vision_kwargs: dict[str, Any] | None = None,
+        text_kwargs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> Any:
         """
         The processor that belongs to [`MMGEMModel.from_vision_text_pretrained`]: mean, std and resampling of the
         vision checkpoint, the vocabulary of the text checkpoint.
@@ -110,12 +120,14 @@ class MMGEMProcessor(ProcessorMixin):
         Args:
             vision, text (`str`): Hub ids or folders.
             image_size (`int`, *optional*): pixels per side, if it is not the checkpoint's.
+            vision_kwargs, text_kwargs (`dict`, *optional*): as of the model.
             **kwargs: of the constructor.
         """
-        image_processor = AutoImageProcessor.from_pretrained(vision, backend="pil")
-        if image_size is not None:
-            set_image_size(image_processor, image_size)
-        return cls(image_processor, to_mmgem_tokenizer(AutoTokenizer.from_pretrained(text)), **kwargs)
+        vision_kwargs = checked_hub_options(vision_kwargs, "vision_kwargs")
+        text_kwargs = checked_hub_options(text_kwargs, "text_kwargs")
+        image_processor = load_image_processor(vision, image_size, **vision_kwargs)
+        tokenizer = AutoTokenizer.from_pretrained(text, **text_kwargs)
+        return cls(image_processor, to_mmgem_tokenizer(tokenizer), **kwargs)
 
     @property
     def model_input_names(self) -> list[str]:
@@ -345,14 +357,6 @@ class MMGEMProcessor(ProcessorMixin):
             )
         max_length = self.max_length if max_length is None else self.checked_length(max_length)
         return self._padded(rows, max_length, {"padding": True, "padding_side": "left", **text_kwargs})
-
-
-def set_image_size(image_processor: Any, image_size: int) -> None:
-    """Sets the size to which an image processor resizes (and crops), in pixels per side."""
-    for name in ("size", "crop_size"):
-        edges = getattr(image_processor, name, None)
-        if edges:
-            setattr(image_processor, name, {edge: image_size for edge, value in dict(edges).items() if value})
 
 
 def _flatten_options(options: dict[str, Any]) -> dict[str, Any]:
