@@ -125,9 +125,8 @@ class MMGEMProcessor(ProcessorMixin):
         """
         vision_kwargs = checked_hub_options(vision_kwargs, "vision_kwargs")
         text_kwargs = checked_hub_options(text_kwargs, "text_kwargs")
-        image_processor = load_image_processor(vision, image_size, **vision_kwargs)
-        tokenizer = AutoTokenizer.from_pretrained(text, **text_kwargs)
-        return cls(image_processor, to_mmgem_tokenizer(tokenizer), **kwargs)
+        tokenizer = to_mmgem_tokenizer(AutoTokenizer.from_pretrained(text, **text_kwargs))
+        return cls(load_image_processor(vision, image_size, **vision_kwargs), tokenizer, **kwargs)
 
     @property
     def model_input_names(self) -> list[str]:

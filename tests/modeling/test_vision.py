@@ -132,6 +132,7 @@ def test_patches_and_class_token_of_each_tower(kind, tmp_path):
     tower, pixels = make_tower(kind), PIXELS[..., :32, :32]
     tower.save_pretrained(tmp_path)
     loaded = load(tmp_path)
+    assert loaded.config.image_size == 32
     assert not [name for name, _ in loaded.named_children() if name == "head"]  # only "tower" needs it
     first, patches, outputs = own_features(kind, tower, pixels)
     pooled, found = encode_images(loaded, pixels, "mean")
