@@ -18,7 +18,8 @@ class MMGEMConfig(PreTrainedConfig):
 
     Args:
         vision_config (`dict` or `PreTrainedConfig`, *optional*, defaults to `CLIPVisionConfig`):
-            The ViT. `clip_vision_model`, `siglip_vision_model`, `dinov2`, `dinov2_with_registers` or `vit`.
+            The ViT: any of `mmgem.modeling_mmgem.towers_mmgem.VISION_TOWERS`, such as `clip_vision_model`,
+            `siglip_vision_model`, `siglip2_vision_model`, `dinov2` or `dinov3_vit`.
         text_config (`dict` or `PreTrainedConfig`, *optional*, defaults to `LlamaConfig`):
             The language model: any causal LM of transformers with attention only (no recurrent state).
         projection_dim (`int`, *optional*, defaults to 512):
@@ -28,8 +29,8 @@ class MMGEMConfig(PreTrainedConfig):
             embedding is read here); negative ones count from the end of the vocabulary.
         image_pooling (`str`, *optional*, defaults to `"mean"`):
             What a whole image is embedded from: `"mean"` of its patches (the paper), `"cls"` (the class token),
-            `"cls+mean"` (both, side by side), or `"tower"` (what CLIP and SigLIP embed themselves: the class token, or
-            the attention head's vector). Regions are pooled from patches.
+            `"cls+mean"` (both, side by side), or `"tower"` (what CLIP or SigLIP and their like embed themselves: the
+            class token, or the attention head's vector). Regions are pooled from patches.
         image_grid_size (`int`, *optional*, defaults to 1):
             k: a whole image becomes k x k visual tokens in front of its caption. 1 is the paper's: the token comes
             from the image's own embedding; otherwise from the patches in each cell of a k x k grid over the image.
@@ -87,6 +88,7 @@ class MMGEMConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
+        set_fixed_image_size(self.vision_config)
         vocab_size = self.text_config.vocab_size
         for name in TOKEN_IDS:
             setattr(self, name, getattr(self, name) % vocab_size if getattr(self, name) < 0 else getattr(self, name))
@@ -117,4 +119,13 @@ class MMGEMConfig(PreTrainedConfig):
             )
 
 
-__all__ = ["MMGEMConfig"]
+def set_fixed_image_size(vision_config: Any) -> None:
+    """
+    Gives SigLIP 2, whose configuration names a number of patches only, the `image_size` (pixels per side) that its
+    position embeddings are for. MM-GEM shows a tower square images of one size.
+    """
+    if not hasattr(vision_config, "image_size") and hasattr(vision_config, "num_patches"):
+        vision_config.image_size = math.isqrt(vision_config.num_patches) * vision_config.patch_size
+
+
+__all__ = ["MMGEMConfig", "set_fixed_image_size"]

@@ -6,6 +6,7 @@ import torch
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from ..configuration.configuration_mmgem import MMGEMConfig
+from ..configuration.hub_options_mmgem import checked_hub_options
 from ..processing.tokenization_mmgem import special_token_ids, to_mmgem_tokenizer
 from .vision_mmgem import load_tower_projection, load_vision_model, vision_config_of
 
@@ -17,6 +18,8 @@ def from_vision_text_pretrained(
     image_size: int | None = None,
     dtype: torch.dtype | str = torch.float32,
     attn_implementation: str | None = None,
+    vision_kwargs: dict[str, Any] | None = None,
+    text_kwargs: dict[str, Any] | None = None,
     **config_kwargs: Any,
 ) -> Any:
     """
@@ -26,36 +29,41 @@ def from_vision_text_pretrained(
     The loaded towers become part of the model as they are: no second copy of their weights is made.
 
     Args:
-        vision (`str`): Hub id or folder of a CLIP, SigLIP, DINOv2 or ViT checkpoint; of a full CLIP or SigLIP the
-            text tower is dropped.
+        vision (`str`): Hub id or folder of a checkpoint with one of `towers_mmgem.VISION_TOWERS`; of a full CLIP or
+            SigLIP the text tower is dropped.
         text (`str`): Hub id or folder of a causal language model.
         image_size (`int`, *optional*): pixels per side; another size than the checkpoint's interpolates its position
             embeddings (the paper's ViT-L-336).
         dtype (`torch.dtype` or `str`, *optional*, defaults to `torch.float32`): precision of all weights; "auto" is
             the language model's. Train in float32 (under autocast): small steps are lost in 16-bit weights.
         attn_implementation (`str`, *optional*): of both towers, such as "sdpa" or "flash_attention_2".
+        vision_kwargs, text_kwargs (`dict`, *optional*): options of each tower's `from_pretrained` that say where its
+            files are: `revision`, `subfolder` and `token`, and for the text `gguf_file`.
         **config_kwargs: of [`MMGEMConfig`], such as `projection_dim`. With `image_pooling="tower"` h1 starts as the
             tower's own projection, whose size is the only `projection_dim`: images then have the embeddings that they
-            had in CLIP or SigLIP, and keep them while the vision tower and h1 are frozen.
+            had in the checkpoint, and keep them while the vision tower and h1 are frozen.
 
     Raises:
         ValueError: for a vision tower or language model that could not be rebuilt exactly, by name; for another
-            `projection_dim` than the tower's.
+            `projection_dim` than the tower's; for another option of a tower, with where it belongs.
     """
+    vision_kwargs = checked_hub_options(vision_kwargs, "vision_kwargs")
+    text_kwargs = checked_hub_options(text_kwargs, "text_kwargs")
     image_pooling = config_kwargs.get("image_pooling", "mean")
-    vision_config = vision_config_of(vision, image_pooling)  # refuses a tower before the language model is loaded
-    tower_projection = load_tower_projection(vision, vision_config) if image_pooling == "tower" else None
-    if tower_projection is not None:
+    vision_config = vision_config_of(vision, image_pooling, **vision_kwargs)  # refuses before anything is loaded
+    tower_projection = None
+    if image_pooling == "tower":
+        tower_projection = load_tower_projection(vision, vision_config, **vision_kwargs)
         size = len(tower_projection)
         if config_kwargs.setdefault("projection_dim", size) != size:
             raise ValueError(
                 f"projection_dim {config_kwargs['projection_dim']} is not that of {vision}, {size}, which "
                 "image_pooling 'tower' keeps. Leave out projection_dim."
             )
-    causal_lm = AutoModelForCausalLM.from_pretrained(text, dtype=dtype)
+    causal_lm = AutoModelForCausalLM.from_pretrained(text, dtype=dtype, **text_kwargs)
     dtype = causal_lm.dtype
-    vision_model = load_vision_model(vision, vision_config, image_size, dtype)
-    old_tokenizer = AutoTokenizer.from_pretrained(text)
+    vision_model = load_vision_model(vision, vision_config, image_size, dtype, **vision_kwargs)
+    old_tokenizer = AutoTokenizer.from_pretrained(text, **text_kwargs)
     old_vocabulary = old_tokenizer.get_vocab()
     tokenizer = to_mmgem_tokenizer(old_tokenizer)
     _check_language_model(causal_lm)

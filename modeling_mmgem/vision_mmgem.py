@@ -1,17 +1,21 @@
-"""The vision towers: which are supported, how they are built, and where their patch features V are."""
+"""Vision towers built, loaded and run: whole images and patch features V, by the rows of `towers_mmgem.py`."""
 
 import copy
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
-from transformers import AutoConfig, AutoModel, CLIPVisionModelWithProjection, PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+
+from ..configuration.configuration_mmgem import set_fixed_image_size
+from .towers_mmgem import VISION_TOWERS
 
 
-# A new tower needs its type here, its final norm in `encode_images`, and its options in `_without_pooler`; from
-# scratch also its positions in mmgem/training/building.py.
-VISION_MODEL_TYPES = ("clip_vision_model", "siglip_vision_model", "dinov2", "dinov2_with_registers", "vit")
+# AIMv2 and AltCLIP's vision classes do not know their prefix in a checkpoint of both towers, and transformers saves
+# AltCLIP's layers by a name that it does not read.
+NAMES_OF_WHOLE_CHECKPOINTS = {r"^vision_model\.encoder\.layer\.": "encoder.layers.", r"^vision_model\.": ""}
 
 
 @dataclass
@@ -55,10 +59,9 @@ def check_vision_config(config: Any, name: str) -> None:
     Raises:
         ValueError: if the type of a vision tower's configuration is not supported; `name` is the tower's.
     """
-    if config.model_type not in VISION_MODEL_TYPES:
+    if config.model_type not in VISION_TOWERS:
         raise ValueError(
-            f"Vision tower '{config.model_type}' ({name}) is not supported; choose one of "
-            f"{', '.join(VISION_MODEL_TYPES)}."
+            f"Vision tower '{config.model_type}' ({name}) is not supported; choose one of {', '.join(VISION_TOWERS)}."
         )
 
 
@@ -67,19 +70,22 @@ def check_image_pooling(config: Any, image_pooling: str) -> None:
     Raises:
         ValueError: if a vision tower has no class token to pool, or no embedding of its own.
     """
-    kind = config.model_type
-    if image_pooling == "tower" and not (
-        kind == "clip_vision_model" or (kind == "siglip_vision_model" and config.vision_use_head)
-    ):
-        hint = "set vision_use_head in vision_config" if kind == "siglip_vision_model" else "choose cls or cls+mean"
-        raise ValueError(f"image_pooling 'tower': '{kind}' has no image embedding of its own; {hint}.")
-    if image_pooling in ("cls", "cls+mean") and kind == "siglip_vision_model":
-        raise ValueError(f"image_pooling '{image_pooling}': '{kind}' has no class token. Choose mean or tower.")
+    kind, tower = config.model_type, VISION_TOWERS[config.model_type]
+    others = "mean, cls or cls+mean" if tower.has_class_token else "mean"
+    if image_pooling == "tower" and tower.embedding is None:
+        raise ValueError(f"image_pooling 'tower': '{kind}' has no image embedding of its own; choose {others}.")
+    if image_pooling == "tower" and tower.head_option and not getattr(config, tower.head_option):
+        raise ValueError(
+            f"image_pooling 'tower': this '{kind}' has no attention head; set {tower.head_option} in vision_config."
+        )
+    if "cls" in image_pooling and not tower.has_class_token:
+        hint = "mean or tower" if tower.embedding else "mean"
+        raise ValueError(f"image_pooling '{image_pooling}': '{kind}' has no class token. Choose {hint}.")
 
 
 def build_vision_model(config: Any) -> PreTrainedModel:
     """A vision tower with new weights, and without a pooling head, which would never get a gradient."""
-    return AutoModel.from_config(config, **_without_pooler(config))
+    return _model_class(config)._from_config(config, **_without_pooler(config))
 
 
 def encode_images(
@@ -96,10 +102,11 @@ def encode_images(
         the ViT's final norm, without class token and registers.
     """
     config = vision_model.config
-    outputs = vision_model(pixel_values=pixel_values)
+    tower = VISION_TOWERS[config.model_type]
+    outputs = vision_model(**tower.inputs(pixel_values, config.patch_size))
     features = outputs.last_hidden_state
-    if config.model_type == "clip_vision_model":  # CLIP's own output is before the norm
-        features = vision_model.post_layernorm(features)
+    if tower.final_norm is not None and getattr(config, "use_mean_pooling", True):  # BEiT norms itself otherwise
+        features = vision_model.get_submodule(tower.final_norm)(features)
     grid = (pixel_values.shape[-2] // config.patch_size, pixel_values.shape[-1] // config.patch_size)
     patches = features[:, features.shape[1] - grid[0] * grid[1] :]
     if image_pooling == "tower":
@@ -107,70 +114,102 @@ def encode_images(
     elif image_pooling == "mean":
         pooled = patches.mean(1)
     else:
-        pooled = features[:, 0]
+        pooled = features[:, : getattr(config, "n_cls_tokens", 1)].mean(1)  # Pixio has several
     if image_pooling == "cls+mean":
         pooled = torch.cat([pooled, patches.mean(1)], -1)
     return pooled, patches.unflatten(1, grid)
 
 
-def vision_config_of(vision: str, image_pooling: str = "mean") -> Any:
+def vision_config_of(vision: str, image_pooling: str = "mean", **options: Any) -> Any:
     """
     The configuration of a checkpoint's vision tower, as MM-GEM uses it.
 
     Args:
-        vision: Hub id or folder of a CLIP, SigLIP, DINOv2 or ViT checkpoint.
+        vision: Hub id or folder of a checkpoint with one of `VISION_TOWERS`.
         image_pooling: see [`MMGEMConfig`].
+        **options: where the files are, such as `revision`.
 
     Raises:
         ValueError: if the tower is not supported, or cannot be pooled in this way.
     """
-    config = AutoConfig.from_pretrained(vision)
+    config = AutoConfig.from_pretrained(vision, **options)
     config = getattr(config, "vision_config", config)
     check_vision_config(config, vision)
-    if config.model_type == "siglip_vision_model":
-        config.vision_use_head = image_pooling == "tower"
+    set_fixed_image_size(config)
+    if head_option := VISION_TOWERS[config.model_type].head_option:
+        setattr(config, head_option, image_pooling == "tower")
     check_image_pooling(config, image_pooling)
     return config
 
 
-def tower_projection_dim(vision: str) -> int:
-    """The size of the image embeddings that a CLIP or SigLIP checkpoint computes itself."""
-    config = AutoConfig.from_pretrained(vision)
+def tower_projection_dim(vision: str, **options: Any) -> int:
+    """The size of the image embeddings that a checkpoint computes itself; `options` as in [`vision_config_of`]."""
+    config = AutoConfig.from_pretrained(vision, **options)
     vision_config = getattr(config, "vision_config", config)
     return getattr(config, "projection_dim", vision_config.hidden_size)
 
 
-def load_tower_projection(vision: str, config: Any) -> torch.Tensor:
+class _TowerProjection(PreTrainedModel):
+    """The one matrix of a CLIP-like checkpoint that maps pooled features to embeddings."""
+
+    config_class = PreTrainedConfig
+    _keys_to_ignore_on_load_unexpected = [""]  # the towers
+
+    def __init__(self, config: Any):
+        super().__init__(config)
+        self.visual_projection = nn.Linear(config.hidden_size, config.projection_dim, bias=False)
+        self.post_init()
+
+
+def load_tower_projection(vision: str, config: Any, **options: Any) -> torch.Tensor:
     """
-    The map `(D, C)` from what a checkpoint pools to its image embeddings: CLIP's projection; SigLIP's pooled vector is
-    its embedding already.
+    The map `(D, C)` from what a checkpoint pools to its image embeddings: that of CLIP and its kin, or the identity
+    where the pooled vector is the embedding already (SigLIP).
+
+    Args:
+        config: of the vision tower.
+        **options: as in [`vision_config_of`].
 
     Raises:
         ValueError: if the checkpoint has no projection.
     """
-    if config.model_type == "siglip_vision_model":
+    if VISION_TOWERS[config.model_type].embedding == "pooled":
         return torch.eye(config.hidden_size)
-    config = copy.deepcopy(config)
-    config.projection_dim = tower_projection_dim(vision)  # the whole model's goes before the tower's own
-    loader: Any = CLIPVisionModelWithProjection
-    model, info = loader.from_pretrained(vision, config=config, dtype=torch.float32, output_loading_info=True)
-    if info["missing_keys"]:
+    sizes = PreTrainedConfig(
+        hidden_size=config.hidden_size,
+        projection_dim=tower_projection_dim(vision, **options),  # type: ignore[call-arg]
+    )
+    loader: Any = _TowerProjection
+    model, info = loader.from_pretrained(
+        vision, config=sizes, dtype=torch.float32, output_loading_info=True, **options
+    )
+    if missing := info["missing_keys"]:
         raise ValueError(
-            f"image_pooling 'tower': {vision} lacks {', '.join(sorted(info['missing_keys'])[:5])}, so its images have "
-            'no embedding of its own. Name the whole CLIP checkpoint, or choose "cls".'
+            f"image_pooling 'tower': {vision} lacks {', '.join(sorted(missing))}, so its images have no embedding of "
+            "its own. Name the whole checkpoint of both towers, or choose another image_pooling."
         )
     return model.visual_projection.weight.detach()
 
 
-def load_vision_model(vision: str, config: Any, image_size: int | None, dtype: torch.dtype) -> PreTrainedModel:
+def load_vision_model(
+    vision: str, config: Any, image_size: int | None, dtype: torch.dtype, **options: Any
+) -> PreTrainedModel:
     """
-    A checkpoint's vision tower, its position embeddings interpolated if `image_size` is new.
+    A checkpoint's vision tower, its position embeddings interpolated if `image_size` is new; `options` as in
+    [`vision_config_of`].
 
     Raises:
         ValueError: if the checkpoint lacks weights of the tower, or `image_size` is not a multiple of its patch size.
     """
-    options = {"dtype": dtype, **_without_pooler(config)}
-    model, info = AutoModel.from_pretrained(vision, config=config, output_loading_info=True, **options)
+    model, info = _model_class(config).from_pretrained(
+        vision,
+        config=config,
+        dtype=dtype,
+        output_loading_info=True,
+        key_mapping=NAMES_OF_WHOLE_CHECKPOINTS,
+        **_without_pooler(config),
+        **options,
+    )
     if missing := info["missing_keys"]:
         raise ValueError(f"{vision} lacks weights of its vision tower: {', '.join(sorted(missing)[:5])}.")
     if image_size is None or image_size == config.image_size:
@@ -180,8 +219,8 @@ def load_vision_model(vision: str, config: Any, image_size: int | None, dtype: t
 
 def interpolate_positions(model: PreTrainedModel, image_size: int) -> PreTrainedModel:
     """
-    The same vision tower for images of another size; its position embeddings are resampled as transformers does
-    (bicubic).
+    The same vision tower for images of another size; its position embeddings are resampled as transformers does.
+    Rotary positions and those that the tower resamples itself (SigLIP 2) stay as they are.
 
     Raises:
         ValueError: if `image_size` is not a multiple of the patch size.
@@ -193,36 +232,47 @@ def interpolate_positions(model: PreTrainedModel, image_size: int) -> PreTrained
     new_config.image_size = image_size
     resized = build_vision_model(new_config)
     state, shapes = model.state_dict(), resized.state_dict()
+    old_side, side = config.image_size // config.patch_size, image_size // config.patch_size
+    interpolation = VISION_TOWERS[config.model_type].interpolation
     for name in [name for name in state if state[name].shape != shapes[name].shape]:
-        old, side = state[name], image_size // config.patch_size
-        old_side = config.image_size // config.patch_size
-        positions = old.reshape(-1, old.shape[-1])
-        prefix, grid = positions[: len(positions) - old_side**2], positions[len(positions) - old_side**2 :]
-        grid = grid.T.reshape(1, -1, old_side, old_side)
-        antialias = config.model_type == "dinov2_with_registers"  # as that tower does it itself
-        grid = nn.functional.interpolate(
-            grid, size=(side, side), mode="bicubic", align_corners=False, antialias=antialias
-        )
-        state[name] = torch.cat([prefix, grid.flatten(2)[0].T]).reshape(shapes[name].shape)
+        table = state[name].reshape(-1, state[name].shape[-1])
+        if name.endswith("relative_position_bias_table"):  # of BEiT: offsets between patches, then those of its class
+            resampled = _resample(table[:-3], 2 * old_side - 1, 2 * side - 1, {"mode": "bilinear"})
+            table = torch.cat([resampled, table[-3:]])
+        else:  # class token, then patches
+            resampled = _resample(table[-(old_side**2) :], old_side, side, interpolation)
+            table = torch.cat([table[: -(old_side**2)], resampled])
+        state[name] = table.reshape(shapes[name].shape)
     resized.load_state_dict(state)
     return resized.to(model.dtype)  # type: ignore[arg-type]
 
 
+def _resample(grid: torch.Tensor, old_side: int, side: int, interpolation: dict[str, Any]) -> torch.Tensor:
+    """From `(old_side**2, C)` to `(side**2, C)`."""
+    grid = grid.T.reshape(1, -1, old_side, old_side)
+    return nn.functional.interpolate(grid, size=(side, side), align_corners=False, **interpolation).flatten(2)[0].T
+
+
+def _model_class(config: Any) -> Any:
+    return getattr(transformers, VISION_TOWERS[config.model_type].model_class)
+
+
 def _without_pooler(config: Any) -> dict[str, Any]:
-    """Options of `AutoModel` that leave out ViT's pooling head; the other towers have no such option."""
-    return {"add_pooling_layer": False} if config.model_type == "vit" else {}
+    """Options of a tower's class that leave out its pooling head, unless it holds the final norm, as BEiT's may."""
+    if not VISION_TOWERS[config.model_type].has_pooling_layer:
+        return {}
+    return {"add_pooling_layer": getattr(config, "use_mean_pooling", False)}
 
 
 __all__ = [
     "EncodedImages",
-    "VISION_MODEL_TYPES",
     "build_vision_model",
     "check_image_pooling",
     "check_vision_config",
     "encode_images",
     "interpolate_positions",
     "load_tower_projection",
-    "tower_projection_dim",
     "load_vision_model",
+    "tower_projection_dim",
     "vision_config_of",
 ]

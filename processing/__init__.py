@@ -1,4 +1,4 @@
-from .images_mmgem import set_image_size
+from .image_processors_mmgem import set_image_size
 from .processing_mmgem import MMGEMProcessor
 from .tokenization_mmgem import to_mmgem_tokenizer
 

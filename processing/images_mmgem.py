@@ -1,7 +1,4 @@
-"""
-Files, arrays and PIL images to PIL images in RGB; format and size are checked before anything is decoded. And what an
-image processor does to them.
-"""
+"""Files, arrays and PIL images to PIL images in RGB; format and size are checked before anything is decoded."""
 
 import io
 import os
@@ -206,23 +203,3 @@ def to_rgb(image: Image.Image) -> Image.Image:
         rgba = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
     return image.convert("RGB")
-
-
-def set_image_size(image_processor: Any, image_size: int) -> None:
-    """Sets the size to which an image processor resizes (and crops), in pixels per side."""
-    for name in ("size", "crop_size"):
-        edges = getattr(image_processor, name, None)
-        if edges:
-            setattr(image_processor, name, {edge: image_size for edge, value in dict(edges).items() if value})
-
-
-def check_moments(image_processor: Any) -> None:
-    """Raises ValueError for a mean, std or rescale factor that would make pixels NaN or infinite."""
-    moments = {name: getattr(image_processor, name, None) for name in ("image_mean", "image_std", "rescale_factor")}
-    for name, value in moments.items():
-        numbers = np.asarray([] if value is None else value, dtype=np.float64)
-        if not np.isfinite(numbers).all() or (name == "image_std" and (numbers <= 0).any()):
-            raise ValueError(
-                f"The image processor's {name} would make pixels NaN or infinite: {value}. Repair it in "
-                "processor_config.json or preprocessor_config.json."
-            )

@@ -8,10 +8,12 @@ from typing import Any
 
 import torch
 from PIL import Image
-from transformers import AutoImageProcessor, AutoTokenizer, BatchFeature, ProcessorMixin
+from transformers import AutoTokenizer, BatchFeature, ProcessorMixin
 from transformers.utils import logging
 
-from .images_mmgem import check_moments, is_one_image, read_image, set_image_size, with_one_scale
+from ..configuration.hub_options_mmgem import checked_hub_options
+from .image_processors_mmgem import check_moments, load_image_processor
+from .images_mmgem import is_one_image, read_image, with_one_scale
 from .regions_mmgem import map_regions
 from .tokenization_mmgem import (
     CAP_TOKEN,
@@ -101,7 +103,15 @@ class MMGEMProcessor(ProcessorMixin):
         check_moments(image_processor)
 
     @classmethod
-    def from_vision_text_pretrained(cls, vision: str, text: str, image_size: int | None = None, **kwargs: Any) -> Any:
+    def from_vision_text_pretrained(
+        cls,
+        vision: str,
+        text: str,
+        image_size: int | None = None,
+        vision_kwargs: dict[str, Any] | None = None,
+        text_kwargs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> Any:
         """
         The processor that belongs to [`MMGEMModel.from_vision_text_pretrained`]: mean, std and resampling of the
         vision checkpoint, the vocabulary of the text checkpoint.
@@ -109,12 +119,13 @@ class MMGEMProcessor(ProcessorMixin):
         Args:
             vision, text (`str`): Hub ids or folders.
             image_size (`int`, *optional*): pixels per side, if it is not the checkpoint's.
+            vision_kwargs, text_kwargs (`dict`, *optional*): as of the model.
             **kwargs: of the constructor.
         """
-        image_processor = AutoImageProcessor.from_pretrained(vision, backend="pil")
-        if image_size is not None:
-            set_image_size(image_processor, image_size)
-        return cls(image_processor, to_mmgem_tokenizer(AutoTokenizer.from_pretrained(text)), **kwargs)
+        vision_kwargs = checked_hub_options(vision_kwargs, "vision_kwargs")
+        text_kwargs = checked_hub_options(text_kwargs, "text_kwargs")
+        tokenizer = to_mmgem_tokenizer(AutoTokenizer.from_pretrained(text, **text_kwargs))
+        return cls(load_image_processor(vision, image_size, **vision_kwargs), tokenizer, **kwargs)
 
     @property
     def model_input_names(self) -> list[str]:

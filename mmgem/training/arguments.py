@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from transformers import TrainingArguments
 
+from ..configuration.hub_options_mmgem import checked_hub_options
 from ..data.arguments import DataArguments
 from ..data.json_files import parse_json
 from ..evaluation.arguments import EvaluationArguments
@@ -34,9 +35,11 @@ class ModelArguments:
 
     init_from: str | None = option(None, "MM-GEM checkpoint (folder or Hub id) to go on from, on new data.")
     vision_model_name_or_path: str | None = option(
-        None, "CLIP, SigLIP, DINOv2 or ViT checkpoint for the vision tower."
+        None, "Checkpoint for the vision tower: CLIP, SigLIP, DINOv3, … (table in docs/training.md)."
     )
     text_model_name_or_path: str | None = option(None, "Causal language model checkpoint.")
+    vision_kwargs: dict | str | None = option(None, "Where the vision checkpoint is (JSON): revision, subfolder.")
+    text_kwargs: dict | str | None = option(None, "The same of the language model; gguf_file too.")
     vision_config: dict | str | None = option(None, "From scratch: settings of the vision tower (JSON).")
     text_config: dict | str | None = option(None, "From scratch: settings of the language model (JSON).")
     vocab_size: int = option(None, "From scratch: size of the BPE trained on the captions; 4096 by default.")
@@ -67,6 +70,13 @@ class ModelArguments:
     def __post_init__(self) -> None:
         self.vision_config = _as_mapping(self.vision_config, "vision_config")
         self.text_config = _as_mapping(self.text_config, "text_config")
+        for name in ("vision_kwargs", "text_kwargs"):
+            options = checked_hub_options(_as_mapping(getattr(self, name), name), name)
+            if options and not self.vision_model_name_or_path:
+                raise ValueError(f"{name} is for --vision_model_name_or_path and its pair. Leave out --{name}.")
+            if "token" in options:
+                raise ValueError(f"{name} is written into checkpoints. Set HF_TOKEN instead of its token.")
+            setattr(self, name, options)
         if bool(self.vision_model_name_or_path) != bool(self.text_model_name_or_path):
             raise ValueError(
                 "vision_model_name_or_path and text_model_name_or_path go together. Give both or neither."

@@ -80,14 +80,16 @@ def _build(
             set_image_size(processor.image_processor, arguments.image_size)
         return model, processor
     if arguments.vision_model_name_or_path and arguments.text_model_name_or_path:
-        towers = (arguments.vision_model_name_or_path, arguments.text_model_name_or_path)
-        settings = arguments.config_settings
-        model = MMGEMModel.from_vision_text_pretrained(*towers, image_size=arguments.image_size, **settings)
+        towers: dict[str, Any] = {
+            "vision": arguments.vision_model_name_or_path,
+            "text": arguments.text_model_name_or_path,
+            "image_size": arguments.image_size,
+            "vision_kwargs": arguments.vision_kwargs,
+            "text_kwargs": arguments.text_kwargs,
+        }
+        model = MMGEMModel.from_vision_text_pretrained(**towers, **arguments.config_settings)
         processor = saved or MMGEMProcessor.from_vision_text_pretrained(
-            *towers,
-            image_size=arguments.image_size,
-            max_length=max_length,
-            image_grid_size=model.config.image_grid_size,
+            **towers, max_length=max_length, image_grid_size=model.config.image_grid_size
         )
         processor.max_length = max_length
         return model, processor
@@ -106,10 +108,12 @@ def planned_config(arguments: ModelArguments, checkpoint: str | None = None) -> 
         config = _load_config(source)
     elif arguments.vision_model_name_or_path and arguments.text_model_name_or_path:
         vision_name, settings = arguments.vision_model_name_or_path, arguments.config_settings
+        vision_kwargs: Any = arguments.vision_kwargs
+        text_kwargs: Any = arguments.text_kwargs
         if arguments.image_pooling == "tower":
-            settings.setdefault("projection_dim", tower_projection_dim(vision_name))
-        vision = vision_config_of(vision_name, settings.get("image_pooling", "mean")).to_dict()
-        text = AutoConfig.from_pretrained(arguments.text_model_name_or_path).to_dict()
+            settings.setdefault("projection_dim", tower_projection_dim(vision_name, **vision_kwargs))
+        vision = vision_config_of(vision_name, settings.get("image_pooling", "mean"), **vision_kwargs).to_dict()
+        text = AutoConfig.from_pretrained(arguments.text_model_name_or_path, **text_kwargs).to_dict()
         vision["dtype"] = text["dtype"] = "float32"  # as both are loaded, whatever the files hold
         text["vocab_size"] += len(TOKEN_IDS)
         config = MMGEMConfig(vision_config=vision, text_config=text, **settings)
@@ -233,7 +237,13 @@ def _whiten_patches(vision_model: PreTrainedModel, image_processor: Any, dataset
 
 
 def _patch_embedding(vision_model: PreTrainedModel) -> nn.Conv2d:
-    return next(module for module in vision_model.modules() if isinstance(module, nn.Conv2d))
+    embedding = next((module for module in vision_model.modules() if isinstance(module, nn.Conv2d)), None)
+    if embedding is None:
+        raise ValueError(
+            f"A '{vision_model.config.model_type}' tower cannot be trained from scratch: it embeds patches without "
+            "a convolution. Choose another vision_config, such as that of a siglip_vision_model."
+        )
+    return embedding
 
 
 @torch.no_grad()
@@ -241,10 +251,14 @@ def _set_sinusoidal_positions(vision_model: PreTrainedModel, side: int) -> None:
     """
     Initializes the position embeddings of a new tower as sines and cosines of row and column (Beyer et al., "Better
     plain ViT baselines for ImageNet-1k", 2022), with unit variance like the patch embeddings. With transformers' faint
-    noise, the pooled features say little about positions for many hundred steps.
+    noise, the pooled features say little about positions for many hundred steps. Towers with rotary or relative
+    positions (DINOv3, BEiT) have none to initialize.
     """
     hidden_size = _patch_embedding(vision_model).out_channels
-    positions = next(value for name, value in vision_model.named_parameters() if "position_embedding" in name)
+    named = vision_model.named_parameters()
+    positions = next((value for name, value in named if "position_embedding" in name), None)
+    if positions is None:
+        return
     quarter = hidden_size // 4
     angles = torch.arange(side)[:, None] * (2.0 * side) ** -torch.linspace(0, 1, quarter)  # radians
     waves = torch.cat([angles.sin(), angles.cos()], -1)

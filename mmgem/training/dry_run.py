@@ -11,6 +11,7 @@ from typing import Any
 import psutil
 import torch
 from torch._subclasses import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException
 from torch.utils import flop_counter
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -234,7 +235,13 @@ def dry_run_report(
     config: MMGEMConfig, args: MMGEMTrainingArguments, data_args: DataArguments, dry_run: DryRunArguments
 ) -> str:
     """Returns the estimate as text: sizes, memory of a device, speed, and a warning where it will not fit."""
-    plan = estimate(config, args, data_args, dry_run)
+    try:
+        plan = estimate(config, args, data_args, dry_run)
+    except DataDependentOutputException as error:
+        towers = f"'{config.vision_config.model_type}' and '{config.text_config.model_type}'"
+        raise ValueError(
+            f"The dry run has shapes without values, and {towers} computes with values: {error}. Leave out --dry_run."
+        ) from error
     on_cuda = torch.cuda.is_available()
     memory = {
         **plan.memory,

@@ -41,7 +41,7 @@ def freeze_parameters(model: nn.Module, objective: str, names: Sequence[str] = (
             )
     for parameter_name, parameter in parameters.items():
         frozen = (*names, *FROZEN_BY_OBJECTIVE[objective])
-        # DINOv2 uses its mask token in its own pretraining only.
+        # A ViT uses its mask token in its own pretraining only.
         if any(_begins(parameter_name, name) for name in frozen) or parameter_name.endswith("mask_token"):
             parameter.requires_grad_(False)
 

@@ -1,22 +1,19 @@
 """Two checkpoints on disk become one MM-GEM whose language model is still the original."""
 
+import json
 import weakref
 
+import numpy as np
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from transformers import (
+    AutoModelForCausalLM,
     CLIPConfig,
     CLIPModel,
-    CLIPVisionConfig,
-    CLIPVisionModel,
     CohereConfig,
     CohereForCausalLM,
-    Dinov2Config,
-    Dinov2Model,
-    Dinov2WithRegistersConfig,
-    Dinov2WithRegistersModel,
     Gemma2Config,
     Gemma2ForCausalLM,
     GPT2Config,
@@ -31,14 +28,12 @@ from transformers import (
     PhiForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
-    SiglipConfig,
-    SiglipModel,
-    ViTConfig,
-    ViTModel,
 )
 from transformers.models.clip import CLIPImageProcessorPil
 
 from mmgem import MMGEMModel, MMGEMProcessor
+from mmgem.training.arguments import ModelArguments
+from mmgem.training.building import planned_config
 from tests.conftest import make_picture
 
 
@@ -186,44 +181,6 @@ def test_whole_model_generates_and_embeds(vision, base_tokenizer, tmp_path):
     assert model.generate(**inputs, max_new_tokens=4).shape[0] == 1
 
 
-def save_vision_tower(folder, kind):
-    torch.manual_seed(0)
-    registers = {k: v for k, v in TOWER.items() if k != "intermediate_size"}
-    towers = {
-        "clip_vision": lambda: CLIPVisionModel(CLIPVisionConfig(**TOWER)),
-        "siglip": lambda: SiglipModel(SiglipConfig(vision_config=TOWER, text_config=TEXT_TOWER)),
-        "dinov2": lambda: Dinov2Model(Dinov2Config(**registers)),
-        "dinov2_with_registers": lambda: Dinov2WithRegistersModel(
-            Dinov2WithRegistersConfig(**registers, num_register_tokens=3)
-        ),
-        "vit": lambda: ViTModel(ViTConfig(**TOWER)),
-        "vit_without_pooler": lambda: ViTModel(ViTConfig(**TOWER), add_pooling_layer=False),
-    }
-    tower = towers[kind]().eval()
-    tower.save_pretrained(folder)
-    save_image_processor(folder)
-    return getattr(tower, "vision_model", tower)
-
-
-@pytest.mark.parametrize(
-    "kind", ["clip_vision", "siglip", "dinov2", "dinov2_with_registers", "vit", "vit_without_pooler"]
-)
-def test_patch_features_of_each_vision_tower(kind, base_tokenizer, tmp_path):
-    tower = save_vision_tower(tmp_path / "vision", kind)
-    save_language_model(tmp_path / "text", "llama", base_tokenizer)
-    model = MMGEMModel.from_vision_text_pretrained(str(tmp_path / "vision"), str(tmp_path / "text"), projection_dim=16)
-    pixels = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(2))
-    with torch.no_grad():
-        expected = tower(pixels).last_hidden_state[:, -16:]
-        if kind == "clip_vision":
-            expected = tower.post_layernorm(expected)
-        features = model.get_image_features(pixels).last_hidden_state
-    assert features.shape == (2, 16, 32)
-    torch.testing.assert_close(features, expected, atol=1e-5, rtol=1e-5)
-    # After the final norm: gain 1 and bias 0 at the start, so every patch has zero mean and unit variance.
-    torch.testing.assert_close(features.mean(-1), torch.zeros(2, 16), atol=1e-4, rtol=0)
-
-
 def test_full_clip_checkpoint_drops_its_text_tower(vision, base_tokenizer, tmp_path):
     save_language_model(tmp_path, "llama", base_tokenizer)
     model = MMGEMModel.from_vision_text_pretrained(vision, str(tmp_path), projection_dim=16)
@@ -233,24 +190,18 @@ def test_full_clip_checkpoint_drops_its_text_tower(vision, base_tokenizer, tmp_p
     assert not any("text_model" in name for name in model.state_dict())
 
 
-@pytest.mark.parametrize("kind", ["clip_vision", "siglip", "dinov2_with_registers", "vit"])
-def test_other_image_size_interpolates_the_positions(kind, base_tokenizer, tmp_path):
-    tower = save_vision_tower(tmp_path / "vision", kind)
-    save_language_model(tmp_path / "text", "llama", base_tokenizer)
-    paths = (str(tmp_path / "vision"), str(tmp_path / "text"))
-    model = MMGEMModel.from_vision_text_pretrained(*paths, image_size=48, projection_dim=16).eval()
-    processor = MMGEMProcessor.from_vision_text_pretrained(*paths, image_size=48)
+def test_another_image_size_is_the_processors_too(vision, base_tokenizer, tmp_path):
+    save_language_model(tmp_path, "llama", base_tokenizer)
+    model = MMGEMModel.from_vision_text_pretrained(vision, str(tmp_path), image_size=48, projection_dim=16).eval()
+    processor = MMGEMProcessor.from_vision_text_pretrained(vision, str(tmp_path), image_size=48)
     assert model.config.vision_config.image_size == 48
     pixels = processor(images=[make_picture(0)], return_tensors="pt")["pixel_values"]
     assert pixels.shape == (1, 3, 48, 48)
+    tower = CLIPModel.from_pretrained(vision).vision_model.eval()
     with torch.no_grad():
-        options = {} if kind.startswith("dino") else {"interpolate_pos_encoding": True}
-        expected = tower(pixels, **options).last_hidden_state[:, -36:]
-        if kind == "clip_vision":
-            expected = tower.post_layernorm(expected)
-        torch.testing.assert_close(model.get_image_features(pixels).last_hidden_state, expected, atol=1e-3, rtol=1e-3)
-    with pytest.raises(ValueError, match="multiple"):
-        MMGEMModel.from_vision_text_pretrained(*paths, image_size=50)
+        expected = tower(pixels, interpolate_pos_encoding=True).last_hidden_state[:, -36:]
+        found = model.get_image_features(pixels).last_hidden_state
+    torch.testing.assert_close(found, tower.post_layernorm(expected), atol=1e-3, rtol=1e-3)
 
 
 def test_recurrent_language_model_is_refused_by_name(vision, base_tokenizer, tmp_path):
@@ -275,3 +226,95 @@ def test_other_vision_tower_is_refused_by_name(base_tokenizer, tmp_path):
     SwinModel(swin).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="'swin'"):
         MMGEMModel.from_vision_text_pretrained(str(tmp_path), str(tmp_path))
+
+
+def test_files_of_a_tower_are_found_by_its_options(vision, base_tokenizer, tmp_path):
+    text = save_language_model(tmp_path / "repository" / "text", "llama", base_tokenizer)
+    CLIPModel.from_pretrained(vision).save_pretrained(tmp_path / "repository" / "clip")
+    save_image_processor(tmp_path / "repository" / "clip")
+    towers, options = [str(tmp_path / "repository")] * 2, {name: {"subfolder": name} for name in ("clip", "text")}
+    kwargs = {"vision_kwargs": options["clip"], "text_kwargs": options["text"]}
+    model = MMGEMModel.from_vision_text_pretrained(*towers, **kwargs, image_pooling="tower")
+    assert torch.equal(model.language_model.layers[0].mlp.up_proj.weight, text.model.layers[0].mlp.up_proj.weight)
+    assert torch.equal(model.visual_projection.weight, CLIPModel.from_pretrained(vision).visual_projection.weight)
+    processor = MMGEMProcessor.from_vision_text_pretrained(*towers, **kwargs)
+    assert list(processor.image_processor.image_mean) == [0.5, 0.4, 0.3]
+    arguments = {"vision_model_name_or_path": towers[0], "text_model_name_or_path": towers[1]}
+    as_json = {name: json.dumps(value) for name, value in kwargs.items()}
+    config = planned_config(ModelArguments(**arguments, **as_json, image_pooling="tower"))
+    assert config.projection_dim == model.config.projection_dim == 512
+    with pytest.raises(ValueError, match="Set HF_TOKEN"):
+        ModelArguments(**arguments, vision_kwargs='{"token": "hf_x"}')
+    with pytest.raises(ValueError, match="is for --vision_model_name_or_path"):
+        ModelArguments(text_kwargs={"revision": "main"})
+
+
+@pytest.mark.parametrize(
+    ("name", "option", "message"),
+    [
+        ("vision_kwargs", "dtype", "pass dtype beside vision_kwargs"),
+        ("text_kwargs", "quantization_config", "Quantize the finished model"),
+        ("vision_kwargs", "gguf_file", "Choose from revision, subfolder, token"),
+        ("text_kwargs", "revison", "Choose from revision, subfolder, token, gguf_file"),
+    ],
+)
+def test_other_options_of_a_tower_are_refused_by_name(name, option, message):
+    for build in (MMGEMModel, MMGEMProcessor):
+        with pytest.raises(ValueError, match=f"{name} has no option '{option}'. .*{message}"):
+            build.from_vision_text_pretrained("vision", "text", **{name: {option: "x"}})
+
+
+def save_gguf(path, tokenizer):
+    """A tiny Qwen2 whose matrices have 8 bits, as llama.cpp writes it."""
+    gguf = pytest.importorskip("gguf")
+    spelled = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+    writer = gguf.GGUFWriter(path, "qwen2")
+    writer.add_context_length(64)
+    writer.add_block_count(1)
+    writer.add_embedding_length(32)
+    writer.add_feed_forward_length(64)
+    writer.add_head_count(4)
+    writer.add_head_count_kv(2)
+    writer.add_layer_norm_rms_eps(1e-6)
+    writer.add_vocab_size(len(tokenizer))
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("qwen2")
+    writer.add_token_list(tokenizer.convert_ids_to_tokens(range(len(tokenizer))))
+    writer.add_token_types([gguf.TokenType.NORMAL] * len(tokenizer))
+    writer.add_token_merges([" ".join(pair) for pair in spelled["merges"]])
+    writer.add_bos_token_id(tokenizer.bos_token_id)
+    writer.add_eos_token_id(tokenizer.eos_token_id)
+    writer.add_pad_token_id(tokenizer.pad_token_id)
+    generator, size = np.random.default_rng(0), len(tokenizer)
+    matrices = {"token_embd": (size, 32), "output": (size, 32), "blk.0.attn_q": (32, 32), "blk.0.attn_k": (16, 32)}
+    matrices |= {"blk.0.attn_v": (16, 32), "blk.0.attn_output": (32, 32), "blk.0.ffn_gate": (64, 32)}
+    matrices |= {"blk.0.ffn_up": (64, 32), "blk.0.ffn_down": (32, 64)}
+    for name, shape in matrices.items():
+        weight = gguf.quantize(generator.normal(0, 0.2, shape).astype(np.float32), gguf.GGMLQuantizationType.Q8_0)
+        writer.add_tensor(f"{name}.weight", weight, raw_dtype=gguf.GGMLQuantizationType.Q8_0)
+    vectors = {"output_norm.weight": 32, "blk.0.attn_norm.weight": 32, "blk.0.ffn_norm.weight": 32}
+    vectors |= {"blk.0.attn_q.bias": 32, "blk.0.attn_k.bias": 16, "blk.0.attn_v.bias": 16}
+    for name, length in vectors.items():
+        writer.add_tensor(name, generator.normal(1, 0.2, length).astype(np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def test_language_model_of_a_gguf_file(vision, base_tokenizer, tmp_path):
+    (tmp_path / "text").mkdir()
+    save_gguf(tmp_path / "text" / "tiny.gguf", base_tokenizer)
+    text, options = str(tmp_path / "text"), {"gguf_file": "tiny.gguf"}
+    original = AutoModelForCausalLM.from_pretrained(text, **options, dtype=torch.float32).eval()
+    model = MMGEMModel.from_vision_text_pretrained(vision, text, text_kwargs=options, projection_dim=16)
+    processor = MMGEMProcessor.from_vision_text_pretrained(vision, text, text_kwargs=options)
+    ids = torch.tensor([base_tokenizer("a dog on a beach")["input_ids"]])
+    with torch.no_grad():
+        expected = original(ids).logits
+        torch.testing.assert_close(model(ids).logits[..., : len(base_tokenizer)], expected, atol=1e-5, rtol=1e-5)
+    assert processor.tokenizer("a dog on a beach")["input_ids"][-1] == model.config.emb_token_id
+    model.save_pretrained(tmp_path / "saved")
+    loaded = MMGEMModel.from_pretrained(tmp_path / "saved").eval()
+    with torch.no_grad():
+        assert torch.equal(loaded(ids).logits, model(ids).logits)

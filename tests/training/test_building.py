@@ -51,6 +51,13 @@ def test_positions_start_as_waves_of_unit_variance(model_type):
     assert distances == sorted(distances) and distances[1] > 0.1 * distances[3]
 
 
+def test_towers_without_a_table_of_positions_or_a_convolution():
+    model, _, _ = build("dinov3_vit")  # rotary positions: nothing to set
+    assert model.config.vision_config.model_type == "dinov3_vit"
+    with pytest.raises(ValueError, match="'siglip2_vision_model' tower cannot be trained from scratch"):
+        build("siglip2_vision_model", num_patches=16)
+
+
 def test_pixels_start_with_mean_0_and_deviation_1():
     _, processor, dataset = build("siglip_vision_model")
     pictures = [dataset[i]["image"] for i in range(0, 300, 3)]

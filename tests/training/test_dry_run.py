@@ -12,7 +12,7 @@ from mmgem.data.arguments import DataArguments
 from mmgem.data.pairs import PairDataset
 from mmgem.training.arguments import DryRunArguments, MMGEMTrainingArguments, ModelArguments
 from mmgem.training.building import planned_config
-from mmgem.training.dry_run import LiveTensors, estimate
+from mmgem.training.dry_run import LiveTensors, dry_run_report, estimate
 from mmgem.training.feature_cache import cache_features
 from mmgem.training.memory import check_memory, container_memory
 from mmgem.training.stages import make_optimizer
@@ -131,6 +131,15 @@ def test_towers_count_as_they_are_loaded_not_as_they_are_stored(processor, tmp_p
     args = training_arguments(tmp_path)
     plan = estimate(planned_config(towers), args, DataArguments(dataset_name="scenes"), DryRunArguments())
     assert plan.memory["weights"] == pytest.approx(4 * plan.parameters, rel=0.01)
+
+
+def test_a_tower_that_computes_with_values_is_refused_by_name(processor, tmp_path):
+    """SigLIP 2 reads the shapes of its images from a tensor, and the dry run's tensors are empty."""
+    sizes = {name: value for name, value in VISION.items() if name not in ("model_type", "image_size")}
+    vision = {"model_type": "siglip2_vision_model", "num_patches": 16, **sizes}
+    config = make_model(processor, config={"vision_config": vision}).config
+    with pytest.raises(ValueError, match=r"'siglip2_vision_model'.*Leave out --dry_run"):
+        dry_run_report(config, training_arguments(tmp_path), DataArguments(dataset_name="scenes"), DryRunArguments())
 
 
 def test_says_when_it_will_not_fit_without_data_or_a_gpu(tmp_path, monkeypatch, capsys):
