@@ -50,9 +50,6 @@ def set_image_size(image_processor: Any, image_size: int) -> None:
             setattr(image_processor, name, {edge: image_size for edge, value in dict(edges).items() if value})
 
 
-__all__ = ["check_moments", "load_image_processor", "set_image_size"]
-
-
 def check_moments(image_processor: Any) -> None:
     """Raises ValueError for a mean, std or rescale factor that would make pixels NaN or infinite."""
     moments = {name: getattr(image_processor, name, None) for name in ("image_mean", "image_std", "rescale_factor")}
@@ -63,3 +60,6 @@ def check_moments(image_processor: Any) -> None:
                 f"The image processor's {name} would make pixels NaN or infinite: {value}. Repair it in "
                 "processor_config.json or preprocessor_config.json."
             )
+
+
+__all__ = ["check_moments", "load_image_processor", "set_image_size"]
