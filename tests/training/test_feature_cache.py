@@ -62,7 +62,7 @@ def losses(trainer):
     [
         ({"image_grid_size": 2, "image_pooling": "cls+mean"}, {"packing": True, "pack_length": 64}),
         ({"image_grid_size": 3}, {"mini_batch_size": 2}),
-        ({"image_grid_size": 2}, {"objective": "contrastive"}),
+        ({"image_grid_size": 2}, {"objective": "contrastive", "per_device_train_batch_size": 4, "max_steps": 4}),
         ({}, {"freeze": [], "lora_rank": 2}),
     ],
 )
