@@ -2,7 +2,10 @@
 
 import copy
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 
+import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -41,6 +44,25 @@ def add_lora(model: MMGEMModel, config: LoraConfig) -> PeftModel:
         embeddings = next(name for name, module in modules.items() if module is model.get_input_embeddings())
         config.trainable_token_indices = {embeddings: [model.config.emb_token_id, model.config.cap_token_id]}
     return get_peft_model(model, config)  # type: ignore[return-value]
+
+
+@contextmanager
+def held_in_bfloat16(model: nn.Module) -> Iterator[None]:
+    """
+    Stores frozen weights in bfloat16 meanwhile, if they are numbers of bfloat16, as those of most published language
+    models are. Autocast would convert them in every step.
+    """
+    held = []
+    for parameter in model.parameters():
+        rounded = parameter.data.to(torch.bfloat16)
+        if not parameter.requires_grad and torch.equal(rounded.float(), parameter.data):
+            parameter.data = rounded
+            held.append(parameter)
+    try:
+        yield
+    finally:
+        for parameter in held:
+            parameter.data = parameter.data.float()
 
 
 def add_region_adapter(model: MMGEMModel, stage: str, grid_size: int) -> PeftModel:

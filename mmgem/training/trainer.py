@@ -3,6 +3,7 @@
 import copy
 import os
 import time
+from contextlib import nullcontext
 from typing import Any
 
 import datasets
@@ -19,16 +20,12 @@ from ..data.collator import CACHED_FEATURES, MODEL_INPUTS, PairCollator
 from ..data.loading import Table, checked_table
 from ..data.pairs import PairDataset
 from ..data.shards import ShardStream
-from ..evaluation.evaluator import evaluate_model
-from ..evaluation.sharing import gather_parts, report_failure
-from ..evaluation.tasks import run_tasks
 from ..modeling_mmgem import MMGEMModel, contrastive_loss
 from ..processing import MMGEMProcessor
-from .adapters import add_lora, lora_config
+from .adapters import add_lora, held_in_bfloat16, lora_config
 from .arguments import MMGEMTrainingArguments, data_seed
 from .checkpoints import (
     RunSettings,
-    TrainingStopped,
     atomic_checkpoint,
     check_settings,
     checkpoint_to_resume,
@@ -36,9 +33,9 @@ from .checkpoints import (
 )
 from .checks import check_cached_features, check_packing, check_parallelism, check_positions, check_precision
 from .distributed import GatherWithGradient, keep_temperature_in_float32
+from .evaluating_trainer import EvaluatingTrainer
 from .feature_cache import cache_features
 from .gradient_cache import Embeddings, cached_backward, refuse_dropout
-from .logging_trainer import LoggingTrainer
 from .stages import check_optimizer, freeze_parameters, make_optimizer
 from .start import start_projections
 from .stream_progress import StreamProgress
@@ -48,7 +45,7 @@ from .train_data import ExampleCounts, TrainingCallback, check_dataset, prepared
 logger = logging.get_logger(__name__)
 
 
-class MMGEMTrainer(LoggingTrainer):
+class MMGEMTrainer(EvaluatingTrainer):
     """
     Trains stage 1 (paper, equation 4).
 
@@ -315,7 +312,9 @@ class MMGEMTrainer(LoggingTrainer):
             self.base.has_new_projections = False
         self._started = time.perf_counter()
         self._start_interval()
-        result = super().train(checkpoint, *args, **kwargs)
+        is_frozen_lm = self.peft_config is not None and self.args.bf16
+        with held_in_bfloat16(self.base.language_model) if is_frozen_lm else nullcontext():
+            result = super().train(checkpoint, *args, **kwargs)
         self._refuse_diverged()
         self.counts.report()
         return result
@@ -348,62 +347,6 @@ class MMGEMTrainer(LoggingTrainer):
         """Merges LoRA's matrices into the language model, which leaves one plain model."""
         if self.peft_config is not None and isinstance(self.model, PeftModel):
             self.model = self.model.merge_and_unload()  # type: ignore[assignment,operator]
-
-    def _evaluate(self, trial: Any, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """
-        Evaluates while training, as Trainer does.
-
-        Raises:
-            TrainingStopped: where the evaluation of any process fails, once the run is saved.
-        """
-        self._mean_sums()
-        try:
-            metrics = super()._evaluate(trial, *args, **kwargs)
-            best, names = self.args.metric_for_best_model, [name[5:] for name in metrics if name.startswith("eval_")]
-            if best is not None and best.removeprefix("eval_") not in names:
-                raise ValueError(f"metric_for_best_model {best!r} is none of {', '.join(names)}")
-            gather_parts([])  # the last place at which another process can report its failure
-            return metrics
-        except Exception as error:
-            report_failure(error)
-            step, saved = self.state.global_step, "nothing was trained yet"
-            if step > 0:
-                self._save_checkpoint(self.model, trial)
-                remedy = "to go on from with --resume_from_checkpoint true"
-                if self.args.save_only_model:
-                    remedy = "without its optimizer: start a new run from it with --init_from"
-                saved = f"{PREFIX_CHECKPOINT_DIR}-{step} is saved, {remedy}"
-            raise TrainingStopped(
-                f"The evaluation at step {step} failed ({type(error).__name__}: {error}). Repair what it names, or "
-                f"pass --eval_strategy no; {saved}."
-            ) from error
-
-    def evaluate(
-        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
-    ) -> dict[str, float]:
-        """Computes and logs metrics of the held-out data; every process does its part."""
-        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
-        if isinstance(dataset, datasets.Dataset):
-            dataset = self.wrap_table(dataset, self.args, is_training=False)
-        check_dataset("eval_dataset", dataset, (PairDataset,))
-        # Trainer's autocast covers forward alone; get_embedding and generate are to compute as training does.
-        with self.accelerator.autocast():
-            metrics = self._metrics(dataset)
-        logs = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
-        self.log(logs)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, logs)
-        self._start_interval()
-        return logs
-
-    def _metrics(self, dataset: Any) -> dict[str, float]:
-        """Retrieval and held-out L_Gen, and what `--evaluation_config` asks for."""
-        model = self.accelerator.unwrap_model(self.model)
-        batch_size = self.args.per_device_eval_batch_size
-        metrics = evaluate_model(model, self.processing_class, dataset, batch_size)[0]
-        if self.args.evaluation_config:
-            for section in run_tasks(model, self.processing_class, self.args.evaluation):
-                metrics.update({f"suite_{name}": value for name, value in section.metrics.items()})
-        return metrics
 
     def leave_process_group(self) -> None:
         """Ends the process group. Call it when all is trained and saved."""

@@ -94,3 +94,27 @@ def test_with_the_gradient_cache(processor, tmp_path):
     assert expected.keys() == actual.keys()
     for name, tensor in expected.items():
         torch.testing.assert_close(actual[name], tensor, rtol=1e-3, atol=1e-4, msg=name)
+
+
+def test_frozen_weights_that_bfloat16_holds_exactly_are_held_in_it_while_training(processor, tmp_path, monkeypatch):
+    """The frozen weights come back to the last bit, and others stay as they are."""
+    trainer = make_trainer(processor, tmp_path, bf16=True)
+    frozen = [parameter for parameter in trainer.base.language_model.parameters() if not parameter.requires_grad]
+    for parameter in frozen[:-1]:
+        parameter.data = parameter.data.bfloat16().float()
+    before = [parameter.detach().clone() for parameter in frozen]
+    dtypes = []
+
+    def forward(model, *args, **kwargs):
+        dtypes.append([parameter.dtype for parameter in frozen])
+        return original(model, *args, **kwargs)
+
+    original = MMGEMModel.forward
+    monkeypatch.setattr(MMGEMModel, "forward", forward)
+    frozen[-1].data += 1e-4  # no number of bfloat16
+    before[-1] = frozen[-1].detach().clone()
+    trainer.train()
+    assert dtypes[0][-1] == torch.float32 and set(dtypes[0][:-1]) == {torch.bfloat16}
+    assert {parameter.dtype for parameter in trainer.base.parameters()} == {torch.float32}
+    for parameter, value in zip(frozen, before):
+        assert torch.equal(parameter, value)
