@@ -1,6 +1,5 @@
 """The start of new projections between pretrained towers, from statistics of training images and their captions."""
 
-import math
 from typing import Any
 
 import torch
@@ -9,14 +8,17 @@ from torch import nn
 from ..data.collator import PairCollator
 from ..data.pairs import PairDataset
 from ..data.shards import ShardStream
+from ..evaluation.embedding import batches_by_length
 from ..modeling_mmgem import MMGEMModel
+from ..modeling_mmgem.embedding_mmgem import unit_norm
 from ..modeling_mmgem.vision_mmgem import EncodedImages
 from ..processing import MMGEMProcessor
 
 
 IMAGES = 2048  # several times as many as a ViT has features
-FLOOR = 0.01  # of the mean variance: keeps directions that hardly vary from being amplified
-RIDGE = 0.1  # of the mean variance
+# Of the mean variance, both measured on Flickr8k (docs/pretrained.md).
+FLOOR = 1.0  # with less, directions that hardly vary are amplified, and with them noise
+RIDGE = 0.3
 
 
 @torch.no_grad()
@@ -28,18 +30,18 @@ def start_projections(
     images: int = IMAGES,
 ) -> None:
     """
-    Gives h1 and h3, which are new between two pretrained towers, weights that fit the training data.
+    Gives h1, h2 and h3, which are new between two pretrained towers, weights that fit the training data.
 
     h1 whitens what images are embedded from. DINOv2's features have a mean that is longer than their differences, so
     that two images have a cosine of 0.66, which the contrastive loss would have to unlearn first. With
-    `image_pooling="tower"` h1 stays the tower's own. h3 predicts the mean of the token embeddings of an image's
-    captions (ridge regression), and its outputs have the norm of a token embedding: the language model reads visual
-    tokens as if they were words.
+    `image_pooling="tower"` h1 stays the tower's own. h2 predicts an image's embedding from the state at [EMB] of its
+    caption. h3 predicts the mean of the token embeddings of an image's captions, at the norm of a token embedding: the
+    language model reads visual tokens as if they were words. Both predictions are ridge regressions.
 
     Args:
         model: from [`MMGEMModel.from_vision_text_pretrained`]; LoRA may be beside it already.
         dataset: training images with captions. If it holds features of the frozen tower, the ViT does not run.
-        batch_size: images that go through the ViT at a time.
+        batch_size: images, and captions, that go through the towers at a time.
         images: number of training images to look at.
     """
     was_training = model.training
@@ -48,20 +50,25 @@ def start_projections(
     encoded = _encode(model, processor, examples, batch_size)
     if model.config.image_pooling != "tower":
         whiten(_active(model.visual_projection), encoded.pooled)
-    sources = model._caption_sources(encoded)
+    targets = unit_norm(model._image_embeds(encoded))
+    states = _text_states(model, processor, [example["caption"] for example in examples], batch_size)
+    predict(_active(model.text_projection), states[:, None], targets)
     input_embeddings: Any = model.get_input_embeddings()
     embeddings = input_embeddings.weight.detach().float()
     words = _mean_embeddings(embeddings, processor, [example["captions"] for example in examples])
-    predict(_active(model.caption_projection), sources.float(), words, embeddings.norm(dim=1).mean())
+    norm = float(embeddings.norm(dim=1).mean())
+    predict(_active(model.caption_projection), model._caption_sources(encoded), words, norm)
     model.train(was_training)
 
 
 def whiten(projection: nn.Linear, inputs: torch.Tensor) -> None:
     """
-    Sets a projection such that its outputs `(N, D)` for `inputs` `(N, C)` have zero mean and, up to `FLOOR`, unit
-    covariance: the D directions of largest variance if D < C, and all of them in a random rotation if D > C.
+    Sets a projection such that its outputs `(N, D)` for `inputs` `(N, C)` have zero mean and no correlation. Of the C
+    directions the D of largest variance are kept, or if D > C all of them, rotated at random. A direction of variance
+    v comes out with the variance v / (v + floor).
     """
-    inputs = inputs.cpu().double()  # of few numbers; not every accelerator has float64
+    # In double precision, which autocast leaves alone, on the CPU, since not every accelerator has it.
+    inputs = inputs.cpu().double()
     mean = inputs.mean(0)
     variances, directions = torch.linalg.eigh(torch.cov(inputs.T, correction=0))
     kept = min(projection.out_features, len(variances))
@@ -69,24 +76,27 @@ def whiten(projection: nn.Linear, inputs: torch.Tensor) -> None:
     weight = (directions * scale)[:, -kept:].T
     if kept < projection.out_features:
         rotation = torch.linalg.qr(torch.randn(projection.out_features, kept, dtype=torch.float64)).Q
-        weight = rotation @ weight * math.sqrt(projection.out_features / kept)
+        weight = rotation @ weight
     projection.weight.copy_(weight)
     projection.bias.copy_(-weight @ mean)
 
 
-def predict(projection: nn.Linear, cells: torch.Tensor, targets: torch.Tensor, norm: torch.Tensor) -> None:
+def predict(projection: nn.Linear, sources: torch.Tensor, targets: torch.Tensor, norm: float | None = None) -> None:
     """
-    Sets a projection to the ridge regression of `targets` `(N, H)` on the mean over cells `(N, cells, D)`. About the
-    mean target, its outputs for the cells are scaled to this mean `norm`.
+    Sets a projection to the ridge regression of `targets` `(N, H)` on the mean of each image's `sources`
+    `(N, cells, D)`. Its outputs for the sources differ from the mean target by vectors of this mean `norm`; by default
+    that of the targets.
     """
-    inputs, centre = cells.mean(1), cells.mean((0, 1))
-    deviations, mean = inputs - centre, targets.mean(0)
-    covariance = deviations.T @ deviations / len(inputs)
-    ridge = RIDGE * covariance.diagonal().mean() * torch.eye(len(covariance), device=covariance.device)
-    slopes = torch.linalg.solve(covariance + ridge, deviations.T @ (targets - mean) / len(inputs))
-    scale = norm / ((cells - centre) @ slopes).norm(dim=-1).mean()
-    projection.weight.copy_((slopes * scale).T)
-    projection.bias.copy_(mean - centre @ slopes * scale)
+    sources, targets = sources.cpu().double(), targets.cpu().double()
+    centre, mean = sources.mean((0, 1)), targets.mean(0)
+    inputs = sources.mean(1) - centre
+    covariance = inputs.T @ inputs / len(inputs)
+    ridge = RIDGE * covariance.diagonal().mean() * torch.eye(len(covariance), dtype=torch.float64)
+    slopes = torch.linalg.solve(covariance + ridge, inputs.T @ (targets - mean) / len(inputs))
+    norm = float((targets - mean).norm(dim=1).mean()) if norm is None else norm
+    slopes *= norm / ((sources - centre) @ slopes).norm(dim=-1).mean()
+    projection.weight.copy_(slopes.T)
+    projection.bias.copy_(mean - centre @ slopes)
 
 
 def _encode(
@@ -105,6 +115,18 @@ def _encode(
         if k > 1:
             cells.append(model.pool_aggregator(encoded.features, encoded.grid, grid_size=k).float())
     return EncodedImages(torch.cat(pooled), torch.cat(cells).unflatten(1, (k, k)) if cells else None)
+
+
+def _text_states(model: MMGEMModel, processor: MMGEMProcessor, texts: list[str], batch_size: int) -> torch.Tensor:
+    """The hidden states at [EMB] `(N, H)`, texts of similar length in a batch."""
+    rows = processor(text=texts, padding=False, truncation=True)["input_ids"]
+    states = torch.empty(len(rows), model.config.text_config.hidden_size)
+    for batch in batches_by_length([len(row) for row in rows], batch_size, None):
+        inputs = processor.tokenizer.pad({"input_ids": [rows[i] for i in batch]}, return_tensors="pt")
+        hidden: Any = model.get_text_features(**inputs.to(model.device)).last_hidden_state
+        last = inputs["attention_mask"].sum(1) - 1
+        states[batch] = hidden[torch.arange(len(batch)), last].float().cpu()
+    return states
 
 
 def _mean_embeddings(embeddings: torch.Tensor, processor: MMGEMProcessor, captions: list[list[str]]) -> torch.Tensor:

@@ -308,7 +308,8 @@ class MMGEMTrainer(EvaluatingTrainer):
             self.counts.add_bad(bad)
         if checkpoint is None and self.base.has_new_projections:
             batch_size = self.args.per_device_eval_batch_size
-            start_projections(self.base, self.processing_class, self.train_dataset, batch_size)
+            with self.accelerator.autocast():
+                start_projections(self.base, self.processing_class, self.train_dataset, batch_size)
             self.base.has_new_projections = False
         self._started = time.perf_counter()
         self._start_interval()
