@@ -96,7 +96,7 @@ class MMGEMConfig(PreTrainedConfig):
         if getattr(self.text_config, "tie_word_embeddings", False):
             self.tie_word_embeddings = True
 
-    def validate_image_grid_size(self) -> None:
+    def check_image_grid_size(self) -> None:
         """Raises ValueError unless 1 <= k <= patches per side."""
         vision = self.vision_config
         if self.image_grid_size == 1:

@@ -89,6 +89,7 @@ class MMGEMModel(CheckedLoadingMixin, RegionAdapterMixin, EmbeddingMixin, Captio
         vision_config, text_config, dim = config.vision_config, config.text_config, config.projection_dim
         check_vision_config(vision_config, "vision_config")
         check_image_pooling(vision_config, config.image_pooling)
+        config.check_image_grid_size()
         self.vision_model = build_vision_model(vision_config)
         self.language_model = AutoModel.from_config(text_config)
         if self.language_model._is_stateful:

@@ -73,7 +73,6 @@ def _build(
             processor.region_grid_size = arguments.region_grid_size
         if arguments.image_grid_size is not None:
             processor.image_grid_size = model.config.image_grid_size = arguments.image_grid_size
-            model.config.validate_image_grid_size()
         if arguments.image_size not in (None, model.config.vision_config.image_size):
             model.vision_model = interpolate_positions(model.vision_model, arguments.image_size)
             model.config.vision_config = model.vision_model.config
@@ -118,7 +117,7 @@ def planned_config(arguments: ModelArguments, checkpoint: str | None = None) -> 
         text["vocab_size"] += len(TOKEN_IDS)
         config = MMGEMConfig(vision_config=vision, text_config=text, **settings)
     elif arguments.vision_config and arguments.text_config:
-        return _config_from_scratch(arguments, {"vocab_size": arguments.vocab_size}, {})
+        config = _config_from_scratch(arguments, {"vocab_size": arguments.vocab_size}, {})
     else:
         raise ValueError(
             "No option says which model to train. Give --init_from CHECKPOINT (an MM-GEM model, to go on from), "
@@ -127,6 +126,9 @@ def planned_config(arguments: ModelArguments, checkpoint: str | None = None) -> 
         )
     if arguments.image_size is not None:
         config.vision_config.image_size = arguments.image_size
+    if arguments.image_grid_size is not None:
+        config.image_grid_size = arguments.image_grid_size
+    config.check_image_grid_size()
     return config
 
 

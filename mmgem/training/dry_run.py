@@ -61,8 +61,11 @@ def estimate(
     simulated = min(-(-batch_size // mini_batch_size), 2)
     flops = flop_counter.FlopCounterMode(display=False, custom_mapping=FLOP_FORMULAS)
     live = LiveTensors(config.text_config.vocab_size)
-    with FakeTensorMode():
+    with torch.device("meta"):  # PEFT cannot move its matrices among fake tensors
         model, parameters = empty_model(config, args)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model.to_empty(device="cpu")
+        model.tie_weights()
         if args.cache_features:
             check_cached_features(model, data_args.augmentation_scale)
         if args.activation_checkpointing:

@@ -4,7 +4,6 @@ import copy
 
 import pytest
 import torch
-from huggingface_hub.errors import StrictDataclassError
 
 from mmgem.data.collator import MODEL_INPUTS, PairCollator
 from mmgem.modeling_mmgem.vision_mmgem import EncodedImages, encode_images
@@ -130,7 +129,7 @@ def test_each_patch_is_embedded_by_itself(processor):
 
 def test_tokens_that_do_not_fit_the_patches_are_refused(processor):
     for k in (0, 5):
-        with pytest.raises((ValueError, StrictDataclassError), match=rf"must lie in \[1, 4\], got {k}"):
+        with pytest.raises(ValueError, match=rf"must lie in \[1, 4\], got {k}"):
             make_model(processor, config={"image_grid_size": k})
 
 
@@ -139,7 +138,7 @@ def test_tokens_that_do_not_fit_the_patches_are_refused(processor):
     [
         ({"model_type": "siglip_vision_model", "vision_use_head": False}, "cls", "has no class token"),
         ({"model_type": "siglip_vision_model", "vision_use_head": False}, "tower", "set vision_use_head"),
-        ({"model_type": "dinov2"}, "tower", "has no image embedding of its own; choose cls"),
+        ({"model_type": "dinov2"}, "tower", "has no image embedding of its own; choose mean, cls or cls"),
     ],
 )
 def test_a_pooling_that_the_tower_does_not_have_is_refused(processor, vision, image_pooling, message):

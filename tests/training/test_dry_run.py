@@ -41,7 +41,7 @@ def real_step(processor, args):
         model.train()
     batch = next(iter(trainer.get_train_dataloader()))
     live = LiveTensors(len(processor.tokenizer))
-    for parameter in model.parameters():
+    for parameter in model.parameters():  # LoRA's too
         live.add(parameter, "weights")
     attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -69,6 +69,7 @@ def real_step(processor, args):
         ({"objective": "caption", "activation_checkpointing": True}, True),
         ({"freeze": ["vision_model"], "optim": "lamb"}, True),
         ({"freeze": ["vision_model"], "cache_features": True}, True),
+        ({"lora_rank": 4}, True),
         ({"logits_in_parts": True, "freeze": ["vision_model"], "objective": "caption"}, True),
     ],
 )
