@@ -56,11 +56,20 @@ class EmbeddingMixin:
         """
         What h3 makes visual tokens of: h1 of each cell of an image or region, `(B, R * k * k, D)`, or with one token
         per image its own embedding. Only that of "tower" is normalised, so that a vector of an index gives its token.
+
+        Raises:
+            ValueError: for whole images with fewer patches per side than visual tokens.
         """
         if images.has_regions:
             return self._cell_embeds(images, self.region_grid_size)
-        if self.config.image_grid_size > 1:
-            return self._cell_embeds(images, self.config.image_grid_size)
+        if (grid_size := self.config.image_grid_size) > 1:
+            if grid_size > min(images.grid):
+                rows, columns = images.grid
+                raise ValueError(
+                    f"image_grid_size is {grid_size}, but these images have {rows} x {columns} patches only. Lower it, "
+                    "or raise the image processor's size."
+                )
+            return self._cell_embeds(images, grid_size)
         embeds = self.visual_projection(images.pooled)[:, None]
         return self._rescaled(embeds) if self.config.image_pooling == "tower" else embeds
 

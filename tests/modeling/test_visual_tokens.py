@@ -133,6 +133,17 @@ def test_tokens_that_do_not_fit_the_patches_are_refused(processor):
             make_model(processor, config={"image_grid_size": k})
 
 
+def test_images_smaller_than_the_grid_are_refused(processor):
+    """DINOv2 takes images of any size, whatever its configuration says."""
+    vision = {**VISION, "model_type": "dinov2", "mlp_ratio": 2}
+    model = make_model(processor, config={"image_grid_size": 4, "vision_config": vision})
+    inputs = with_grid(processor, 4)(images=[make_picture(0)], task="caption", return_tensors="pt")
+    assert model.generate(**inputs, max_new_tokens=2).shape[0] == 1
+    inputs["pixel_values"] = inputs["pixel_values"][..., :24, :24]
+    with pytest.raises(ValueError, match="image_grid_size is 4, but these images have 3 x 3 patches only"):
+        model.generate(**inputs, max_new_tokens=2)
+
+
 @pytest.mark.parametrize(
     ("vision", "image_pooling", "message"),
     [
