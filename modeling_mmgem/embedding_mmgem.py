@@ -64,10 +64,10 @@ class EmbeddingMixin:
             return self._cell_embeds(images, self.region_grid_size)
         if (grid_size := self.config.image_grid_size) > 1:
             if grid_size > min(images.grid):
-                rows, columns = images.grid
+                patches = " x ".join(map(str, images.grid))
                 raise ValueError(
-                    f"image_grid_size is {grid_size}, but these images have {rows} x {columns} patches only. Lower it, "
-                    "or raise the image processor's size."
+                    f"image_grid_size is {grid_size}, but these images have {patches} patches only. Lower it, or raise "
+                    "the image processor's size."
                 )
             return self._cell_embeds(images, grid_size)
         embeds = self.visual_projection(images.pooled)[:, None]
