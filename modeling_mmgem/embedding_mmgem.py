@@ -66,8 +66,8 @@ class EmbeddingMixin:
             if grid_size > min(images.grid):
                 patches = " x ".join(map(str, images.grid))
                 raise ValueError(
-                    f"image_grid_size is {grid_size}, but these images have {patches} patches only. Lower it, or raise "
-                    "the image processor's size."
+                    f"image_grid_size is {grid_size}, but these images have {patches} patches only. Lower it, or "
+                    "raise the image processor's size."
                 )
             return self._cell_embeds(images, grid_size)
         embeds = self.visual_projection(images.pooled)[:, None]
