@@ -49,8 +49,8 @@ SCRATCH = ["--config", "configs/flickr8k.yaml"]
 RUNS: dict[str, list[str]] = {
     "mmgem": [],
     "LiT": [
-        *("--objective", "contrastive", "--text_model_name_or_path", "{clip_text}", "--lora_rank", "0"),
-        *("--freeze", "vision_model", "--learning_rate", "1e-3", "--projection_lr_multiplier", "1"),
+        *("--objective", "contrastive", "--text_model_name_or_path", "{clip_text}"),
+        *("--learning_rate", "1e-3", "--projection_lr_multiplier", "1"),
     ],
     "captions alone": ["--objective", "caption"],
     "from scratch": SCRATCH,

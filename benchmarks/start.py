@@ -1,6 +1,6 @@
 """
-What the start of new projections is worth before any training step: retrieval by h1 and h2 alone, for several poolings,
-numbers of images and floors of the whitening.
+What the start of new projections is worth before any training step: retrieval by h1 and h2 alone, for several
+poolings, numbers of images and floors of the whitening.
 
     python benchmarks/start.py --vision VIT_FOLDER --text LM_FOLDER --train_file train.parquet \
         --validation_file validation.parquet
@@ -32,7 +32,7 @@ POOLINGS = ("mean", "cls", "cls+mean")
 
 @torch.no_grad()
 def encode(model: MMGEMModel, processor: MMGEMProcessor, dataset: PairDataset) -> tuple[torch.Tensor, torch.Tensor]:
-    """Class token beside the mean of the patches `(N, 2 C)`, and the states at [EMB] of the first captions `(N, H)`."""
+    """Class token beside the mean of patches `(N, 2 C)`, and the states at [EMB] of the first captions `(N, H)`."""
     collator, pooled = PairCollator(processor), []
     for first in tqdm(range(0, len(dataset), BATCH), desc="Images"):
         images = [dataset.image(i) for i in range(first, min(first + BATCH, len(dataset)))]
