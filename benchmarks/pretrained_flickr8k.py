@@ -98,6 +98,16 @@ def train(options: list[str], folder: Path, steps: int, seed: int, judged: list[
     }
 
 
+def operations(options: list[str], folder: Path, caption_tokens: int) -> tuple[float, float]:
+    """TFLOP of a step by the dry run, and the TFLOP/s that this machine reaches in a product of matrices."""
+    dry = ["--dry_run", "--dry_run_caption_tokens", str(caption_tokens), "--output_dir", str(folder)]
+    command = [sys.executable, "train.py", *options, *dry]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    (found,) = re.findall(r"([\d.,]+) TFLOP per step .* of ([\d.,]+) TFLOP/s", text)
+    step, peak = (float(number.replace(",", "")) for number in found)
+    return step, peak
+
+
 def steps_for(minutes: float, options: list[str], folder: Path) -> int:
     """As many steps as fit into the minutes; the features are cached on the way."""
     few = ["--max_eval_samples", "8", "--caption_samples", "0"]
@@ -160,6 +170,9 @@ def measure(name: str, seed: int, options: argparse.Namespace) -> dict[str, Any]
     run_options += extra
     steps = steps_for(options.minutes, run_options, work)
     found = {**train(run_options, work, steps, seed, []), "steps": steps}
+    step, peak = operations(run_options, work, options.caption_tokens)
+    found |= {"tflop_per_step": step, "peak_tflops": peak}
+    found["share_of_peak"] = round(found["steps_per_minute"] / 60 * step / peak, 3)
     result = {**asked, **found}
     file.write_text(json.dumps(result, indent=2) + "\n")
     print(json.dumps(result), flush=True)
@@ -180,12 +193,16 @@ def main() -> None:
     options = parser.parse_args()
     options.output_dir.mkdir(parents=True, exist_ok=True)
     options.folders = prepare(options)
+    texts = datasets.load_dataset("parquet", data_files=options.train_file, split="train[:1000]")["captions"]
+    tokenizer = AutoTokenizer.from_pretrained(options.text)
+    lengths = [len(ids) for captions in texts for ids in tokenizer(as_captions(captions))["input_ids"]]
+    options.caption_tokens = round(statistics.mean(lengths)) + 1  # with [EMB]
     results = {name: [] for name in options.runs}
     for seed in options.seeds:
         for name in options.runs:
             if seed == options.seeds[0] or name == "mmgem":  # baselines and factors have one seed
                 results[name].append(measure(name, seed, options))
-    columns = [*METRICS, "steps", "pairs", "minutes"]
+    columns = [*METRICS, "steps", "pairs", "minutes", "share_of_peak"]
     print(f"| run | {' | '.join(columns)} |\n|---|{'---|' * len(columns)}")
     for name, runs in results.items():
         print(f"| {name} | {' | '.join(_mean(runs, column) for column in columns)} |")
