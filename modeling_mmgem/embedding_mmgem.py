@@ -52,6 +52,19 @@ class EmbeddingMixin:
         """
         return unit_norm(self.region_projection(self._cell_embeds(self._encode_images(pixel_values))))
 
+    def compact_features(self: Any, pixel_values: torch.Tensor) -> dict[str, torch.Tensor]:
+        """
+        What `forward` takes of whole images instead of `pixel_values`: see [`TrainingInputs`].
+
+        Returns:
+            `pooled_features` `(B, C)` or `(B, 2 C)`, and with k x k visual tokens `patch_features` `(B, k, k, C)`.
+        """
+        images, k = self._encode_images(pixel_values), self.config.image_grid_size
+        if k == 1:
+            return {"pooled_features": images.pooled}
+        cells = self.pool_aggregator(images.features, images.grid, grid_size=k)
+        return {"pooled_features": images.pooled, "patch_features": cells.unflatten(1, (k, k))}
+
     def _caption_sources(self: Any, images: EncodedImages) -> torch.Tensor:
         """
         What h3 makes visual tokens of: h1 of each cell of an image or region, `(B, R * k * k, D)`, or with one token

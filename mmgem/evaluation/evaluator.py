@@ -145,7 +145,14 @@ def held_out_caption_loss(
     collate = PairCollator(processor, "caption")
     sums = []
     for examples in readable_batches(dataset, dataset.__getitem__, batch_size, faults=[]):
-        pairs = [{**example, "caption": caption} for _, example in examples for caption in example["captions"]]
+        # The ViT runs once over each image, however many captions it has.
+        pixels = collate.pixel_values([example["image"] for _, example in examples])
+        features = model.compact_features(pixels.to(model.device))
+        pairs = [
+            {**example, **{name: values[i] for name, values in features.items()}, "caption": caption}
+            for i, (_, example) in enumerate(examples)
+            for caption in example["captions"]
+        ]
         for start in range(0, len(pairs), batch_size):
             batch = collate(pairs[start : start + batch_size])
             inputs = {name: batch[name].to(model.device) for name in MODEL_INPUTS if name in batch}

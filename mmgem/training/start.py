@@ -103,18 +103,15 @@ def _encode(
     model: MMGEMModel, processor: MMGEMProcessor, examples: list[dict[str, Any]], batch_size: int
 ) -> EncodedImages:
     """The examples after the ViT, with V reduced to the k x k cells that captions see."""
-    collator, k = PairCollator(processor), model.config.image_grid_size
-    pooled, cells = [], []
+    collator = PairCollator(processor)
+    parts = []
     for start in range(0, len(examples), batch_size):
-        batch = collator.images(examples[start : start + batch_size])
-        images = {name: tensor.to(model.device) for name, tensor in batch.items()}
-        encoded = model._encode_images(
-            images.get("pixel_values"), pooled=images.get("pooled_features"), patches=images.get("patch_features")
-        )
-        pooled.append(encoded.pooled.float())
-        if k > 1:
-            cells.append(model.pool_aggregator(encoded.features, encoded.grid, grid_size=k).float())
-    return EncodedImages(torch.cat(pooled), torch.cat(cells).unflatten(1, (k, k)) if cells else None)
+        images = collator.images(examples[start : start + batch_size])
+        if "pixel_values" in images:
+            images = model.compact_features(images["pixel_values"].to(model.device))
+        parts.append({name: tensor.float().to(model.device) for name, tensor in images.items()})
+    joined = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    return EncodedImages(joined["pooled_features"], joined.get("patch_features"))
 
 
 def _text_states(model: MMGEMModel, processor: MMGEMProcessor, texts: list[str], batch_size: int) -> torch.Tensor:
