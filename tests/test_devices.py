@@ -108,7 +108,6 @@ def accelerator(monkeypatch):
     """transformers' Trainer trains on the emulated device."""
     monkeypatch.setenv("ACCELERATE_TORCH_DEVICE", DEVICE)
     monkeypatch.setattr("transformers.training_args.is_torch_bf16_gpu_available", lambda: True)
-    monkeypatch.setattr("mmgem.training.arguments.torch.accelerator.is_available", lambda: True)
     AcceleratorState._reset_state(reset_partial_state=True)
     yield
     monkeypatch.delenv("ACCELERATE_TORCH_DEVICE")

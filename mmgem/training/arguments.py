@@ -7,7 +7,7 @@ from dataclasses import MISSING, dataclass, fields
 from typing import Any, Literal
 
 import torch
-from transformers import TrainingArguments
+from transformers import TrainingArguments, training_args
 
 from ..configuration.hub_options_mmgem import checked_hub_options
 from ..data.arguments import DataArguments
@@ -207,7 +207,8 @@ class MMGEMTrainingArguments(TrainingArguments):
             # Parameters that an objective does not reach are frozen, so DistributedDataParallel need not search.
             self.ddp_find_unused_parameters = False
         # transformers accepts the options of a GPU run, and bfloat16 on a machine without a GPU, with use_cpu only.
-        if self.dry_run or (self.bf16 and not torch.accelerator.is_available()):
+        has_gpu = torch.accelerator.is_available() or training_args.is_torch_bf16_gpu_available()
+        if self.dry_run or (self.bf16 and not has_gpu):
             self.use_cpu = True
         optim = self.optim
         self.optim = "adamw_torch" if optim in PYTORCH_OPTIMIZERS else optim  # transformers refuses unknown names
