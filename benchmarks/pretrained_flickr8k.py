@@ -21,6 +21,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -57,9 +58,8 @@ RUNS: dict[str, list[str]] = {
     "random towers": ["--vision_model_name_or_path", "{random}/vision", "--text_model_name_or_path", "{random}/text"],
     # One factor at a time.
     "contrastive alone": ["--objective", "contrastive"],
-    "mean pooling": ["--image_pooling", "mean"],
     "cls pooling": ["--image_pooling", "cls"],
-    "k = 1": ["--image_grid_size", "1"],
+    "cls+mean pooling": ["--image_pooling", "cls+mean"],
     "k = 2": ["--image_grid_size", "2"],
     "k = 4": ["--image_grid_size", "4"],
     "LoRA": ["--lora_rank", "16", "--learning_rate", "5e-4", "--projection_lr_multiplier", "4"],
@@ -71,6 +71,7 @@ METRICS = (
     *(f"{way}_R@{k}" for way in ("text_to_image", "image_to_text") for k in (1, 5, 10)),
     *("caption_cider", "caption_loss", "caption_distinct"),
 )
+FEATURE_OPTIONS = ("--image_pooling", "--image_grid_size", "--vision_model_name_or_path")
 CALIBRATION_STEPS = 12
 KEPT_LAYERS = 10
 
@@ -163,7 +164,10 @@ def measure(name: str, seed: int, options: argparse.Namespace) -> dict[str, Any]
     run_options = ["--train_file", options.train_file, "--validation_file", options.validation_file]
     extra = [part.format(**options.folders) for part in RUNS[name]]
     if extra != SCRATCH:
-        run_options += [*RECIPE, "--feature_cache_dir", str(options.work_dir / f"features of {name}")]
+        # Runs share the features of the same tower, pooling and k.
+        own = [value for part, value in pairwise(extra) if part in FEATURE_OPTIONS]
+        folder = " ".join(["features", *(Path(value).name for value in own)])
+        run_options += [*RECIPE, "--feature_cache_dir", str(options.work_dir / folder)]
     if not {"--init_from", *SCRATCH} & set(extra):
         towers = {"vision": options.vision, "text": options.text}
         run_options += [part for kind, path in towers.items() for part in (f"--{kind}_model_name_or_path", path)]

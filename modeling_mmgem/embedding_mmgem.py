@@ -50,20 +50,29 @@ class EmbeddingMixin:
         Returns:
             `torch.FloatTensor` of shape `(B, P, D)`: unit norm, float32, row by row of the grid.
         """
-        return unit_norm(self.region_projection(self._cell_embeds(self._encode_images(pixel_values))))
+        return self._patch_embeds(self._encode_images(pixel_values))
 
-    def compact_features(self: Any, pixel_values: torch.Tensor) -> dict[str, torch.Tensor]:
+    def _patch_embeds(self: Any, images: EncodedImages) -> torch.Tensor:
+        return unit_norm(self.region_projection(self._cell_embeds(images)))
+
+    def compact_features(self: Any, pixel_values: torch.Tensor, grid_size: int | None) -> dict[str, torch.Tensor]:
         """
-        What `forward` takes of whole images instead of `pixel_values`: see [`TrainingInputs`].
+        What `forward` takes of images instead of `pixel_values`: see [`TrainingInputs`].
+
+        Args:
+            grid_size (`int`, *optional*): k of the cells to keep of V; 1 keeps none, None keeps V itself.
 
         Returns:
-            `pooled_features` `(B, C)` or `(B, 2 C)`, and with k x k visual tokens `patch_features` `(B, k, k, C)`.
+            `pooled_features` `(B, C)` or `(B, 2 C)`, and unless k is 1 `patch_features` `(B, k, k, C)`.
         """
-        images, k = self._encode_images(pixel_values), self.config.image_grid_size
-        if k == 1:
-            return {"pooled_features": images.pooled}
-        cells = self.pool_aggregator(images.features, images.grid, grid_size=k)
-        return {"pooled_features": images.pooled, "patch_features": cells.unflatten(1, (k, k))}
+        images = self._encode_images(pixel_values)
+        features = {"pooled_features": images.pooled}
+        if grid_size is None:
+            features["patch_features"] = images.patches
+        elif grid_size > 1:
+            cells = self.pool_aggregator(images.features, images.grid, grid_size=grid_size)
+            features["patch_features"] = cells.unflatten(1, (grid_size, grid_size))
+        return features
 
     def _caption_sources(self: Any, images: EncodedImages) -> torch.Tensor:
         """

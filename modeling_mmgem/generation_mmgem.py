@@ -52,21 +52,13 @@ class CaptionGenerationMixin(GenerationMixin):
             return super().generate(input_ids, **kwargs)
         if kwargs.get("attention_mask") is not None:
             input_ids, kwargs["attention_mask"] = _pad_left(input_ids, kwargs["attention_mask"])
-        if image_embeds is not None:
-            tokens = self._tokens_of_embeds(image_embeds)
-            check_placeholders(input_ids, len(tokens), self.config.image_token_id, self.config.emb_token_id)
-            inputs_embeds = self._build_inputs(input_ids, None, check=False)
-            inputs_embeds = place_visual_tokens(inputs_embeds, input_ids, tokens, self.config.image_token_id)
-            return super().generate(input_ids, inputs_embeds=inputs_embeds, **kwargs)
-        images = self._encode_images(pixel_values, **regions)
-        if not bool(images.features.isfinite().all() & images.pooled.isfinite().all()):
-            raise ValueError(
-                "The features of pixel_values are NaN or infinite, so no caption could be read from them. Check "
-                "pixel_values, the weights, and whether their dtype is too small."
-            )
-        self._warn_of_untrained_prompts(input_ids, images)
-        owners = _owners(images)
-        grid_size = self.region_grid_size if images.has_regions else self.config.image_grid_size
+        if image_embeds is None:
+            images = self._encode_images(pixel_values, **regions)
+            self._check_images(input_ids, images)
+            owners = _owners(images)
+            grid_size = self.region_grid_size if images.has_regions else self.config.image_grid_size
+        else:
+            images, owners, grid_size = None, self._tokens_of_embeds(image_embeds), 1
         tokens = len(owners) * grid_size**2
         check_placeholders(input_ids, tokens, self.config.image_token_id, self.config.emb_token_id)
         rows_at_a_time = len(input_ids) if kwargs.get("return_dict_in_generate") else MAX_ROWS
@@ -76,8 +68,12 @@ class CaptionGenerationMixin(GenerationMixin):
             ids = input_ids[rows]
             count = int(ids.eq(self.config.image_token_id).sum()) // grid_size**2
             inputs_embeds = self._build_inputs(ids, None, check=False)
-            is_all = len(ids) == len(input_ids)
-            visual_tokens = self._visual_tokens(images) if is_all else self._visual_tokens_of(images, owners[:count])
+            if images is None:
+                visual_tokens = owners[:count]
+            elif len(ids) == len(input_ids):
+                visual_tokens = self._visual_tokens(images)
+            else:
+                visual_tokens = self._visual_tokens_of(images, owners[:count])
             inputs_embeds = place_visual_tokens(inputs_embeds, ids, visual_tokens, self.config.image_token_id)
             owners = owners[count:]
             options = {
@@ -127,8 +123,18 @@ class CaptionGenerationMixin(GenerationMixin):
                 'processor(images=…, task="caption").'
             )
 
-    def _warn_of_untrained_prompts(self: Any, input_ids: torch.Tensor, images: EncodedImages) -> None:
-        """Warns if the active modules were not trained for these prompts, so that captions will be worse."""
+    def _check_images(self: Any, input_ids: torch.Tensor, images: EncodedImages) -> None:
+        """
+        Warns if the active modules were not trained for these prompts, so that captions will be worse.
+
+        Raises:
+            ValueError: for features that are not finite.
+        """
+        if not bool(images.features.isfinite().all() & images.pooled.isfinite().all()):
+            raise ValueError(
+                "The features of pixel_values are NaN or infinite, so no caption could be read from them. Check "
+                "pixel_values, the weights, and whether their dtype is too small."
+            )
         is_adapted = bool(active_adapters_of(self.soft_prompts))
         if is_adapted and not images.has_regions:
             logger.warning_once(

@@ -9,13 +9,10 @@ PyTorch MM-GEM model: one vision encoder and one language model that embeds sent
 Symbols are those of "Multi-Modal Generative Embedding Model" (arXiv 2405.19333), whose authors published no code.
 Where the paper leaves something open, this is our reading: V_in comes from V_Emb before it is normalised; V is taken
 after the ViT's final norm, without CLS and registers; a prompt is "<bos> <image> [CAP]", with BOS if the tokenizer has
-one; a region gives k x k visual tokens; tau is learned as the logarithm of 1 / tau.
+one; a region gives k x k visual tokens; tau is learned as the logarithm of 1 / tau. With `config.image_pooling` and
+`config.image_grid_size` whole images are embedded from other vectors, and give k x k visual tokens too.
 
-Beside the paper's mean of V, `config.image_pooling` takes V_Emb from the class token, or from what the tower embeds
-itself; with `config.image_grid_size` a whole image gives k x k visual tokens too.
-
-Stage 2 trains caption_projection and soft_prompts, or region_projection, as adapters beside all other weights: see
-`adapters_mmgem.py`.
+Stage 2 trains copies of h3 and [CAP_i], or of h4, as adapters beside frozen weights: see `adapters_mmgem.py`.
 """
 
 from typing import Any
@@ -80,7 +77,7 @@ class MMGEMModel(CheckedLoadingMixin, RegionAdapterMixin, EmbeddingMixin, Captio
     _supports_attention_backend = True
     _can_compile_fullgraph = True
     _keep_in_fp32_modules_strict = ["logit_scale"]
-    has_new_projections = False  # between pretrained towers: training starts with statistics of its data
+    has_new_projections = False  # they start from the training data
     # Buffers of adapters in checkpoints of mmgem 0.1.0.
     _keys_to_ignore_on_load_unexpected = [r"\.trained_on$", r"\.grid_size$"]
 

@@ -23,8 +23,7 @@ hypothesis.settings.load_profile("same_examples_every_time")
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 
 CORPUS = ["a dog on a beach", "the cat sat on the mat", "two people ride red bicycles", "snow on a mountain"] * 3
-VISION = {
-    "model_type": "clip_vision_model",
+TOWER = {
     "hidden_size": 32,
     "intermediate_size": 64,
     "num_hidden_layers": 2,
@@ -32,6 +31,7 @@ VISION = {
     "image_size": 32,
     "patch_size": 8,
 }
+VISION = {"model_type": "clip_vision_model", **TOWER}
 TEXT = {
     "model_type": "llama",
     "hidden_size": 32,

@@ -1,5 +1,7 @@
 """Everything the model does, on an emulated accelerator with two devices: the CPU's values, and who waits for them."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -114,12 +116,14 @@ def accelerator(monkeypatch):
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
-def step(processor, tmp_path, pack_length=0, **options):
+def step(processor, tmp_path, pack_length=0, image_grid_size=1, **options):
     """The Trainer's loss and gradients of one batch, and who waited for the device."""
     defaults = {"per_device_train_batch_size": 4, "max_steps": 1, "report_to": "none", "disable_tqdm": True}
     defaults |= {"packing": pack_length > 0, "pack_length": pack_length}
     args = MMGEMTrainingArguments(output_dir=str(tmp_path), **defaults, **options)
-    model = make_model(processor)
+    processor = copy.copy(processor)
+    processor.image_grid_size = image_grid_size
+    model = make_model(processor, config={"image_grid_size": image_grid_size})
     trainer = MMGEMTrainer(model, args, processor, PairDataset(ScenesDataset("train", 4, 32)))
     trainer.create_optimizer()
     batches = iter(trainer.get_train_dataloader())
@@ -139,6 +143,7 @@ STEPS = {
     "contrastive": {"pack_length": 256, "objective": "contrastive"},
     "captions": {"pack_length": 256, "objective": "caption"},
     "bf16": {"pack_length": 256, "bf16": True},
+    "visual tokens": {"pack_length": 256, "image_grid_size": 2},
 }
 
 

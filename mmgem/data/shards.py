@@ -212,8 +212,10 @@ class ShardStream(torch.utils.data.IterableDataset):
                 return
 
     def _first_samples(self) -> Iterator[RawSample]:
-        for shard in itertools.chain(*self.sources):
-            yield from read_samples(shard)
+        for number, shard in enumerate(itertools.chain(*self.sources)):
+            for k, sample in enumerate(read_samples(shard)):
+                sample.place = (number, k)
+                yield sample
 
 
 def content_of(sample: RawSample) -> bytes:

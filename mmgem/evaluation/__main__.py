@@ -69,7 +69,7 @@ def describe(arguments: EvaluationArguments, processor: MMGEMProcessor, state: P
         "dataset_id": arguments.dataset_name if is_hub_id(arguments.dataset_name) else None,
         "dataset": arguments.dataset_name or arguments.data_file or arguments.annotations,
         **used,
-        "prompt": "<image>[CAP]",
+        "prompt": "".join(processor.image_prompt),
         "max_length": arguments.max_length or processor.max_length,
         "device": str(state.device),
         "processes": state.num_processes,

@@ -147,7 +147,7 @@ def held_out_caption_loss(
     for examples in readable_batches(dataset, dataset.__getitem__, batch_size, faults=[]):
         # The ViT runs once over each image, however many captions it has.
         pixels = collate.pixel_values([example["image"] for _, example in examples])
-        features = model.compact_features(pixels.to(model.device))
+        features = model.compact_features(pixels.to(model.device), model.config.image_grid_size)
         pairs = [
             {**example, **{name: values[i] for name, values in features.items()}, "caption": caption}
             for i, (_, example) in enumerate(examples)

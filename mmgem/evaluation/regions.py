@@ -10,6 +10,7 @@ import torch
 from ..data.pairs import PairDataset
 from ..data.regions import RegionDataset
 from ..modeling_mmgem import MMGEMModel
+from ..modeling_mmgem.embedding_mmgem import unit_norm
 from ..processing import MMGEMProcessor
 from .captioning import cider_d, has_cider
 from .dense_captioning import dense_captioning_map
@@ -178,13 +179,14 @@ def _retrieve_regions(
     for examples in _batches(dataset, processor, batch_size, faults):
         images, boxes = [e["image"] for e in examples], [e["boxes"] for e in examples]
         inputs = processor(images=images, boxes=boxes, return_tensors="pt").to(model.device)
-        embeds.append(model.get_embedding(**inputs)[inputs["region_mask"]].cpu())
+        encoded = model._encode_images(**inputs)
+        embeds.append(unit_norm(model._image_embeds(encoded)[inputs["region_mask"]]).cpu())
         batch = _regions(examples)
         new = sorted({region["phrase"] for region in batch} - texts.keys())
         texts.update(zip(new, embed_texts(model, processor, new, batch_size)))
         queries = torch.stack([texts[region["phrase"]] for region in batch])
         owners = inputs["region_mask"].nonzero()[:, 0].cpu()
-        patches = model.get_patch_embedding(inputs["pixel_values"]).cpu()
+        patches = model._patch_embeds(encoded).cpu()
         similarity = torch.stack([patches[owner] @ query for owner, query in zip(owners, queries)])
         right = _same_phrase(batch, patches_inside(model, inputs)[inputs["region_mask"]].cpu())
         is_highest = similarity >= similarity.amax(1, keepdim=True) - TIE

@@ -49,13 +49,15 @@ def add_lora(model: MMGEMModel, config: LoraConfig) -> PeftModel:
 @contextmanager
 def held_in_bfloat16(model: nn.Module) -> Iterator[None]:
     """
-    Stores frozen weights in bfloat16 meanwhile, if they are numbers of bfloat16, as those of most published language
-    models are. Autocast would convert them in every step.
+    Stores frozen float32 weights in bfloat16 meanwhile, if they are numbers of bfloat16, as those of most published
+    language models are. Autocast would convert them in every step.
     """
     held = []
     for parameter in model.parameters():
+        if parameter.requires_grad or parameter.dtype != torch.float32:
+            continue
         rounded = parameter.data.to(torch.bfloat16)
-        if not parameter.requires_grad and torch.equal(rounded.float(), parameter.data):
+        if torch.equal(rounded.float(), parameter.data):
             parameter.data = rounded
             held.append(parameter)
     try:

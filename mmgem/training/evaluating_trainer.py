@@ -5,12 +5,14 @@ from typing import Any
 import datasets
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from ..data.arguments import TableArguments
+from ..data.loading import Table, checked_table
 from ..data.pairs import PairDataset
 from ..evaluation.evaluator import evaluate_model
 from ..evaluation.sharing import gather_parts, report_failure
 from ..evaluation.tasks import run_tasks
 from ..processing import MMGEMProcessor
-from .arguments import MMGEMTrainingArguments
+from .arguments import MMGEMTrainingArguments, data_seed
 from .checkpoints import TrainingStopped
 from .logging_trainer import LoggingTrainer
 from .train_data import check_dataset
@@ -20,10 +22,13 @@ class EvaluatingTrainer(LoggingTrainer):
     """A Trainer that evaluates retrieval and L_Gen, and whose run can go on after an evaluation that failed."""
 
     processing_class: MMGEMProcessor
+    columns: dict[str, Any]  # names of a table's columns, by option
 
     def wrap_table(self, table: datasets.Dataset, args: MMGEMTrainingArguments, is_training: bool) -> PairDataset:
-        """Wraps a plain table in the dataset class of a stage."""
-        raise NotImplementedError
+        """Wraps a plain table in the dataset class of this stage."""
+        columns = TableArguments(**self.columns)
+        rows = checked_table(Table(table), columns, ("image_column", "caption_column")).rows
+        return PairDataset(rows, **self.columns, seed=data_seed(args))
 
     def _evaluate(self, trial: Any, *args: Any, **kwargs: Any) -> dict[str, float]:
         """

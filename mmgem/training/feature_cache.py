@@ -24,7 +24,6 @@ from ..data.regions import RegionDataset
 from ..data.shards import ShardStream
 from ..modeling_mmgem import MMGEMModel
 from ..modeling_mmgem.loading_mmgem import digest_of_tensors
-from ..modeling_mmgem.vision_mmgem import encode_images
 from ..output_lock import output_lock
 from .arguments import MMGEMTrainingArguments
 
@@ -233,16 +232,7 @@ class FeatureCache:
     def _encode(self, pixels: torch.Tensor) -> Iterator[dict[str, torch.Tensor]]:
         """The features of each image, as they are kept."""
         with self.accelerator.autocast():
-            pooled, patches = encode_images(
-                self.model.vision_model, pixels.to(self.model.device), self.model.config.image_pooling
-            )
-            kept = {"pooled_features": pooled}
-            if self.grid_size is None:
-                kept["patch_features"] = patches
-            elif self.grid_size > 1:
-                size = self.grid_size
-                cells = self.model.pool_aggregator(patches.flatten(1, 2), patches.shape[1:3], grid_size=size)
-                kept["patch_features"] = cells.unflatten(1, (size, size))
+            kept = self.model.compact_features(pixels.to(self.model.device), self.grid_size)
         halves = {name: tensor.to(torch.float16).cpu() for name, tensor in kept.items()}
         for i in range(len(pixels)):
             yield {name: tensor[i] for name, tensor in halves.items()}

@@ -22,7 +22,6 @@ from .trainer import MMGEMTrainer
 
 
 PROMPTS = {
-    "1": "<image>[CAP]",
     "region-caption": "<image> x k x k, [CAP] x 64 (stage 1: <image>[CAP])",
     "region-retrieval": "none: regions and phrases are embedded",
 }
@@ -126,7 +125,7 @@ def _setting(trainer: MMGEMTrainer, data_args: DataArguments) -> dict[str, Any]:
         "dataset_id": data_args.dataset_name if is_hub_id(data_args.dataset_name) else None,
         "dataset": data_args.dataset_name or data_args.validation_file or data_args.validation_annotations,
         "split": str(eval_dataset.table.split),
-        "prompt": PROMPTS[args.stage],
+        "prompt": PROMPTS.get(args.stage, "".join(trainer.processing_class.image_prompt)),
         "max_length": data_args.max_length,
         "dtype": str(trainer.model.dtype),
         "device": str(args.device),

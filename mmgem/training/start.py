@@ -36,7 +36,8 @@ def start_projections(
     that two images have a cosine of 0.66, which the contrastive loss would have to unlearn first. With
     `image_pooling="tower"` h1 stays the tower's own. h2 predicts an image's embedding from the state at [EMB] of its
     caption. h3 predicts the mean of the token embeddings of an image's captions, at the norm of a token embedding: the
-    language model reads visual tokens as if they were words. Both predictions are ridge regressions.
+    language model reads visual tokens as if they were words. Both predictions are ridge regressions; h2 and h3 stay as
+    they are if they are frozen, as some objectives leave them.
 
     Args:
         model: from [`MMGEMModel.from_vision_text_pretrained`]; LoRA may be beside it already.
@@ -50,14 +51,16 @@ def start_projections(
     encoded = _encode(model, processor, examples, batch_size)
     if model.config.image_pooling != "tower":
         whiten(_active(model.visual_projection), encoded.pooled)
-    targets = unit_norm(model._image_embeds(encoded))
-    states = _text_states(model, processor, [example["caption"] for example in examples], batch_size)
-    predict(_active(model.text_projection), states[:, None], targets)
-    input_embeddings: Any = model.get_input_embeddings()
-    embeddings = input_embeddings.weight.detach().float()
-    words = _mean_embeddings(embeddings, processor, [example["captions"] for example in examples])
-    norm = float(embeddings.norm(dim=1).mean())
-    predict(_active(model.caption_projection), model._caption_sources(encoded), words, norm)
+    h2, h3 = _active(model.text_projection), _active(model.caption_projection)
+    if h2.weight.requires_grad:
+        targets = unit_norm(model._image_embeds(encoded))
+        states = _text_states(model, processor, [example["caption"] for example in examples], batch_size)
+        predict(h2, states[:, None], targets)
+    if h3.weight.requires_grad:
+        input_embeddings: Any = model.get_input_embeddings()
+        embeddings = input_embeddings.weight.detach().float()
+        words = _mean_embeddings(embeddings, processor, [example["captions"] for example in examples])
+        predict(h3, model._caption_sources(encoded), words, norm=float(embeddings.norm(dim=1).mean()))
     model.train(was_training)
 
 
@@ -108,7 +111,8 @@ def _encode(
     for start in range(0, len(examples), batch_size):
         images = collator.images(examples[start : start + batch_size])
         if "pixel_values" in images:
-            images = model.compact_features(images["pixel_values"].to(model.device))
+            pixels = images["pixel_values"].to(model.device)
+            images = model.compact_features(pixels, model.config.image_grid_size)
         parts.append({name: tensor.float().to(model.device) for name, tensor in images.items()})
     joined = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     return EncodedImages(joined["pooled_features"], joined.get("patch_features"))
@@ -119,9 +123,10 @@ def _text_states(model: MMGEMModel, processor: MMGEMProcessor, texts: list[str],
     rows = processor(text=texts, padding=False, truncation=True)["input_ids"]
     states = torch.empty(len(rows), model.config.text_config.hidden_size)
     for batch in batches_by_length([len(row) for row in rows], batch_size, None):
-        inputs = processor.tokenizer.pad({"input_ids": [rows[i] for i in batch]}, return_tensors="pt")
-        hidden: Any = model.get_text_features(**inputs.to(model.device)).last_hidden_state
-        last = inputs["attention_mask"].sum(1) - 1
+        own = {"input_ids": [rows[i] for i in batch]}
+        inputs = processor.tokenizer.pad(own, padding_side="right", return_tensors="pt").to(model.device)
+        hidden: Any = model.get_text_features(**inputs).last_hidden_state
+        last = torch.tensor([len(rows[i]) - 1 for i in batch])
         states[batch] = hidden[torch.arange(len(batch)), last].float().cpu()
     return states
 

@@ -15,15 +15,13 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 from transformers.utils import logging
 
-from ..data.arguments import TableArguments
 from ..data.collator import CACHED_FEATURES, MODEL_INPUTS, PairCollator
-from ..data.loading import Table, checked_table
 from ..data.pairs import PairDataset
 from ..data.shards import ShardStream
 from ..modeling_mmgem import MMGEMModel, contrastive_loss
 from ..processing import MMGEMProcessor
 from .adapters import add_lora, held_in_bfloat16, lora_config
-from .arguments import MMGEMTrainingArguments, data_seed
+from .arguments import MMGEMTrainingArguments
 from .checkpoints import (
     RunSettings,
     atomic_checkpoint,
@@ -148,12 +146,6 @@ class MMGEMTrainer(EvaluatingTrainer):
         self._settings = run_settings(args, model_settings or {}, self.peft_config)
         self.add_callback(TrainingCallback(model, train_data, self._resume_log))
         self.add_callback(RunSettings(self._settings))
-
-    def wrap_table(self, table: datasets.Dataset, args: MMGEMTrainingArguments, is_training: bool) -> PairDataset:
-        """Wraps a plain table in the dataset class of this stage."""
-        columns = TableArguments(**self.columns)
-        rows = checked_table(Table(table), columns, ("image_column", "caption_column")).rows
-        return PairDataset(rows, **self.columns, seed=data_seed(args))
 
     def make_trainable(self, model: MMGEMModel, args: MMGEMTrainingArguments) -> MMGEMModel | PeftModel:
         """Freezes what this stage does not train; returns the model, or PEFT's around it."""
@@ -306,7 +298,7 @@ class MMGEMTrainer(EvaluatingTrainer):
             collator: Any = self.data_collator
             bad = cache_features(self.base, self.train_dataset, collator, self.args, self.accelerator)
             self.counts.add_bad(bad)
-        if checkpoint is None and self.base.has_new_projections:
+        if checkpoint is None and self.args.stage == "1" and self.base.has_new_projections:
             batch_size = self.args.per_device_eval_batch_size
             with self.accelerator.autocast():
                 start_projections(self.base, self.processing_class, self.train_dataset, batch_size)

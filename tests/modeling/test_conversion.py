@@ -34,17 +34,9 @@ from transformers.models.clip import CLIPImageProcessorPil
 from mmgem import MMGEMModel, MMGEMProcessor
 from mmgem.training.arguments import ModelArguments
 from mmgem.training.building import planned_config
-from tests.conftest import make_picture
+from tests.conftest import TOWER, make_picture
 
 
-TOWER = {
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "image_size": 32,
-    "patch_size": 8,
-}
 DECODER = {
     "hidden_size": 32,
     "intermediate_size": 64,

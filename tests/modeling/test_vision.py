@@ -10,17 +10,9 @@ from mmgem.data.collator import PairCollator
 from mmgem.modeling_mmgem.towers_mmgem import VISION_TOWERS
 from mmgem.modeling_mmgem.vision_mmgem import encode_images, interpolate_positions, load_vision_model, vision_config_of
 from mmgem.training.stages import freeze_parameters
-from tests.conftest import CORPUS, make_model, make_picture
+from tests.conftest import CORPUS, TOWER, make_model, make_picture
 
 
-TOWER = {
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "image_size": 32,
-    "patch_size": 8,
-}
 TEXT_TOWER = {
     "hidden_size": 32,
     "intermediate_size": 64,

@@ -179,6 +179,23 @@ def test_vectors_of_an_index_get_the_captions_of_their_images(processor):
             assert torch.equal(model.generate(**prompts, max_new_tokens=6), expected)
 
 
+@torch.no_grad()
+def test_captions_of_a_large_index_come_in_parts(processor, monkeypatch):
+    model = make_model(processor, config={"image_pooling": "tower"})
+    prompts = processor(image_embeds=torch.randn(7, 16), task="caption", return_tensors="pt")
+    whole = model.generate(**prompts, max_new_tokens=6)
+    rows, forward = [], model.language_model.forward
+
+    def count(**kwargs):
+        rows.append(len(kwargs["inputs_embeds"]))
+        return forward(**kwargs)
+
+    monkeypatch.setattr("mmgem.modeling_mmgem.generation_mmgem.MAX_ROWS", 3)
+    monkeypatch.setattr(model.language_model, "forward", count)
+    assert torch.equal(model.generate(**prompts, max_new_tokens=6), whole)
+    assert max(rows) == 3
+
+
 @pytest.mark.parametrize(
     ("config", "vectors", "message"),
     [

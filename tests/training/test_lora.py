@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 from transformers import AutoModel
 
 from mmgem import MMGEMModel
-from mmgem.training.adapters import add_lora
+from mmgem.training.adapters import add_lora, held_in_bfloat16
 from mmgem.training.stages import PROJECTIONS, parameter_groups
 from mmgem.training.trainer import MMGEMTrainer
 from tests.conftest import make_model, make_picture
@@ -96,25 +96,36 @@ def test_with_the_gradient_cache(processor, tmp_path):
         torch.testing.assert_close(actual[name], tensor, rtol=1e-3, atol=1e-4, msg=name)
 
 
-def test_frozen_weights_that_bfloat16_holds_exactly_are_held_in_it_while_training(processor, tmp_path, monkeypatch):
-    """The frozen weights come back to the last bit, and others stay as they are."""
+@pytest.mark.parametrize("held", [True, False])
+def test_frozen_weights_that_bfloat16_holds_exactly_are_held_in_it(processor, tmp_path, monkeypatch, held):
+    """Afterwards they are what they were, to the last bit."""
     trainer = make_trainer(processor, tmp_path, bf16=True)
     frozen = [parameter for parameter in trainer.base.language_model.parameters() if not parameter.requires_grad]
-    for parameter in frozen[:-1]:
-        parameter.data = parameter.data.bfloat16().float()
+    for parameter in frozen:
+        parameter.data = parameter.data.bfloat16().float() + (0 if held else 1e-4)
     before = [parameter.detach().clone() for parameter in frozen]
-    dtypes = []
+    dtypes = set()
+    compute_loss = trainer.compute_loss
 
-    def forward(model, *args, **kwargs):
-        dtypes.append([parameter.dtype for parameter in frozen])
-        return original(model, *args, **kwargs)
+    def look(*args, **kwargs):
+        dtypes.update(parameter.dtype for parameter in frozen)
+        return compute_loss(*args, **kwargs)
 
-    original = MMGEMModel.forward
-    monkeypatch.setattr(MMGEMModel, "forward", forward)
-    frozen[-1].data += 1e-4  # no number of bfloat16
-    before[-1] = frozen[-1].detach().clone()
+    monkeypatch.setattr(trainer, "compute_loss", look)
     trainer.train()
-    assert dtypes[0][-1] == torch.float32 and set(dtypes[0][:-1]) == {torch.bfloat16}
-    assert {parameter.dtype for parameter in trainer.base.parameters()} == {torch.float32}
+    assert dtypes == {torch.bfloat16 if held else torch.float32}
     for parameter, value in zip(frozen, before):
         assert torch.equal(parameter, value)
+
+
+def test_only_weights_in_float32_are_held_in_bfloat16():
+    """Those of a quantized model are integers, and some are in 16 bits already."""
+    layers = torch.nn.ModuleList([torch.nn.Linear(2, 2, bias=False) for _ in range(3)])
+    layers.requires_grad_(False)
+    layers[0].weight.data = torch.ones(2, 2)
+    layers[1].weight.data = torch.ones(2, 2, dtype=torch.bfloat16)
+    layers[2].weight.data = torch.ones(2, 2, dtype=torch.uint8)
+    dtypes = [torch.float32, torch.bfloat16, torch.uint8]
+    with held_in_bfloat16(layers):
+        assert [layer.weight.dtype for layer in layers] == [torch.bfloat16, *dtypes[1:]]
+    assert [layer.weight.dtype for layer in layers] == dtypes

@@ -7,11 +7,13 @@ import torch
 from peft import LoraConfig
 
 from mmgem.data.pairs import PairDataset
+from mmgem.data.regions import RegionDataset
 from mmgem.data.scenes import ScenesDataset
+from mmgem.data.shards import ShardStream
 from mmgem.modeling_mmgem.embedding_mmgem import unit_norm
-from mmgem.training import MMGEMTrainer, MMGEMTrainingArguments
+from mmgem.training import MMGEMTrainer, MMGEMTrainingArguments, RegionTrainer
 from mmgem.training.start import RIDGE, predict, start_projections, whiten
-from tests.conftest import make_model
+from tests.conftest import make_model, write_shards
 
 
 @pytest.fixture(scope="module")
@@ -96,8 +98,7 @@ def test_captions_start_near_their_images_and_visual_tokens_as_words(processor, 
 @pytest.mark.parametrize("lora", [False, True])
 def test_training_starts_new_projections_once(processor, scenes, tmp_path, lora):
     model = make_model(processor)
-    args = {"max_steps": 1, "learning_rate": 1e-12, "use_cpu": True, "report_to": "none", "disable_tqdm": True}
-    args = MMGEMTrainingArguments(str(tmp_path), per_device_train_batch_size=8, save_strategy="no", **args)
+    args = make_args(tmp_path, learning_rate=1e-12)
     options = {"peft_config": LoraConfig(r=2)} if lora else {}
 
     def means_of_embeddings():
@@ -110,3 +111,57 @@ def test_training_starts_new_projections_once(processor, scenes, tmp_path, lora)
     assert means_of_embeddings() > 0.1
     model.has_new_projections = True
     assert means_of_embeddings() < 1e-3
+
+
+def make_args(folder, **options):
+    options = {"max_steps": 1, "use_cpu": True, "report_to": "none", "disable_tqdm": True, **options}
+    return MMGEMTrainingArguments(str(folder), per_device_train_batch_size=4, save_strategy="no", **options)
+
+
+def test_training_again_goes_on_where_it_was(processor, scenes, tmp_path):
+    model = make_model(processor)
+    model.has_new_projections = True
+    trainer = MMGEMTrainer(model, make_args(tmp_path, learning_rate=1e-12), processor, scenes)
+    trainer.train()
+    with torch.no_grad():
+        model.visual_projection.weight.zero_()
+    trainer.train()
+    assert model.visual_projection.weight.abs().max() < 1e-6
+
+
+def test_maps_that_the_objective_does_not_train_stay(processor, scenes, tmp_path):
+    """Contrastive training keeps no cells of a frozen tower, which h3 would need."""
+    processor = copy.copy(processor)
+    processor.image_grid_size = 2
+    for objective, name in (("contrastive", "caption_projection"), ("caption", "text_projection")):
+        model = make_model(processor, config={"image_grid_size": 2})
+        model.has_new_projections = True
+        before = getattr(model, name).weight.clone()
+        options = {"objective": objective, "freeze": ["vision_model"], "cache_features": True}
+        MMGEMTrainer(model, make_args(tmp_path / objective, **options), processor, scenes).train()
+        assert torch.equal(getattr(model, name).weight, before)
+
+
+def test_shards_with_cached_features_start_as_their_images_do(processor, tmp_path):
+    write_shards(tmp_path)
+    shards = ShardStream(
+        [[str(tmp_path / f"{i}.tar") for i in range(2)], [str(tmp_path / f"{i}.tar") for i in (2, 3)]]
+    )
+    weights = []
+    for cache_features in (False, True):
+        model = make_model(processor)
+        model.has_new_projections = True
+        options = {"freeze": ["vision_model"], "cache_features": cache_features, "learning_rate": 1e-12}
+        trainer = MMGEMTrainer(model, make_args(tmp_path / str(cache_features), **options), processor, shards)
+        trainer.train()
+        weights.append(model.visual_projection.weight)
+    torch.testing.assert_close(weights[1], weights[0], atol=0.02, rtol=0.02)  # features are float16
+
+
+def test_stage_2_leaves_the_projections_of_its_base(processor, tmp_path):
+    model = make_model(processor)
+    model.has_new_projections = True
+    before = model.visual_projection.weight.clone()
+    regions = RegionDataset(ScenesDataset("train", 8, image_size=32))
+    RegionTrainer(model, make_args(tmp_path, stage="region-retrieval"), processor, regions).train()
+    assert torch.equal(model.visual_projection.weight, before)
