@@ -48,6 +48,9 @@ TEXT_SIDE_STEPS = 300  # of (b)
 CLIP_RATES = {"clip-text": 1.0, "clip-text-half": 0.5, "clip-text-quarter": 0.25}  # times the demo's learning rate
 H4_STEPS = 200  # of (d), whose long captions make slow steps
 TOWERS = ("vision_config", "text_config", "vocab_size", "projection_dim")
+# What the paper has otherwise than the demo: one visual token for a whole image; and the shorter training of all rows.
+PAPER = {"image_grid_size": 1, "pack_length": 64, "max_steps": 560, "max_train_samples": 560 * 64}
+DEMO_TOKENS = 4  # k of the demo
 Metrics = dict[str, float]
 
 
@@ -66,9 +69,9 @@ class Runs:
         asked.write_text(json.dumps({"quick": quick}) + "\n")
         self.seconds_file = folder / "seconds.json"
         self.seconds = json.loads(self.seconds_file.read_text()) if self.seconds_file.exists() else {}
-        self.scenes = yaml.safe_load((CONFIGS / "scenes.yaml").read_text())
+        self.scenes = {**yaml.safe_load((CONFIGS / "scenes.yaml").read_text()), **PAPER}
         # To go on from a checkpoint, which has its own towers.
-        going_on = {name: value for name, value in self.scenes.items() if name not in TOWERS}
+        going_on = {name: value for name, value in self.scenes.items() if name not in (*TOWERS, "image_grid_size")}
         (folder / "going-on.yaml").write_text(yaml.safe_dump(going_on))
 
     def train(self, name: str, config: Path, **options: Any) -> Metrics:
@@ -76,12 +79,8 @@ class Runs:
         results = self.folder / name / "results.json"
         if not results.exists():
             if self.quick:
-                options = {
-                    "max_train_samples": 64 * QUICK_STEPS,
-                    "warmup_steps": 10,
-                    **options,
-                    "max_steps": QUICK_STEPS,
-                }
+                few = {"max_steps": QUICK_STEPS, "max_train_samples": 64 * QUICK_STEPS}
+                options = {"warmup_steps": 10, **options, **few}
             options = {"max_eval_samples": self.eval_samples, "eval_strategy": "no", "disable_tqdm": True, **options}
             words = [word for key, value in options.items() for word in (f"--{key}", str(value))]
             command = [sys.executable, "train.py", "--config", str(config), *words]
@@ -119,12 +118,14 @@ class Runs:
         """(a) Both losses as the demo weighs them, as the paper does, and each alone: the same examples in order."""
         options: dict[str, dict[str, Any]] = {
             "joint": {"objective": "joint"},
+            "joint-tokens": {"objective": "joint", "image_grid_size": DEMO_TOKENS, "pack_length": 80},
             "joint-paper": {"objective": "joint", "caption_loss_weight": 1.0},
             "contrastive": {"objective": "contrastive", "caption_samples": 0},  # what never learned to write need not
             "caption": {"objective": "caption"},
         }
+        fixed = {"seed": seed, "caption_samples": 500, **PAPER}
         return {
-            name: self.train(f"{name}-{seed}", CONFIGS / "scenes.yaml", seed=seed, **{"caption_samples": 500, **own})
+            name: self.train(f"{name}-{seed}", CONFIGS / "scenes.yaml", **{**fixed, **own})
             for name, own in options.items()
         }
 

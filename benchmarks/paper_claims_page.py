@@ -51,7 +51,8 @@ optimiser are the demo's, found for joint training, except where a row says othe
 def _objectives(runs: list[dict[str, dict[str, float]]], weight: float) -> str:
     retrieval = ("text_to_image_R@1", "text_to_image_R@5", "image_to_text_R@1")
     captions = ("caption_cider", "caption_object_f1", "caption_exact", "caption_loss")
-    names = {"joint": f"joint, L_Emb + {weight:g} L_Gen (the demo)", "joint-paper": "joint, L_Emb + L_Gen (the paper)"}
+    names = {"joint": f"joint, L_Emb + {weight:g} L_Gen", "joint-paper": "joint, L_Emb + L_Gen (the paper)"}
+    names |= {"joint-tokens": f"joint, L_Emb + {weight:g} L_Gen, 4 x 4 visual tokens (the demo)"}
     names |= {"contrastive": "L_Emb alone", "caption": "L_Gen alone"}
     lines = ["| | " + " | ".join((*retrieval, *captions)) + " |", "|---" * (len(retrieval) + len(captions) + 1) + "|"]
     for objective, name in names.items():

@@ -149,7 +149,7 @@ class MMGEMTrainingArguments(TrainingArguments):
     max_bad_fraction: float = option(0.01, "Stop when more than this share of the training set cannot be read.")
 
     optim: str = option(
-        "adamw_torch", "'lamb' or 'soap' (from pytorch-optimizer), or any of transformers' OptimizerNames."
+        "adamw_torch_fused", "'lamb' or 'soap' (from pytorch-optimizer), or any of transformers' OptimizerNames."
     )
     objective: Literal["joint", "contrastive", "caption"] = option(
         "joint", "L_Emb + L_Gen, or one alone (the paper's ablation)."

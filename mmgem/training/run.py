@@ -87,7 +87,10 @@ def save_trained(
 
 
 def evaluate_saved(trainer: MMGEMTrainer, model_args: ModelArguments, data_args: DataArguments) -> None:
-    """Evaluates the saved files, as others will load them, in all processes; the first one reports."""
+    """
+    Evaluates the saved files, as others will load them, in all processes; the first one reports. Computes in the
+    precision of the training.
+    """
     args, processor, output_dir = trainer.args, trainer.processing_class, str(trainer.args.output_dir)
     eval_dataset: Any = trainer.eval_dataset
     is_first, batch_size = trainer.is_world_process_zero(), args.per_device_eval_batch_size
@@ -95,12 +98,14 @@ def evaluate_saved(trainer: MMGEMTrainer, model_args: ModelArguments, data_args:
     model: Any = load_checkpoint(base).to(args.device)  # type: ignore[arg-type]
     found: dict[str, Any] = {}
     if args.stage == "1":
-        metrics, outputs = evaluate_model(model, processor, eval_dataset, batch_size, args.caption_samples)
+        with trainer.accelerator.autocast():
+            metrics, outputs = evaluate_model(model, processor, eval_dataset, batch_size, args.caption_samples)
         found["size"] = len(outputs["indices"])
         sections = pair_sections(metrics, outputs, eval_dataset) if is_first else []
     else:
         model.load_adapter(output_dir, adapter_name=args.stage)
-        metrics, outputs = evaluate_adapter(model, processor, eval_dataset, args.stage, batch_size)
+        with trainer.accelerator.autocast():
+            metrics, outputs = evaluate_adapter(model, processor, eval_dataset, args.stage, batch_size)
         regions = outputs["stage_2"]
         found["size"] = len({region["index"] for region in regions})
         found.update(regions=len(regions), k=model.region_grid_size, base=base)
@@ -119,7 +124,7 @@ def evaluate_saved(trainer: MMGEMTrainer, model_args: ModelArguments, data_args:
 
 def _setting(trainer: MMGEMTrainer, data_args: DataArguments) -> dict[str, Any]:
     """What was evaluated, on what, and how."""
-    args = trainer.args
+    args, mixed = trainer.args, trainer.accelerator.mixed_precision
     eval_dataset: Any = trainer.eval_dataset
     return {
         "dataset_id": data_args.dataset_name if is_hub_id(data_args.dataset_name) else None,
@@ -127,7 +132,7 @@ def _setting(trainer: MMGEMTrainer, data_args: DataArguments) -> dict[str, Any]:
         "split": str(eval_dataset.table.split),
         "prompt": PROMPTS.get(args.stage, "".join(trainer.processing_class.image_prompt)),
         "max_length": data_args.max_length,
-        "dtype": str(trainer.model.dtype),
+        "dtype": str(trainer.model.dtype) + ("" if mixed == "no" else f" under {mixed} autocast"),
         "device": str(args.device),
         "seed": args.seed,
         "steps": trainer.state.global_step,

@@ -16,9 +16,10 @@ from ..processing import MMGEMProcessor
 
 
 IMAGES = 2048  # several times as many as a ViT has features
-# Of the mean variance, both measured on Flickr8k (docs/pretrained.md).
+# Measured on Flickr8k (docs/pretrained.md); the first two of the mean variance.
 FLOOR = 1.0  # with less, directions that hardly vary are amplified, and with them noise
 RIDGE = 0.3
+NORM = 0.5  # by how much visual tokens differ from their mean, in norms of a token embedding
 
 
 @torch.no_grad()
@@ -35,9 +36,9 @@ def start_projections(
     h1 whitens what images are embedded from. DINOv2's features have a mean that is longer than their differences, so
     that two images have a cosine of 0.66, which the contrastive loss would have to unlearn first. With
     `image_pooling="tower"` h1 stays the tower's own. h2 predicts an image's embedding from the state at [EMB] of its
-    caption. h3 predicts the mean of the token embeddings of an image's captions, at the norm of a token embedding: the
-    language model reads visual tokens as if they were words. Both predictions are ridge regressions; h2 and h3 stay as
-    they are if they are frozen, as some objectives leave them.
+    caption. h3 predicts the mean of the token embeddings of an image's captions, and visual tokens differ from their
+    mean by half the norm of a token embedding: the language model reads them as if they were words. Both predictions
+    are ridge regressions; h2 and h3 stay as they are if they are frozen, as some objectives leave them.
 
     Args:
         model: from [`MMGEMModel.from_vision_text_pretrained`]; LoRA may be beside it already.
@@ -60,7 +61,8 @@ def start_projections(
         input_embeddings: Any = model.get_input_embeddings()
         embeddings = input_embeddings.weight.detach().float()
         words = _mean_embeddings(embeddings, processor, [example["captions"] for example in examples])
-        predict(h3, model._caption_sources(encoded), words, norm=float(embeddings.norm(dim=1).mean()))
+        norm = NORM * float(embeddings.norm(dim=1).mean())
+        predict(h3, model._caption_sources(encoded), words, norm)
     model.train(was_training)
 
 
