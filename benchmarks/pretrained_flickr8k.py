@@ -207,16 +207,22 @@ def main() -> None:
         for name in options.runs:
             if seed == options.seeds[0] or name == "mmgem":  # baselines and factors have one seed
                 results[name].append(measure(name, seed, options))
-    columns = [*METRICS, "steps", "pairs", "minutes", "share_of_peak"]
-    print(f"| run | {' | '.join(columns)} |\n|---|{'---|' * len(columns)}")
-    for name, runs in results.items():
-        print(f"| {name} | {' | '.join(_mean(runs, column) for column in columns)} |")
+    print("\n".join(table(results)))
     ours = results.get("mmgem", [])
     goals = {"text_to_image_R@10": 0.36, "caption_cider": 0.33}
     for column, goal in goals.items():
         if ours:
             value = statistics.mean(run[column] for run in ours)
             print_result(f"pretrained_flickr8k_{column}", round(value, 3), "share or points", f">= {goal}", "none")
+
+
+def table(results: dict[str, list[dict[str, Any]]]) -> list[str]:
+    """Lines of Markdown: the means of every run's seeds, ± their standard deviation."""
+    columns = [*METRICS, "steps", "pairs", "minutes", "share_of_peak"]
+    lines = [f"| run | {' | '.join(columns)} |", f"|---|{'---|' * len(columns)}"]
+    return lines + [
+        f"| {name} | {' | '.join(_mean(runs, column) for column in columns)} |" for name, runs in results.items()
+    ]
 
 
 def _mean(runs: list[dict[str, Any]], column: str) -> str:

@@ -89,7 +89,7 @@ def test_tokenizer_and_pixel_statistics_come_from_the_checkpoint(train, pairs, t
         ({"freeze": ["vision_model"]}, r"freeze \[\], not \['vision_model'\]"),
         ({"objective": "contrastive"}, "objective 'joint', not 'contrastive'"),
         ({"learning_rate": 1e-4}, "learning_rate 0.003, not 0.0001"),
-        ({"optim": "lamb"}, "optim 'adamw_torch', not 'lamb'"),
+        ({"optim": "lamb"}, "optim 'adamw_torch_fused', not 'lamb'"),
         ({"per_device_train_batch_size": 4}, "processes 8, not 4"),
         ({"seed": 1}, "seed 42, not 1"),
     ],
