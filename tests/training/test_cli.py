@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from transformers import BertConfig
 from transformers.utils import logging
 
+from mmgem.evaluation.evaluator import evaluate_model
 from tests.conftest import make_picture
 
 
@@ -46,6 +47,24 @@ def pairs(tmp_path):
         rows.append({"image": f"{i}.png", "captions": [f"picture number {i}", f"the {i}th of them"]})
     (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
     return tmp_path / "pairs.jsonl"
+
+
+def test_the_saved_model_is_judged_in_the_precision_of_its_training(train, pairs, tmp_path, monkeypatch):
+    """Its weights are float32, so that autocast alone tells."""
+    precisions = []
+
+    def evaluate(*args):
+        precisions.append(torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else torch.float32)
+        return evaluate_model(*args)
+
+    monkeypatch.setattr("mmgem.training.run.evaluate_model", evaluate)
+    data = ["--train_file", pairs, "--validation_file", pairs, "--caption_column", "captions", "--report_to", "none"]
+    options = [*data, *TOWERS, "--max_steps", 1, "--per_device_train_batch_size", 4, "--caption_samples", 2]
+    for bf16 in ("true", "false"):
+        train(*options, "--bf16", bf16, "--output_dir", bf16)
+        setting = json.loads((tmp_path / bf16 / "results.json").read_text())["setting"]
+        assert ("bf16" in setting["dtype"]) == (bf16 == "true")
+    assert precisions == [torch.bfloat16, torch.float32]
 
 
 def test_own_files_from_scratch_then_on_from_that_checkpoint(train, pairs, tmp_path, capsys):
