@@ -152,8 +152,8 @@ def prepare(options: argparse.Namespace) -> dict[str, Path]:
     return made
 
 
-def measure(name: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
-    """Metrics of one run; from its file if it was done before."""
+def measure(name: str, seed: int, options: argparse.Namespace, steps: int | None) -> dict[str, Any]:
+    """Metrics of one run, of as many steps as fit into the minutes by default; from its file if it was done before."""
     file = options.output_dir / f"{name} {seed}.json"
     asked = {"run": name, "seed": seed, "asked_minutes": options.minutes}
     if file.exists():
@@ -173,7 +173,7 @@ def measure(name: str, seed: int, options: argparse.Namespace) -> dict[str, Any]
         towers = {"vision": options.vision, "text": options.text}
         run_options += [part for kind, path in towers.items() for part in (f"--{kind}_model_name_or_path", path)]
     run_options += extra
-    steps = steps_for(options.minutes, run_options, work)
+    steps = steps or steps_for(options.minutes, run_options, work)
     found = {**train(run_options, work, steps, seed, []), "steps": steps}
     step, peak = operations(run_options, work, options.caption_tokens)
     found |= {"tflop_per_step": step, "peak_tflops": peak}
@@ -206,7 +206,8 @@ def main() -> None:
     for seed in options.seeds:
         for name in options.runs:
             if seed == options.seeds[0] or name == "mmgem":  # baselines and factors have one seed
-                results[name].append(measure(name, seed, options))
+                steps = results[name][0]["steps"] if results[name] else None  # all seeds take the same
+                results[name].append(measure(name, seed, options, steps))
     print("\n".join(table(results)))
     ours = results.get("mmgem", [])
     goals = {"text_to_image_R@10": 0.36, "caption_cider": 0.33}

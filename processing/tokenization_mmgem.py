@@ -10,6 +10,7 @@ from transformers import AddedToken, PreTrainedTokenizerBase, PreTrainedTokenize
 IMAGE_TOKEN = "<image>"
 CAP_TOKEN = "[CAP]"
 EMB_TOKEN = "[EMB]"
+DOCUMENT_START = "<|endoftext|>"  # stands between the texts that GPT-2, Pythia, Qwen, SmolLM, … learned from
 # `as_sentence` as a normalizer, for pipelines that call the tokenizer alone. Python strips U+001C to U+001F too.
 NO_LETTERS = r"\A[\s\x00\x1c-\x1f]+|[\s\x00\x1c-\x1f]+\z|\x00"
 
@@ -52,8 +53,13 @@ def ends_with_emb(tokenizer: PreTrainedTokenizerBase) -> bool:
 def to_mmgem_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerFast:
     """
     The same vocabulary plus `<image>`, [CAP], [EMB] (and `<pad>` if there is no pad token), in a tokenizer whose
-    post-processor writes "(BOS) text [EMB]". It takes `<image>` and [EMB] in a text for letters, and its normalizer
+    post-processor writes "BOS text [EMB]". It takes `<image>` and [EMB] in a text for letters, and its normalizer
     does what [`as_sentence`] does.
+
+    BOS is written by every result: language models make the first token the sink of their attention
+    (https://arxiv.org/abs/2309.17453) and lose what it says, which would be the image. A tokenizer that writes none
+    gets `<|endoftext|>` if it has this token, otherwise its own BOS, otherwise EOS: the BOS of chat models
+    (`<|im_start|>`) starts a turn, not a text.
 
     The result is of the generic class, because the classes of single models rebuild their post-processor when they
     are loaded, and would lose [EMB].
@@ -71,9 +77,11 @@ def to_mmgem_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenize
             f"{type(tokenizer).__name__} has no EOS token, so captions would have no end; set tokenizer.eos_token to "
             "the token that ends a text."
         )
-    bos = tokenizer.bos_token if starts_with_bos(tokenizer) else None
     names = ("bos_token", "eos_token", "unk_token", "pad_token")
     special = {name: str(token) for name in names if (token := getattr(tokenizer, name, None)) is not None}
+    if not starts_with_bos(tokenizer):
+        known = DOCUMENT_START in tokenizer.get_vocab()
+        special["bos_token"] = DOCUMENT_START if known else special.get("bos_token", special["eos_token"])
     special.setdefault("pad_token", "<pad>")
     result = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer.backend_tokenizer,
@@ -90,9 +98,9 @@ def to_mmgem_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenize
     backend = result.backend_tokenizer
     letters = normalizers.Replace(Regex(NO_LETTERS), "")
     backend.normalizer = normalizers.Sequence([letters, *([backend.normalizer] if backend.normalizer else [])])
-    ids = {token: result.get_vocab()[token] for token in (bos, EMB_TOKEN) if token is not None}
-    start = f"{bos} " if bos is not None else ""
+    bos = result.bos_token
+    ids = [(token, result.get_vocab()[token]) for token in (bos, EMB_TOKEN)]
     backend.post_processor = TemplateProcessing(
-        single=f"{start}$A {EMB_TOKEN}", pair=f"{start}$A $B {EMB_TOKEN}", special_tokens=list(ids.items())
+        single=f"{bos} $A {EMB_TOKEN}", pair=f"{bos} $A $B {EMB_TOKEN}", special_tokens=ids
     )
     return result

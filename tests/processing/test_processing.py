@@ -34,20 +34,34 @@ def test_texts_end_in_emb_and_prompts_do_not(processor):
     assert len(cut) == 4 and tokens(processor, cut)[-1] == "[EMB]"
 
 
-def test_tokenizer_without_bos_gets_none(base_tokenizer):
-    from tokenizers.processors import ByteLevel
+@pytest.mark.parametrize(
+    "special, bos",
+    [
+        ({"bos_token": "<s>"}, "<s>"),
+        ({}, "</s>"),
+        ({"bos_token": "<s>", "unk_token": "<|endoftext|>"}, "<|endoftext|>"),  # SmolLM2-Instruct
+        ({"pad_token": "<|endoftext|>"}, "<|endoftext|>"),  # Qwen
+    ],
+)
+def test_texts_start_with_bos_even_if_the_tokenizer_writes_none(base_tokenizer, special, bos):
+    from tokenizers.processors import ByteLevel, TemplateProcessing
 
-    plain = PreTrainedTokenizerFast(
-        tokenizer_object=base_tokenizer.backend_tokenizer, eos_token="</s>", bos_token="<s>"
-    )
+    plain = PreTrainedTokenizerFast(tokenizer_object=base_tokenizer.backend_tokenizer, eos_token="</s>", **special)
     plain.backend_tokenizer.post_processor = ByteLevel()
+    assert plain("dog")["input_ids"][0] not in plain.all_special_ids
     processor = MMGEMProcessor(CLIPImageProcessorPil(), to_mmgem_tokenizer(plain))
-    assert processor.bos == "" and processor.tokenizer.pad_token == "<pad>"
-    assert tokens(processor, processor(text=["dog"])["input_ids"][0])[0] != "<s>"
-    assert tokens(processor, processor(images=[make_picture(0)], task="caption")["input_ids"][0]) == [
-        "<image>",
-        "[CAP]",
-    ]
+    assert processor.bos == bos
+    assert processor.tokenizer.pad_token == special.get("pad_token", "<pad>")
+    text = tokens(processor, processor(text=["dog"])["input_ids"][0])
+    assert text[0] == bos and bos not in text[1:]
+    prompt = processor(images=[make_picture(0)], task="caption")["input_ids"][0]
+    assert tokens(processor, prompt) == [bos, "<image>", "[CAP]"]
+    # A processor that was saved without BOS goes on without.
+    emb = ("[EMB]", processor.tokenizer.convert_tokens_to_ids("[EMB]"))
+    processor.tokenizer.backend_tokenizer.post_processor = TemplateProcessing("$A [EMB]", special_tokens=[emb])
+    older = MMGEMProcessor(CLIPImageProcessorPil(), processor.tokenizer)
+    prompt = older(images=[make_picture(0)], task="caption")["input_ids"][0]
+    assert older.bos == "" and tokens(processor, prompt) == ["<image>", "[CAP]"]
 
 
 def test_tokenizer_without_eos_is_refused(base_tokenizer):
