@@ -56,10 +56,10 @@ def to_mmgem_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenize
     post-processor writes "BOS text [EMB]". It takes `<image>` and [EMB] in a text for letters, and its normalizer
     does what [`as_sentence`] does.
 
-    BOS is written by every result: language models make the first token the sink of their attention
-    (https://arxiv.org/abs/2309.17453) and lose what it says, which would be the image. A tokenizer that writes none
-    gets `<|endoftext|>` if it has this token, otherwise its own BOS, otherwise EOS: the BOS of chat models
-    (`<|im_start|>`) starts a turn, not a text.
+    BOS is always written: language models make the first token the sink of their attention
+    (https://arxiv.org/abs/2309.17453) and lose much of what it says, which would be the image. Where the tokenizer
+    writes none, BOS becomes `<|endoftext|>` if there is this token, otherwise stays what it was, otherwise becomes
+    EOS: the BOS of chat models (`<|im_start|>`) starts a turn, not a text.
 
     The result is of the generic class, because the classes of single models rebuild their post-processor when they
     are loaded, and would lose [EMB].
