@@ -8,8 +8,8 @@ PyTorch MM-GEM model: one vision encoder and one language model that embeds sent
 
 Symbols are those of "Multi-Modal Generative Embedding Model" (arXiv 2405.19333), whose authors published no code.
 Where the paper leaves something open, this is our reading: V_in comes from V_Emb before it is normalised; V is taken
-after the ViT's final norm, without CLS and registers; a prompt is "<bos> <image> [CAP]", with EOS if there is no
-BOS; a region gives k x k visual tokens; tau is learned as the logarithm of 1 / tau. With `config.image_pooling` and
+after the ViT's final norm, without CLS and registers; a prompt is "<bos> <image> [CAP]", with BOS (or EOS) always;
+a region gives k x k visual tokens; tau is learned as the logarithm of 1 / tau. With `config.image_pooling` and
 `config.image_grid_size` whole images are embedded from other vectors, and give k x k visual tokens too.
 
 Stage 2 trains copies of h3 and [CAP_i], or of h4, as adapters beside frozen weights: see `adapters_mmgem.py`.
