@@ -20,8 +20,8 @@ from common import save_for_docs
 from pretrained_flickr8k import RUNS, table
 
 from mmgem import MMGEMProcessor
-from mmgem.data.arguments import DataArguments
-from mmgem.data.loading import load_pairs
+from mmgem.evaluation.arguments import EvaluationArguments
+from mmgem.evaluation.data import load_pairs
 from mmgem.evaluation.embedding import embed_pairs
 from mmgem.evaluation.evaluator import generate_captions
 from mmgem.evaluation.report import caption_sheet, retrieval_sheet
@@ -37,8 +37,8 @@ def sheets(options: argparse.Namespace) -> None:
     """Captions of the first validation images, and searches among all of them."""
     model: Any = load_checkpoint(options.model).eval()
     processor = MMGEMProcessor.from_pretrained(options.model)
-    data = DataArguments(validation_file=options.validation_file, caption_column="captions")
-    dataset = load_pairs(data, 0, seed=0)[1]
+    data = EvaluationArguments(model=str(options.model), data_file=options.validation_file, caption_column="captions")
+    dataset = load_pairs(data, image_size=0)
     with torch.autocast("cpu", torch.bfloat16):
         captions = generate_captions(model, processor, dataset, CAPTIONS, BATCH)
         found = embed_pairs(model, processor, dataset, BATCH)

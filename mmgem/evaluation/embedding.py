@@ -78,8 +78,12 @@ def embed_images(
 
 
 def caption_inputs(model: MMGEMModel, processor: MMGEMProcessor, inputs: Any, **generation: Any) -> list[str]:
-    """The captions of the processor's inputs; greedy unless `generation` says otherwise."""
-    options = {"do_sample": False, "max_new_tokens": processor.max_length, **generation}
+    """
+    The captions of the processor's inputs; greedy unless `generation` says otherwise. Beams look for the most probable
+    caption: transformers' own `length_penalty`, 1, is for the most probable per token, which prefers long ones.
+    """
+    beams = {"length_penalty": 0.0} if generation.get("num_beams", 1) > 1 else {}
+    options = {"do_sample": False, "max_new_tokens": processor.max_length, **beams, **generation}
     ids = model.generate(**inputs.to(model.device), **options)
     return [caption.strip() for caption in processor.batch_decode(ids, skip_special_tokens=True)]
 

@@ -32,7 +32,12 @@ BUCKETS = (0, 50, 100, 150, 200, 300, 10**9)  # words, from one to below the nex
 
 
 def evaluate_model(
-    model: MMGEMModel, processor: MMGEMProcessor, dataset: PairDataset, batch_size: int = 64, caption_samples: int = 0
+    model: MMGEMModel,
+    processor: MMGEMProcessor,
+    dataset: PairDataset,
+    batch_size: int = 64,
+    caption_samples: int = 0,
+    **generation: Any,
 ) -> tuple[dict[str, float], dict[str, Any]]:
     """
     [`evaluate_retrieval`] and [`evaluate_captions`] in one. Images that cannot be read, or have no caption, are left
@@ -46,7 +51,7 @@ def evaluate_model(
     """
     metrics, outputs = evaluate_retrieval(model, processor, dataset, batch_size)
     readable = dataset.select(outputs["indices"])
-    of_captions, captions = evaluate_captions(model, processor, readable, batch_size, caption_samples)
+    of_captions, captions = evaluate_captions(model, processor, readable, batch_size, caption_samples, **generation)
     return {**metrics, **of_captions}, {**outputs, **captions}
 
 

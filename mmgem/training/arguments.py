@@ -25,6 +25,7 @@ MINIMA = {
     "lora_rank": 0,
     "mini_batch_size": 0,
     "caption_samples": 0,
+    "generation_num_beams": 1,
     "dataloader_num_workers": 0,
 }
 
@@ -179,6 +180,7 @@ class MMGEMTrainingArguments(TrainingArguments):
     remove_unused_columns: bool = option(False, "The collator chooses the columns.")
 
     caption_samples: int = option(500, "Images to caption in the final evaluation; 0 for none.")
+    generation_num_beams: int = option(1, "Stage 1: number of beams for these captions; 1 is greedy decoding.")
     evaluation_config: str | None = option(
         None, "Stage 1: options of `python -m mmgem.evaluation` (YAML), to run too at each evaluation."
     )

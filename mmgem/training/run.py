@@ -99,8 +99,10 @@ def evaluate_saved(trainer: MMGEMTrainer, model_args: ModelArguments, data_args:
     found: dict[str, Any] = {}
     if args.stage == "1":
         with trainer.accelerator.autocast():
-            metrics, outputs = evaluate_model(model, processor, eval_dataset, batch_size, args.caption_samples)
-        found["size"] = len(outputs["indices"])
+            metrics, outputs = evaluate_model(
+                model, processor, eval_dataset, batch_size, args.caption_samples, num_beams=args.generation_num_beams
+            )
+        found.update(size=len(outputs["indices"]), num_beams=args.generation_num_beams)
         sections = pair_sections(metrics, outputs, eval_dataset) if is_first else []
     else:
         model.load_adapter(output_dir, adapter_name=args.stage)

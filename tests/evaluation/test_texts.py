@@ -10,7 +10,7 @@ from datasets import Dataset, Features, Image, List, Value
 from mmgem.data.pairs import PairDataset
 from mmgem.data.regions import RegionDataset
 from mmgem.evaluation.classification import class_embeddings, evaluate_classification
-from mmgem.evaluation.embedding import embed_texts
+from mmgem.evaluation.embedding import caption_inputs, embed_texts
 from mmgem.evaluation.evaluator import evaluate_long_text, evaluate_model
 from mmgem.evaluation.mteb import MMGEMEncoder
 from mmgem.evaluation.regions import evaluate_regions, heat_map
@@ -37,6 +37,17 @@ def test_every_evaluation_takes_texts_that_spell_tokens(model, processor):
         metrics, outputs = evaluate_regions(model, processor, regions, stage)
         assert [region["phrase"] for region in outputs["regions"]] == SPELLED
     assert heat_map(model, processor, pictures[0], "<image>").shape == (4, 4)
+
+
+def test_beams_do_not_prefer_long_captions(model, processor):
+    inputs = processor(images=[make_picture(i) for i in range(6)], task="caption", return_tensors="pt")
+    first = model.generate(**inputs, max_new_tokens=1)[:, -1]
+    ends = torch.cat([first, torch.arange(10, 40)]).unique().tolist()  # so that captions end somewhere
+    options = {"num_beams": 3, "max_new_tokens": 8, "eos_token_id": ends}
+    probable = caption_inputs(model, processor, inputs, **options)
+    per_token = caption_inputs(model, processor, inputs, **options, length_penalty=1.0)
+    assert probable != per_token
+    assert all(len(short) <= len(long) for short, long in zip(probable, per_token))
 
 
 def test_white_space_changes_no_embedding(model, processor):

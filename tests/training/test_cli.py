@@ -53,16 +53,17 @@ def test_the_saved_model_is_judged_in_the_precision_of_its_training(train, pairs
     """Its weights are float32, so that autocast alone tells."""
     precisions = []
 
-    def evaluate(*args):
+    def evaluate(*args, **options):
         precisions.append(torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else torch.float32)
-        return evaluate_model(*args)
+        return evaluate_model(*args, **options)
 
     monkeypatch.setattr("mmgem.training.run.evaluate_model", evaluate)
     data = ["--train_file", pairs, "--validation_file", pairs, "--caption_column", "captions", "--report_to", "none"]
     options = [*data, *TOWERS, "--max_steps", 1, "--per_device_train_batch_size", 4, "--caption_samples", 2]
     for bf16 in ("true", "false"):
-        train(*options, "--bf16", bf16, "--output_dir", bf16)
+        train(*options, "--bf16", bf16, "--generation_num_beams", 2, "--output_dir", bf16)
         setting = json.loads((tmp_path / bf16 / "results.json").read_text())["setting"]
+        assert setting["num_beams"] == 2
         assert ("bf16" in setting["dtype"]) == (bf16 == "true")
     assert precisions == [torch.bfloat16, torch.float32]
 
@@ -106,6 +107,7 @@ def test_own_files_from_scratch_then_on_from_that_checkpoint(train, pairs, tmp_p
         (["--resume_from_checkpoint", "nowhere"], "nowhere holds no whole checkpoint"),
         (["--init_from", "bert", "--vision_config", "{}", "--text_config", "{}"], "'bert' checkpoint, not 'mmgem'"),
         (["--image_column", "captions"], "None of the 16 examples could be read"),
+        (["--generation_num_beams", "0"], "generation_num_beams must be 1 or more"),
         (["--pack_length", "20"], "max_length 50 needs 52"),
         (["--dataset_name", "scenes"], "exactly one of dataset_name"),
         (["--caption_loss_weight", "0"], "--objective contrastive"),
