@@ -44,7 +44,8 @@ from mmgem.data.pairs import as_captions
 from mmgem.data.tokenizer import train_tokenizer
 
 
-RECIPE = ["--config", "configs/pretrained.yaml"]
+POOLING = "cls+mean"  # for a ViT with a class token
+RECIPE = ["--config", "configs/pretrained.yaml", "--image_pooling", POOLING]
 SCRATCH = ["--config", "configs/flickr8k.yaml"]
 # By name: what a run's options add to the recipe. `{…}` are folders that `prepare` makes.
 RUNS: dict[str, list[str]] = {
@@ -59,8 +60,8 @@ RUNS: dict[str, list[str]] = {
     # One factor at a time.
     "contrastive alone": ["--objective", "contrastive"],
     "cls pooling": ["--image_pooling", "cls"],
-    "cls+mean pooling": ["--image_pooling", "cls+mean"],
-    "k = 2": ["--image_grid_size", "2"],
+    "mean pooling": ["--image_pooling", "mean"],
+    "mean pooling, k = 2": ["--image_pooling", "mean", "--image_grid_size", "2"],
     "k = 4": ["--image_grid_size", "4"],
     "LoRA": ["--lora_rank", "16", "--learning_rate", "2.5e-4", "--projection_lr_multiplier", "4"],
     "10 layers": ["--text_model_name_or_path", "{layers}"],
@@ -143,11 +144,9 @@ def prepare(options: argparse.Namespace) -> dict[str, Path]:
     GPT2LMHeadModel(config).save_pretrained(made["clip_text"])
     own.save_pretrained(made["clip_text"])
     recipe = yaml.safe_load(Path(RECIPE[1]).read_text())
-    settings = {
-        name: recipe[name] for name in ("projection_dim", "image_pooling", "image_grid_size") if name in recipe
-    }
+    settings = {**{name: recipe[name] for name in ("projection_dim", "image_grid_size")}, "image_pooling": POOLING}
     MMGEMModel.from_vision_text_pretrained(vision, text, **settings).save_pretrained(made["random_projections"])
-    grid = {"image_grid_size": settings.get("image_grid_size", 1), "max_length": recipe["max_length"]}
+    grid = {name: recipe[name] for name in ("image_grid_size", "max_length")}
     MMGEMProcessor.from_vision_text_pretrained(vision, text, **grid).save_pretrained(made["random_projections"])
     return made
 
@@ -166,8 +165,8 @@ def measure(name: str, seed: int, options: argparse.Namespace, steps: int | None
     extra = [part.format(**options.folders) for part in RUNS[name]]
     if extra != SCRATCH:
         # Runs share the features of the same tower, pooling and k.
-        own = [value for part, value in pairwise(extra) if part in FEATURE_OPTIONS]
-        folder = " ".join(["features", *(Path(value).name for value in own)])
+        own = {part: value for part, value in pairwise([*RECIPE, *extra]) if part in FEATURE_OPTIONS}
+        folder = " ".join(["features", *(Path(value).name for value in own.values())])
         run_options += [*RECIPE, "--feature_cache_dir", str(options.work_dir / folder)]
     if not {"--init_from", *SCRATCH} & set(extra):
         towers = {"vision": options.vision, "text": options.text}

@@ -158,6 +158,7 @@ def held_out_caption_loss(
             for i, (_, example) in enumerate(examples)
             for caption in example["captions"]
         ]
+        pairs.sort(key=lambda pair: len(pair["caption"]))  # alike lengths need little padding
         for start in range(0, len(pairs), batch_size):
             batch = collate(pairs[start : start + batch_size])
             inputs = {name: batch[name].to(model.device) for name in MODEL_INPUTS if name in batch}
