@@ -69,10 +69,18 @@ RUNS: dict[str, list[str]] = {
     "batch 64": ["--per_device_train_batch_size", "64", "--learning_rate", "2e-4"],
     "random projections": ["--init_from", "{random_projections}"],
 }
-METRICS = (
-    *(f"{way}_R@{k}" for way in ("text_to_image", "image_to_text") for k in (1, 5, 10)),
-    *("caption_cider", "caption_loss", "caption_distinct"),
-)
+# The columns of the table, and the figures in each.
+COLUMNS = {
+    "text to image R@1 / 5 / 10": [f"text_to_image_R@{k}" for k in (1, 5, 10)],
+    "image to text R@1 / 5 / 10": [f"image_to_text_R@{k}" for k in (1, 5, 10)],
+    "CIDEr-D": ["caption_cider"],
+    "L_Gen": ["caption_loss"],
+    "distinct captions": ["caption_distinct"],
+    "pairs": ["pairs"],
+    "minutes": ["minutes"],
+    "share of the peak": ["share_of_peak"],
+}
+METRICS = {name for names in COLUMNS.values() for name in names}
 FEATURE_OPTIONS = ("--image_pooling", "--image_grid_size", "--vision_model_name_or_path")
 CALIBRATION_STEPS = 40
 KEPT_LAYERS = 10
@@ -153,14 +161,10 @@ def prepare(options: argparse.Namespace) -> dict[str, Path]:
 
 def measure(name: str, seed: int, options: argparse.Namespace, steps: int | None) -> dict[str, Any]:
     """Metrics of one run, of as many steps as fit into the minutes by default; from its file if it was done before."""
-    file = options.output_dir / f"{name} {seed}.json"
-    asked = {"run": name, "seed": seed, "asked_minutes": options.minutes}
+    stem = f"{name} {options.minutes:g} minutes {seed}"
+    file, work = options.output_dir / f"{stem}.json", options.work_dir / stem
     if file.exists():
-        result = json.loads(file.read_text())
-        if {key: result.get(key) for key in asked} != asked:
-            raise SystemExit(f"{file} holds another run; delete it, or give another --output_dir.")
-        return result
-    work = options.work_dir / f"{name} {seed}"
+        return json.loads(file.read_text())
     run_options = ["--train_file", options.train_file, "--validation_file", options.validation_file]
     extra = [part.format(**options.folders) for part in RUNS[name]]
     if extra != SCRATCH:
@@ -177,7 +181,7 @@ def measure(name: str, seed: int, options: argparse.Namespace, steps: int | None
     step, peak = operations(run_options, work, options.caption_tokens)
     found |= {"tflop_per_step": step, "peak_tflops": peak}
     found["share_of_peak"] = round(found["steps_per_minute"] / 60 * step / peak, 3)
-    result = {**asked, **found}
+    result = {"run": name, "seed": seed, "asked_minutes": options.minutes, **found}
     file.write_text(json.dumps(result, indent=2) + "\n")
     print(json.dumps(result), flush=True)
     return result
@@ -218,19 +222,19 @@ def main() -> None:
 
 def table(results: dict[str, list[dict[str, Any]]]) -> list[str]:
     """Lines of Markdown: the means of every run's seeds, ± their standard deviation."""
-    columns = [*METRICS, "steps", "pairs", "minutes", "share_of_peak"]
-    lines = [f"| run | {' | '.join(columns)} |", f"|---|{'---|' * len(columns)}"]
-    return lines + [
-        f"| {name} | {' | '.join(_mean(runs, column) for column in columns)} |" for name, runs in results.items()
-    ]
+    lines = [f"| run | {' | '.join(COLUMNS)} |", f"|---|{'---|' * len(COLUMNS)}"]
+    for name, runs in results.items():
+        cells = [" / ".join(_mean(runs, figure) for figure in figures) for figures in COLUMNS.values()]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return lines
 
 
 def _mean(runs: list[dict[str, Any]], column: str) -> str:
     values = [run[column] for run in runs if column in run]
     if not values:
         return "–"
-    spread = f" ± {statistics.stdev(values):.2g}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.4g}{spread}"
+    mean, spread = statistics.mean(values), f" ± {statistics.stdev(values):.2g}" if len(values) > 1 else ""
+    return f"{mean:,.0f}{spread}" if mean >= 100 else f"{mean:.3g}{spread}"
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 Puts the table of pretrained_flickr8k.py into docs/pretrained.md, and images of what its first run can do into
 docs/images: captions of photographs, searches, and captions of regions after stage 2 on a few images of COCO.
 
-    python benchmarks/pretrained_page.py --model "outputs/pretrained_flickr8k/mmgem 0" \
+    python benchmarks/pretrained_page.py --model "outputs/pretrained_flickr8k/mmgem 20 minutes 0" \
         --validation_file validation.parquet --coco COCO_FOLDER
 
 `COCO_FOLDER` holds `images` and `annotations/instances_sample.json`; the last quarter of its images is held out.
@@ -81,11 +81,14 @@ def main() -> None:
     for name in ("captions.png", "searches.png", "region-caption/regions.png"):
         save_for_docs(options.work_dir / name, PAGE.parent / "images" / f"pretrained-{Path(name).name}")
     found = [json.loads(file.read_text()) for file in sorted(options.results.glob("*.json"))]
-    results = {name: [run for run in found if run["run"] == name] for name in RUNS}
+    lines = []
+    for minutes in sorted({run["asked_minutes"] for run in found}):
+        runs = [run for run in found if run["asked_minutes"] == minutes]
+        results = {name: of for name in RUNS if (of := [run for run in runs if run["run"] == name])}
+        lines += [f"{minutes:g} minutes of training:", "", *table(results), ""]
     page = PAGE.read_text()
     before, after = page[: page.index(START) + len(START)], page[page.index(END) :]
-    lines = table({name: runs for name, runs in results.items() if runs})
-    PAGE.write_text("\n\n".join([before, "\n".join(lines), after]))
+    PAGE.write_text("\n\n".join([before, "\n".join(lines).strip(), after]))
     print(PAGE)
 
 
