@@ -40,7 +40,7 @@ def sheets(options: argparse.Namespace) -> None:
     data = EvaluationArguments(model=str(options.model), data_file=options.validation_file, caption_column="captions")
     dataset = load_pairs(data, image_size=0)
     with torch.autocast("cpu", torch.bfloat16):
-        captions = generate_captions(model, processor, dataset, CAPTIONS, BATCH)
+        captions = generate_captions(model, processor, dataset, CAPTIONS, BATCH, num_beams=3)
         found = embed_pairs(model, processor, dataset, BATCH)
     caption_sheet(dataset, captions, CAPTIONS).save(options.work_dir / "captions.png")
     retrieval_sheet(dataset, found, SEARCHES).save(options.work_dir / "searches.png")

@@ -70,6 +70,7 @@ class EmbeddingMixin:
         if grid_size is None:
             features["patch_features"] = images.patches
         elif grid_size > 1:
+            _check_grid(images, grid_size)
             cells = self.pool_aggregator(images.features, images.grid, grid_size=grid_size)
             features["patch_features"] = cells.unflatten(1, (grid_size, grid_size))
         return features
@@ -85,12 +86,7 @@ class EmbeddingMixin:
         if images.has_regions:
             return self._cell_embeds(images, self.region_grid_size)
         if (grid_size := self.config.image_grid_size) > 1:
-            if grid_size > min(images.grid):
-                patches = " x ".join(map(str, images.grid))
-                raise ValueError(
-                    f"image_grid_size is {grid_size}, but these images have {patches} patches only. Lower it, or "
-                    "raise the image processor's size."
-                )
+            _check_grid(images, grid_size)
             return self._cell_embeds(images, grid_size)
         embeds = self.visual_projection(images.pooled)[:, None]
         return self._rescaled(embeds) if self.config.image_pooling == "tower" else embeds
@@ -183,6 +179,16 @@ class EmbeddingMixin:
 def unit_norm(embeds: torch.Tensor) -> torch.Tensor:
     """Rows of norm 1, `(…, D)`, in float32 at least; a row of zeros (a region that is padding) stays zero."""
     return nn.functional.normalize(embeds.to(torch.promote_types(embeds.dtype, torch.float32)), dim=-1)
+
+
+def _check_grid(images: EncodedImages, grid_size: int) -> None:
+    """Raises ValueError for images with fewer patches per side than k: processors may give smaller ones than usual."""
+    if grid_size > min(images.grid):
+        patches = " x ".join(map(str, images.grid))
+        raise ValueError(
+            f"image_grid_size is {grid_size}, but these images have {patches} patches only. Lower it, or raise the "
+            "image processor's size."
+        )
 
 
 __all__ = ["EmbeddingMixin", "unit_norm"]

@@ -47,6 +47,9 @@ class CaptionGenerationMixin(GenerationMixin):
         regions = {name: kwargs.pop(name, None) for name in ("boxes", "masks", "region_mask")}
         pixel_values, image_embeds = kwargs.pop("pixel_values", None), kwargs.pop("image_embeds", None)
         input_ids = kwargs.pop("input_ids", None) if inputs is None else inputs
+        others = [name for name, value in {"pixel_values": pixel_values, **regions}.items() if value is not None]
+        if image_embeds is not None and others:
+            raise ValueError(f"image_embeds stand for whole images, without {others[0]}. Pass one of the two.")
         self._check_prompts(input_ids, pixel_values if image_embeds is None else image_embeds)
         if pixel_values is None and image_embeds is None:
             return super().generate(input_ids, **kwargs)

@@ -136,6 +136,23 @@ def step(processor, tmp_path, pack_length=0, image_grid_size=1, **options):
     return loss.cpu(), gradients, waits
 
 
+def test_projections_start_on_the_accelerator_where_the_model_waits_on_the_cpu(
+    processor, tmp_path, accelerator, monkeypatch
+):
+    """As under FSDP, which shards the model later."""
+    monkeypatch.setattr(MMGEMTrainingArguments, "place_model_on_device", False)
+    devices = []
+    monkeypatch.setattr("mmgem.training.trainer.start_projections", lambda model, *args: devices.append(model.device))
+    monkeypatch.setattr("transformers.Trainer.train", lambda self, *args, **kwargs: devices.append(self.base.device))
+    monkeypatch.setattr(MMGEMTrainer, "_refuse_diverged", lambda self: None)
+    options = {"per_device_train_batch_size": 4, "max_steps": 1, "report_to": "none", "disable_tqdm": True}
+    model = make_model(processor)
+    model.has_new_projections = True
+    data = PairDataset(ScenesDataset("train", 4, 32))
+    MMGEMTrainer(model, MMGEMTrainingArguments(str(tmp_path), **options), processor, data).train()
+    assert [str(device) for device in devices] == [DEVICE, "cpu"]
+
+
 STEPS = {
     "packed": {"pack_length": 256},
     "padded": {},

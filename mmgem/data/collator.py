@@ -140,7 +140,7 @@ class PairCollator:
         width = self.pack_length or max(len(ids) for ids, _ in sequences)
         input_ids = torch.full((len(rows), width), self.processor.tokenizer.pad_token_id)
         labels = torch.full_like(input_ids, -100)
-        # Padding is a sequence of its own: its positions start at 0 too.
+        # Padding is sequences of their own: their positions start at 0 too, and end where the longest's do.
         position_ids = torch.zeros_like(input_ids)
         attention_mask = torch.zeros_like(input_ids)
         last = {}  # index of the last token of each sequence
@@ -155,7 +155,7 @@ class PairCollator:
                 attention_mask[r, start:end] = 1
                 start = end
                 last[i] = r * width + end - 1
-            position_ids[r, start:] = torch.arange(width - start)
+            position_ids[r, start:] = torch.arange(width - start) % self.processor.longest_sequence
         positions, order = torch.tensor([last[i] for i in texts], dtype=torch.long).sort()
         tensors = {"input_ids": input_ids, "text_positions": positions, "text_index": order.argsort()}
         # transformers derives the block-diagonal mask from restarting positions, if there is no other mask.

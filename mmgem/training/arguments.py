@@ -272,7 +272,8 @@ class MMGEMTrainingArguments(TrainingArguments):
     def _set_up_stage_2(self) -> None:
         """The objective follows from the stage, and there is one learning rate."""
         defaults = {f.name: f.default if f.default is not MISSING else [] for f in fields(self)}
-        for name in ("objective", "mini_batch_size", "lora_rank", "freeze", "projection_lr_multiplier"):
+        stage_1 = ("objective", "mini_batch_size", "lora_rank", "freeze", "projection_lr_multiplier")
+        for name in (*stage_1, "generation_num_beams"):
             if getattr(self, name) != defaults[name]:
                 raise ValueError(f"{name} is for stage 1; --stage {self.stage} trains its adapter and nothing else.")
         self.objective = "caption" if self.stage == "region-caption" else "contrastive"
@@ -312,8 +313,9 @@ def _check_stage_2(model_args: ModelArguments, data_args: DataArguments, args: M
     """An adapter works beside the model that it was trained on, and beside no other."""
     if not model_args.init_from:
         raise ValueError(f"--stage {args.stage} trains an adapter of a stage-1 model: give --init_from FOLDER.")
-    if model_args.image_size is not None:
-        raise ValueError("image_size would change the model that --init_from names, and the adapter would not fit it.")
+    for name in ("image_size", "image_grid_size"):
+        if getattr(model_args, name) is not None:
+            raise ValueError(f"{name} would change the model of --init_from, and the adapter would not fit it.")
     if args.stage == "region-retrieval" and model_args.region_grid_size is not None:
         raise ValueError("region_grid_size is for captions; retrieval has one embedding per region.")
     if data_args.augmentation_scale != 1:

@@ -164,11 +164,18 @@ def check_cached_features(model: MMGEMModel, augmentation_scale: float) -> None:
         )
 
 
-def check_positions(model: MMGEMModel, processor: MMGEMProcessor) -> None:
+def check_processor(model: MMGEMModel, processor: MMGEMProcessor) -> None:
     """
     Raises:
-        ValueError: where the language model has a table of positions that ends before the longest sequence does.
+        ValueError: where prompts hold another number of visual tokens than images give; where the language model has a
+            table of positions that ends before the longest sequence does.
     """
+    k = model.config.image_grid_size
+    if processor.image_grid_size != k:
+        raise ValueError(
+            f"The processor writes prompts for image_grid_size {processor.image_grid_size}, but the model's is {k}: "
+            f"set processor.image_grid_size = {k}."
+        )
     longest = processor.longest_sequence
     if model._max_positions is not None and longest > model._max_positions:
         raise ValueError(

@@ -1,6 +1,8 @@
 """Tensors of all processes, differentiably, and FSDP2."""
 
 import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -41,6 +43,19 @@ def gather_ragged(tensor: torch.Tensor) -> list[torch.Tensor]:
     padding = tensor.new_zeros(longest - len(tensor), *tensor.shape[1:])
     gathered: Any = GatherWithGradient.apply(torch.cat([tensor, padding]))
     return [part[: int(size)] for part, size in zip(gathered.chunk(len(sizes)), sizes)]
+
+
+@contextmanager
+def on_device(model: MMGEMModel, device: torch.device) -> Iterator[None]:
+    """Moves a model that waits on the CPU, as Trainer leaves it until FSDP shards it, to the device and back."""
+    waits = model.device.type == "cpu"
+    if waits:
+        model.to(device)  # type: ignore[arg-type]
+    try:
+        yield
+    finally:
+        if waits:
+            model.to("cpu")  # type: ignore[arg-type]
 
 
 def keep_temperature_in_float32(model: MMGEMModel, accelerator: Accelerator) -> None:

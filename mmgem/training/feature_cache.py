@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
+from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
@@ -49,14 +50,13 @@ def cache_features(
     Runs the frozen vision tower once over the images of a training set, which reads their features from then on.
 
     Returns:
-        this process's share of a table's unreadable images, by index with the reason. A stream tells them as it goes.
+        a table's unreadable images, by index with the reason. A stream tells them as it goes.
 
     Raises:
         as [`FeatureCache.compute`].
     """
     dataset.features = FeatureCache(model, dataset, collator, args, accelerator).compute()
-    bad = unreadable_images(dataset.features) if isinstance(dataset, PairDataset) else {}
-    return dict(list(bad.items())[accelerator.process_index :: accelerator.num_processes])
+    return unreadable_images(dataset.features) if isinstance(dataset, PairDataset) else {}
 
 
 def kept_grid_size(config: MMGEMConfig, objective: str) -> int:
@@ -88,7 +88,8 @@ class FeatureCache:
         self.model = model
         self.dataset, self.collator, self.accelerator = dataset, collator, accelerator
         self.folder = args.feature_cache_dir or os.path.join(str(args.output_dir), "features")
-        self.unfinished = os.path.join(self.folder, "unfinished")  # safetensors may leave files of its own there too
+        # A folder, because safetensors may leave files of its own there too.
+        self.unfinished = os.path.join(self.folder, ".unfinished-parts")
         self.quiet = bool(args.disable_tqdm)
         self.loader: dict[str, Any] = {
             "batch_size": args.per_device_eval_batch_size,
@@ -111,15 +112,19 @@ class FeatureCache:
             DiskFullError: if the features do not fit; whole parts stay.
             BadDataError: if no image of a table can be read.
         """
-        os.makedirs(self.folder, exist_ok=True)
         local_rank = self.accelerator.local_process_index
         local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if self.accelerator.num_processes > 1 else 1
         with ExitStack() as stack:
-            if self.accelerator.is_main_process:
-                try:
+            try:
+                os.makedirs(self.folder, exist_ok=True)
+                if self.accelerator.is_main_process:
                     stack.enter_context(output_lock(self.folder, "--feature_cache_dir"))
-                except ValueError as error:
-                    raise FeatureCacheError(str(error)) from error
+            except ValueError as error:
+                raise FeatureCacheError(str(error)) from error
+            except OSError as error:
+                raise DiskFullError(
+                    f"{self.folder} cannot be written ({error}); make room, or choose another --feature_cache_dir."
+                ) from error
             if local_rank == 0:
                 self._check_present()
             self.accelerator.wait_for_everyone()
@@ -191,9 +196,11 @@ class FeatureCache:
         rows = 0
         if isinstance(self.dataset, PairDataset):
             rows = sum(len(rows_of_part(self.dataset, part)) for part in missing)
-        config = self.model.config.vision_config
-        cells = (config.image_size // config.patch_size) ** 2 if self.grid_size is None else self.grid_size**2
-        patches = 0 if self.grid_size == 1 else cells * config.hidden_size
+        config, k = self.model.config.vision_config, self.grid_size
+        # The image processor decides; DINOv2's config has another size.
+        height, width = self.collator.pixel_values([Image.new("RGB", (64, 64))]).shape[-2:]
+        cells = (height // config.patch_size) * (width // config.patch_size) if k is None else k**2
+        patches = 0 if k == 1 else cells * config.hidden_size
         needed = rows * 2 * (self.model.visual_projection.in_features + patches)
         free = shutil.disk_usage(self.folder).free
         if needed > free:

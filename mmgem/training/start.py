@@ -1,5 +1,7 @@
 """The start of new projections between pretrained towers, from statistics of training images and their captions."""
 
+from collections.abc import Iterator
+from itertools import islice
 from typing import Any
 
 import torch
@@ -48,19 +50,18 @@ def start_projections(
     """
     was_training = model.training
     model.eval()
-    examples = list(dataset.some_examples(images))
-    encoded = _encode(model, processor, examples, batch_size)
+    encoded, texts = _encode(model, processor, dataset.some_examples(images), batch_size)
     if model.config.image_pooling != "tower":
         whiten(_active(model.visual_projection), encoded.pooled)
     h2, h3 = _active(model.text_projection), _active(model.caption_projection)
     if h2.weight.requires_grad:
         targets = unit_norm(model._image_embeds(encoded))
-        states = _text_states(model, processor, [example["caption"] for example in examples], batch_size)
+        states = _text_states(model, processor, [text["caption"] for text in texts], batch_size)
         predict(h2, states[:, None], targets)
     if h3.weight.requires_grad:
         input_embeddings: Any = model.get_input_embeddings()
         embeddings = input_embeddings.weight.detach().float()
-        words = _mean_embeddings(embeddings, processor, [example["captions"] for example in examples])
+        words = _mean_embeddings(embeddings, processor, [text["captions"] for text in texts])
         norm = NORM * float(embeddings.norm(dim=1).mean())
         predict(h3, model._caption_sources(encoded), words, norm)
     model.train(was_training)
@@ -105,19 +106,20 @@ def predict(projection: nn.Linear, sources: torch.Tensor, targets: torch.Tensor,
 
 
 def _encode(
-    model: MMGEMModel, processor: MMGEMProcessor, examples: list[dict[str, Any]], batch_size: int
-) -> EncodedImages:
-    """The examples after the ViT, with V reduced to the k x k cells that captions see."""
+    model: MMGEMModel, processor: MMGEMProcessor, examples: Iterator[dict[str, Any]], batch_size: int
+) -> tuple[EncodedImages, list[dict[str, Any]]]:
+    """The examples after the ViT, with V reduced to the k x k cells that captions see, and their captions."""
     collator = PairCollator(processor)
-    parts = []
-    for start in range(0, len(examples), batch_size):
-        images = collator.images(examples[start : start + batch_size])
+    parts, texts = [], []
+    while batch := list(islice(examples, batch_size)):
+        texts += [{name: example[name] for name in ("caption", "captions")} for example in batch]
+        images = collator.images(batch)
         if "pixel_values" in images:
             pixels = images["pixel_values"].to(model.device)
             images = model.compact_features(pixels, model.config.image_grid_size)
         parts.append({name: tensor.float().to(model.device) for name, tensor in images.items()})
     joined = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-    return EncodedImages(joined["pooled_features"], joined.get("patch_features"))
+    return EncodedImages(joined["pooled_features"], joined.get("patch_features")), texts
 
 
 def _text_states(model: MMGEMModel, processor: MMGEMProcessor, texts: list[str], batch_size: int) -> torch.Tensor:

@@ -72,6 +72,7 @@ class ExampleCounts:
         self.limit: float | None = None
         if not isinstance(dataset, ShardStream):
             self.limit = args.max_bad_fraction * len(dataset) / args.world_size
+        self.world_size = args.world_size
         self.max_length = max_length
         self.bad: dict[int | str, str] = {}
         self.bad_kinds: Counter[str] = Counter()
@@ -104,6 +105,12 @@ class ExampleCounts:
                 f"{self._describe_bad()}, more than max_bad_fraction={self.max_bad_fraction} allows; repair the data "
                 "or raise --max_bad_fraction."
             )
+
+    def add_all_bad(self, bad: dict[int | str, str]) -> None:
+        """As [`add_bad`], where every process knows those of all: they count against the whole limit."""
+        if self.limit is not None:
+            self.limit *= self.world_size
+        self.add_bad(bad)
 
     def report(self) -> None:
         """Logs what was not used as it is."""

@@ -29,8 +29,8 @@ from .checkpoints import (
     checkpoint_to_resume,
     run_settings,
 )
-from .checks import check_cached_features, check_packing, check_parallelism, check_positions, check_precision
-from .distributed import GatherWithGradient, keep_temperature_in_float32
+from .checks import check_cached_features, check_packing, check_parallelism, check_precision, check_processor
+from .distributed import GatherWithGradient, keep_temperature_in_float32, on_device
 from .evaluating_trainer import EvaluatingTrainer
 from .feature_cache import cache_features
 from .gradient_cache import Embeddings, cached_backward, refuse_dropout
@@ -111,7 +111,7 @@ class MMGEMTrainer(EvaluatingTrainer):
             args = copy.copy(args)
             args.ignore_data_skip = True  # the stream itself starts where it should
         check_optimizer(args)
-        check_positions(model, processing_class)
+        check_processor(model, processing_class)
         if peft_config is not None and args.lora_rank:
             raise ValueError("peft_config and lora_rank both ask for LoRA. Leave out lora_rank.")
         self.peft_config = peft_config or lora_config(args)
@@ -294,15 +294,11 @@ class MMGEMTrainer(EvaluatingTrainer):
             state = TrainerState.load_from_json(os.path.join(checkpoint, TRAINER_STATE_NAME))
             if state.global_step >= self.set_initial_training_values(self.args, self.get_train_dataloader())[-1]:
                 return self._load_finished(state, checkpoint)
-        if self.args.cache_features:
-            collator: Any = self.data_collator
-            bad = cache_features(self.base, self.train_dataset, collator, self.args, self.accelerator)
-            self.counts.add_bad(bad)
-        if checkpoint is None and self.args.stage == "1" and self.base.has_new_projections:
-            batch_size = self.args.per_device_eval_batch_size
-            with self.accelerator.autocast():
-                start_projections(self.base, self.processing_class, self.train_dataset, batch_size)
-            self.base.has_new_projections = False
+        starts = checkpoint is None and self.args.stage == "1" and self.base.has_new_projections
+        if self.args.cache_features or starts:
+            with on_device(self.base, self.accelerator.device):
+                self._prepare_from_data(starts)
+        self.base.has_new_projections = False
         self._started = time.perf_counter()
         self._start_interval()
         is_frozen_lm = self.peft_config is not None and self.args.bf16
@@ -311,6 +307,17 @@ class MMGEMTrainer(EvaluatingTrainer):
         self._refuse_diverged()
         self.counts.report()
         return result
+
+    def _prepare_from_data(self, starts: bool) -> None:
+        """Caches features, and starts new projections."""
+        if self.args.cache_features:
+            collator: Any = self.data_collator
+            bad = cache_features(self.base, self.train_dataset, collator, self.args, self.accelerator)
+            self.counts.add_all_bad(bad)
+        if starts:
+            batch_size = self.args.per_device_eval_batch_size
+            with self.accelerator.autocast():
+                start_projections(self.base, self.processing_class, self.train_dataset, batch_size)
 
     def _load_finished(self, state: TrainerState, checkpoint: str) -> TrainOutput:
         """Loads the weights that a finished run ended with. Trainer would train one more step."""

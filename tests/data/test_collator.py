@@ -173,3 +173,9 @@ def test_pack_fills_rows_with_what_fits_best():
     rows = pack(many.tolist(), 128)
     assert max(many[row].sum() for row in rows) <= 128
     assert many.sum() / (128 * len(rows)) > 0.98
+
+
+def test_positions_of_padding_end_where_those_of_the_longest_sequence_do(processor):
+    """A table of positions need not reach to the end of a row."""
+    batch = PairCollator(processor, pack_length=200)(examples(["a dog"]))
+    assert batch["position_ids"].max() < processor.longest_sequence < 200

@@ -1,8 +1,11 @@
 """Every vision tower: patch features, pooling, other image sizes, and what the checkpoint's own model embeds."""
 
+from pathlib import Path
+
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from transformers.models.siglip2.image_processing_pil_siglip2 import Siglip2ImageProcessorPil
 
 from mmgem import MMGEMModel
@@ -221,3 +224,13 @@ def test_tower_pooling_needs_a_projection(processor, base_tokenizer, tmp_path):
         MMGEMModel.from_vision_text_pretrained(*towers, image_pooling="tower")
     with pytest.raises(ValueError, match="'dinov2' has no image embedding of its own; choose mean, cls or cls"):
         make_model(processor, config={"vision_config": {"model_type": "dinov2", **TOWER}, "image_pooling": "tower"})
+
+
+def test_a_checkpoint_without_the_attention_head_is_refused(base_tokenizer, tmp_path):
+    vision, text = save_towers(tmp_path, make_tower("siglip_vision_model"), base_tokenizer)
+    file = Path(vision) / "model.safetensors"
+    tensors = {name: tensor for name, tensor in load_file(file).items() if ".head." not in f".{name}"}
+    save_file(tensors, file, {"format": "pt"})
+    with pytest.raises(ValueError, match="lacks weights of its vision tower: head"):
+        MMGEMModel.from_vision_text_pretrained(vision, text, image_pooling="tower")
+    assert MMGEMModel.from_vision_text_pretrained(vision, text) is not None

@@ -142,6 +142,8 @@ def test_images_smaller_than_the_grid_are_refused(processor):
     inputs["pixel_values"] = inputs["pixel_values"][..., :24, :24]
     with pytest.raises(ValueError, match="image_grid_size is 4, but these images have 3 x 3 patches only"):
         model.generate(**inputs, max_new_tokens=2)
+    with pytest.raises(ValueError, match="3 x 3 patches only"):
+        model.compact_features(inputs["pixel_values"], 4)
 
 
 @pytest.mark.parametrize(
@@ -217,3 +219,11 @@ def test_vectors_of_an_index_are_for_captions(processor):
     for options in ({}, {"task": "caption", "images": [make_picture(0)]}, {"text": "a"}):
         with pytest.raises(ValueError, match=r"image_embeds stand for the images of task=.caption."):
             processor(image_embeds=torch.ones(1, 16), **options)
+
+
+def test_vectors_of_an_index_have_no_regions_and_no_pixels(processor):
+    model = make_model(processor, config={"image_pooling": "tower"})
+    inputs = processor(image_embeds=torch.ones(1, 16), task="caption", return_tensors="pt")
+    for name in ("pixel_values", "boxes"):
+        with pytest.raises(ValueError, match=f"image_embeds stand for whole images, without {name}"):
+            model.generate(**inputs, **{name: torch.ones(1, 1, 4)}, max_new_tokens=2)

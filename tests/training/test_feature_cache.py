@@ -5,6 +5,7 @@ import pickle
 import resource
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from mmgem.data.shards import ShardStream
 from mmgem.hub.export import files_of
 from mmgem.modeling_mmgem.vision_mmgem import encode_images
 from mmgem.training.feature_cache import DiskFullError
+from mmgem.training.train_data import ExampleCounts
 from mmgem.training.trainer import MMGEMTrainer
 from tests.conftest import VISION, Table, make_model, make_picture
 
@@ -128,13 +130,13 @@ def test_a_killed_run_computes_the_missing_parts_only(processor, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         make_trainer(processor, tmp_path, PairDataset(table), max_steps=1).train()
     assert [path.name for path in (tmp_path / "features").glob("*.safetensors")] == ["rows-000000.safetensors"]
-    (tmp_path / "features" / "unfinished" / "0-rows-000001.safetensors").write_bytes(b"half")
+    (tmp_path / "features" / ".unfinished-parts" / "0-rows-000001.safetensors").write_bytes(b"half")
     table.row = None
     model = make_model(processor)
     sizes = encoded_images(model)
     trainer = make_trainer(processor, tmp_path, PairDataset(table), model, max_steps=1, dataloader_num_workers=1)
     trainer.train()
-    assert sum(sizes) == 6 and not (tmp_path / "features" / "unfinished").exists()
+    assert sum(sizes) == 6 and not (tmp_path / "features" / ".unfinished-parts").exists()
     features = trainer.train_dataset.features
     assert torch.equal(features.of_row(1025)["pooled_features"], features.of_row(1)["pooled_features"])
 
@@ -196,6 +198,7 @@ def test_a_shard_that_changed_is_refused(processor, tmp_path, shards):  # noqa: 
         ({"model": {"config": {"image_grid_size": 2}}, "k": 2}, "grid was 1 there, and is 2 now"),
         ({"model": {"config": {"vision_config": {**VISION, "hidden_act": "gelu"}}}}, "vision_config.hidden_act was"),
         ({"image_mean": [0.5, 0.5, 0.5]}, r"image_processor.image_mean was \[0.48"),
+        ({"bf16": True}, "precision was 'torch.float32' there, and is 'bf16' now"),
         ({"dataset": {"count": 9}}, "number of rows was 8 there, and is 9 now"),
         ({"dataset": {"first": 1}}, "holds features of other images: that of row 0 differs"),
         ({"damaged": b"no safetensors"}, "is no part of a feature cache, or damaged"),
@@ -211,7 +214,8 @@ def test_a_cache_of_another_run_is_refused_by_name(processor, tmp_path, monkeypa
     model = make_model(processor, **change.get("model", {}))
     if "vision_config" in change.get("model", {}).get("config", {}):
         model.load_state_dict(make_model(processor).state_dict())
-    trainer = make_trainer(processor, tmp_path, pictures(**change.get("dataset", {})), model)
+    dataset, bf16 = pictures(**change.get("dataset", {})), change.get("bf16", False)
+    trainer = make_trainer(processor, tmp_path, dataset, model, bf16=bf16)
     with pytest.raises(FeatureCacheError, match=message):
         trainer.train()
     assert trainer.state.global_step == 0
@@ -246,6 +250,23 @@ def test_a_full_disk_loses_nothing(processor, tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert not list((tmp_path / "features").rglob("*.safetensors"))
     make_trainer(processor, tmp_path).train()
+
+
+def test_a_folder_that_cannot_be_made_is_one_line(processor, tmp_path):
+    (tmp_path / "file").write_text("")
+    trainer = make_trainer(processor, tmp_path, feature_cache_dir=str(tmp_path / "file" / "features"))
+    with pytest.raises(DiskFullError, match=r"file/features cannot be written .*choose another --feature_cache_dir"):
+        trainer.train()
+
+
+def test_unreadable_images_that_every_process_knows_count_once():
+    args = SimpleNamespace(max_bad_fraction=0.01, world_size=2)
+    counts = ExampleCounts(pictures(1000), args, 50)
+    bad = dict.fromkeys(range(8), "OSError: no image")
+    counts.add_all_bad(bad)
+    counts.add_bad(bad)
+    with pytest.raises(BadDataError, match="11 training examples"):
+        counts.add_bad(dict.fromkeys(range(11), "OSError: no image"))
 
 
 def test_images_that_cannot_be_read_count_as_before(processor, tmp_path, caplog):

@@ -311,8 +311,10 @@ def test_a_table_without_captions_is_evaluated_too(train, base, regions_file, tm
         (["--init_from", "base", "--objective", "caption"], "objective is for stage 1"),
         (["--init_from", "base", "--mini_batch_size", 2], "mini_batch_size is for stage 1"),
         (["--init_from", "base", "--freeze", "lm_head"], "freeze is for stage 1"),
+        (["--init_from", "base", "--generation_num_beams", 3], "generation_num_beams is for stage 1"),
         ([], "give --init_from"),
-        (["--init_from", "base", "--image_size", 64], "image_size"),
+        (["--init_from", "base", "--image_size", 64], "image_size would change the model"),
+        (["--init_from", "base", "--image_grid_size", 2], "image_grid_size would change the model"),
         (["--init_from", "base", "--regions_column", "regoins"], "no column 'regoins'"),
         (["--init_from", "base", "--region_grid_size", 0], "region_grid_size must be"),
         (["--init_from", "base", "--region_grid_size", 2], "region_grid_size is for captions"),
@@ -335,6 +337,10 @@ def test_features_that_do_not_fit_on_the_disk_are_refused_before_any_step(proces
     with pytest.raises(DiskFullError, match=r"needs .* GiB in .* are free"):
         trainer.train()
     assert trainer.state.global_step == 0
+    # DINOv2's configuration has larger images than its processor makes.
+    trainer.base.config.vision_config.image_size *= 100
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=10**6))
+    trainer.train()
 
 
 def test_shards_and_missing_folders_are_refused(train, base, tmp_path):  # noqa: F811

@@ -1,6 +1,7 @@
 """New projections between pretrained towers start from statistics of the training data."""
 
 import copy
+import weakref
 
 import pytest
 import torch
@@ -127,6 +128,35 @@ def test_training_again_goes_on_where_it_was(processor, scenes, tmp_path):
         model.visual_projection.weight.zero_()
     trainer.train()
     assert model.visual_projection.weight.abs().max() < 1e-6
+
+
+def test_a_resumed_run_has_no_new_projections(processor, scenes, tmp_path):
+    args = make_args(tmp_path, learning_rate=1e-12)
+    args.save_strategy = "steps"
+    MMGEMTrainer(make_model(processor), args, processor, scenes).train()
+    model = make_model(processor)
+    model.has_new_projections = True
+    trainer = MMGEMTrainer(model, make_args(tmp_path, learning_rate=1e-12, max_steps=2), processor, scenes)
+    trainer.train(resume_from_checkpoint=True)
+    resumed = model.visual_projection.weight.clone()
+    trainer.train()
+    torch.testing.assert_close(model.visual_projection.weight, resumed)
+
+
+def test_no_more_than_a_batch_of_images_is_held(processor, scenes, monkeypatch):
+    alive, most = [], []
+
+    def some_examples(number):
+        for i in range(number):
+            example = scenes[i]
+            alive.append(weakref.ref(example["image"]))
+            most.append(sum(image() is not None for image in alive))
+            yield example
+            del example
+
+    monkeypatch.setattr(scenes, "some_examples", some_examples)
+    start_projections(make_model(processor), processor, scenes, batch_size=8, images=48)
+    assert len(most) == 48 and max(most) <= 16
 
 
 def test_maps_that_the_objective_does_not_train_stay(processor, scenes, tmp_path):

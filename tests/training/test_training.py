@@ -373,3 +373,12 @@ def test_sequences_longer_than_the_positions_are_refused_before_training(process
     dataset = PairDataset(ScenesDataset("train", 16, 32))
     with pytest.raises(ValueError, match=r"52 tokens, but 'gpt2' has positions for 40 only; lower --max_length to 38"):
         MMGEMTrainer(model, args, processor, dataset)
+
+
+def test_a_processor_of_another_k_is_refused_before_training(processor, tmp_path):
+    """Each caption would see visual tokens of other images."""
+    model, args = make_model(processor, config={"image_grid_size": 2}), training_arguments(tmp_path, max_steps=1)
+    with pytest.raises(
+        ValueError, match=r"image_grid_size 1, but the model's is 2: set processor.image_grid_size = 2"
+    ):
+        MMGEMTrainer(model, args, processor, PairDataset(ScenesDataset("train", 16, 32)))
