@@ -164,7 +164,6 @@ def measure(name: str, seed: int, options: argparse.Namespace, steps: int | None
         own = {part: value for part, value in pairwise([*RECIPE, *extra]) if part in FEATURE_OPTIONS}
         folder = " ".join(["features", *(Path(value).name for value in own.values())])
         run_options += [*RECIPE, "--feature_cache_dir", str(options.work_dir / folder)]
-    if extra != SCRATCH:
         towers = {"vision": options.vision, "text": options.text}
         run_options += [part for kind, path in towers.items() for part in (f"--{kind}_model_name_or_path", path)]
     run_options += extra

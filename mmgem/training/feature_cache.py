@@ -36,7 +36,7 @@ GIB = 2**30
 
 
 class DiskFullError(OSError):
-    """The features do not fit on their disk."""
+    """The features do not fit on their disk, or cannot be written there."""
 
 
 def cache_features(
@@ -109,7 +109,7 @@ class FeatureCache:
         Raises:
             FeatureCacheError: if the folder holds features of another tower, preprocessing or table, or another run
                 computes features in it.
-            DiskFullError: if the features do not fit; whole parts stay.
+            DiskFullError: if the features do not fit, or cannot be written; whole parts stay.
             BadDataError: if no image of a table can be read.
         """
         local_rank = self.accelerator.local_process_index

@@ -70,9 +70,10 @@ class ExampleCounts:
     def __init__(self, dataset: PairDataset | ShardStream, args: MMGEMTrainingArguments, max_length: int):
         self.max_bad_fraction = args.max_bad_fraction
         self.limit: float | None = None
+        self.whole_limit: float | None = None  # of all processes
         if not isinstance(dataset, ShardStream):
-            self.limit = args.max_bad_fraction * len(dataset) / args.world_size
-        self.world_size = args.world_size
+            self.whole_limit = args.max_bad_fraction * len(dataset)
+            self.limit = self.whole_limit / args.world_size
         self.max_length = max_length
         self.bad: dict[int | str, str] = {}
         self.bad_kinds: Counter[str] = Counter()
@@ -108,8 +109,7 @@ class ExampleCounts:
 
     def add_all_bad(self, bad: dict[int | str, str]) -> None:
         """As [`add_bad`], where every process knows those of all: they count against the whole limit."""
-        if self.limit is not None:
-            self.limit *= self.world_size
+        self.limit = self.whole_limit
         self.add_bad(bad)
 
     def report(self) -> None:

@@ -288,17 +288,17 @@ class MMGEMTrainer(EvaluatingTrainer):
         """
         checkpoint = self._resumed_from = checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir)
         if checkpoint is not None:
+            self.base.has_new_projections = False
             check_settings(checkpoint, self._settings)
             if self.progress is not None:
                 self.progress.resume(checkpoint)
             state = TrainerState.load_from_json(os.path.join(checkpoint, TRAINER_STATE_NAME))
             if state.global_step >= self.set_initial_training_values(self.args, self.get_train_dataloader())[-1]:
                 return self._load_finished(state, checkpoint)
-        starts = checkpoint is None and self.args.stage == "1" and self.base.has_new_projections
+        starts = self.args.stage == "1" and self.base.has_new_projections
         if self.args.cache_features or starts:
             with on_device(self.base, self.accelerator.device):
                 self._prepare_from_data(starts)
-        self.base.has_new_projections = False
         self._started = time.perf_counter()
         self._start_interval()
         is_frozen_lm = self.peft_config is not None and self.args.bf16
@@ -318,6 +318,7 @@ class MMGEMTrainer(EvaluatingTrainer):
             batch_size = self.args.per_device_eval_batch_size
             with self.accelerator.autocast():
                 start_projections(self.base, self.processing_class, self.train_dataset, batch_size)
+            self.base.has_new_projections = False
 
     def _load_finished(self, state: TrainerState, checkpoint: str) -> TrainOutput:
         """Loads the weights that a finished run ended with. Trainer would train one more step."""

@@ -130,13 +130,15 @@ def test_training_again_goes_on_where_it_was(processor, scenes, tmp_path):
     assert model.visual_projection.weight.abs().max() < 1e-6
 
 
-def test_a_resumed_run_has_no_new_projections(processor, scenes, tmp_path):
+@pytest.mark.parametrize("max_steps", [1, 2])
+def test_a_resumed_run_has_no_new_projections(processor, scenes, tmp_path, max_steps):
+    """Whether or not the checkpoint had all its steps."""
     args = make_args(tmp_path, learning_rate=1e-12)
     args.save_strategy = "steps"
     MMGEMTrainer(make_model(processor), args, processor, scenes).train()
     model = make_model(processor)
     model.has_new_projections = True
-    trainer = MMGEMTrainer(model, make_args(tmp_path, learning_rate=1e-12, max_steps=2), processor, scenes)
+    trainer = MMGEMTrainer(model, make_args(tmp_path, learning_rate=1e-12, max_steps=max_steps), processor, scenes)
     trainer.train(resume_from_checkpoint=True)
     resumed = model.visual_projection.weight.clone()
     trainer.train()
