@@ -1,11 +1,11 @@
 """
 Captions per second: MM-GEM beside transformers' LLaVA around towers of the same sizes. Ours reads one token of a
-picture, LLaVA one per patch.
+image, LLaVA one per patch.
 
     python benchmarks/caption.py
 
 Llama beside a ViT as large in proportion as the paper's ViT-B/16 and ViT-L/14 beside TinyLlama (vocabularies aside),
-at widths that two CPU cores bear; pictures of 224 px. Weights are random, so both write as many tokens as they may,
+at widths that two CPU cores bear; images of 224 px. Weights are random, so both write as many tokens as they may,
 16, a caption.
 """
 

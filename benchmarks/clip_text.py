@@ -44,9 +44,9 @@ class LanguageModelSide:
     def embed_texts(self, texts: list[str], length: int) -> torch.Tensor:
         return embed_texts(self.model.eval(), self.processor, texts, BATCH, length)
 
-    def embed_pictures(self, pictures: list[Any]) -> torch.Tensor:
+    def embed_images(self, images: list[Any]) -> torch.Tensor:
         self.model.eval()
-        parts = [pictures[i : i + BATCH] for i in range(0, len(pictures), BATCH)]
+        parts = [images[i : i + BATCH] for i in range(0, len(images), BATCH)]
         return torch.cat([embed_images(self.model, self.processor, part) for part in parts])
 
     def text_parameters(self) -> int:
@@ -88,9 +88,9 @@ class ClipTextSide(LanguageModelSide):
                 nn.init.normal_(module.weight, std=model.config.initializer_range)
         modules = {"vision": model.vision_model, "h1": model.visual_projection, "scale": model.logit_scale}
         self.parts = nn.ModuleDict({**modules, "text": self.text_model})
-        pictures = PairCollator(processor, "contrastive")
+        read = PairCollator(processor, "contrastive")
         self.collate = lambda examples: {
-            **{name: value for name, value in pictures(examples).items() if name in ("pixel_values", "pair_ids")},
+            **{name: value for name, value in read(examples).items() if name in ("pixel_values", "pair_ids")},
             **self._tokens([example["caption"] for example in examples]),
         }
 

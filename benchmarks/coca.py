@@ -1,4 +1,4 @@
-"""open_clip's CoCa (Yu et al., 2022) with the tokenizer, pictures and tower sizes of a model of ours."""
+"""open_clip's CoCa (Yu et al., 2022) with the tokenizer, images and tower sizes of a model of ours."""
 
 # isort: off
 import torchvision_without_cuda  # noqa: F401
@@ -22,7 +22,7 @@ def build_coca(
 ) -> torch.nn.Module:
     """
     open_clip's coca_ViT-B-32 in other sizes. A layer of its decoder is two blocks: one attends to the words, one to
-    the picture.
+    the image.
 
     Args:
         vision: `layers`, `heads`, `image_size` and `patch_size` of the ViT.

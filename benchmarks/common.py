@@ -29,14 +29,14 @@ TOWER = {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 6}
 
 
 def read_captions(parquet: str, column: str) -> list[str]:
-    """The first caption of every picture."""
+    """The first caption of every image."""
     table = datasets.load_dataset("parquet", data_files=parquet, split="train")
     return [as_captions(value)[0] for value in table[column]]
 
 
 def build(captions: list[str]) -> tuple[MMGEMModel, MMGEMProcessor]:
     """
-    ViT and Llama of 6 layers x 384, pictures of 128 px, a BPE of the captions. Llama's gated MLP has three matrices:
+    ViT and Llama of 6 layers x 384, images of 128 px, a BPE of the captions. Llama's gated MLP has three matrices:
     at 8/3 of the width it has as many weights as the ViT's two at 4 times the width.
     """
     tokenizer = to_mmgem_tokenizer(train_tokenizer(captions, 4096))
@@ -56,9 +56,9 @@ def build(captions: list[str]) -> tuple[MMGEMModel, MMGEMProcessor]:
 
 
 def examples_of(captions: list[str]) -> list[dict]:
-    """As a dataset gives them, with one black picture."""
-    picture = torch.zeros(IMAGE_SIZE, IMAGE_SIZE, 3, dtype=torch.uint8).numpy()
-    return [{"image": picture, "image_id": i, "caption": c, "bad": {}} for i, c in enumerate(captions)]
+    """As a dataset gives them, with one black image."""
+    image = torch.zeros(IMAGE_SIZE, IMAGE_SIZE, 3, dtype=torch.uint8).numpy()
+    return [{"image": image, "image_id": i, "caption": c, "bad": {}} for i, c in enumerate(captions)]
 
 
 def joint_losses(model: MMGEMModel, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
@@ -95,7 +95,7 @@ def alternate(runs: dict[str, Callable[[], object]], repeats: int) -> dict[str, 
 
 
 def save_for_docs(source: str | Path, target: str | Path) -> None:
-    """A copy of a picture that a page can bear: 900 pixels wide at most, 256 colours, the rare ones kept."""
+    """A copy of an image that a page can bear: 900 pixels wide at most, 256 colours, the rare ones kept."""
     image = Image.open(source).convert("RGB")
     image.thumbnail((900, 10_000), Image.Resampling.LANCZOS)
     image.quantize(256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).save(target, optimize=True)

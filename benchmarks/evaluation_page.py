@@ -76,10 +76,10 @@ def main() -> None:
     ]
     report = (options.output_dir / "report.md").read_text()
     sections = report[report.index("## ") : report.index("## Setting")]
-    for picture in re.findall(r"!\[\]\((.+?)\)", sections):
-        name = f"evaluation-{picture.replace('_', '-')}"
-        save_for_docs(options.output_dir / picture, PAGE.parent / "images" / name)
-        sections = sections.replace(f"![]({picture})", f"![](images/{name})")
+    for image in re.findall(r"!\[\]\((.+?)\)", sections):
+        name = f"evaluation-{image.replace('_', '-')}"
+        save_for_docs(options.output_dir / image, PAGE.parent / "images" / name)
+        sections = sections.replace(f"![]({image})", f"![](images/{name})")
     overview(options.output_dir).save(options.output_dir / "overview.png")
     save_for_docs(options.output_dir / "overview.png", PAGE.parent / "images" / "overview.png")
     lines += [re.sub(r"^#", "##", sections, flags=re.MULTILINE).rstrip(), "", END]

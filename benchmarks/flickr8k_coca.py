@@ -1,11 +1,11 @@
 """
 Flickr8k from scratch: MM-GEM beside open_clip's CoCa (Yu et al., 2022), as good as either becomes in the same time.
 
-Both have the same pictures of 96 px, augmentation, tokenizer, widths and ViT, as many parameters within 5 %, batch,
+Both have the same images of 96 px, augmentation, tokenizer, widths and ViT, as many parameters within 5 %, batch,
 optimiser, warm-up and cosine over the clock, and the best of the same learning rates, chosen on the last 1,000
-training pictures by the geometric mean of both R@10 and CIDEr-D: all of them after `--tuning_minutes` on the other
-pictures, then the better two after `--minutes` (longer runs want lower rates). Each starts and weighs its
-losses as its own package does: ours with patches whitened on the training pictures, positions as waves, and L_Emb +
+training images by the geometric mean of both R@10 and CIDEr-D: all of them after `--tuning_minutes` on the other
+images, then the better two after `--minutes` (longer runs want lower rates). Each starts and weighs its
+losses as its own package does: ours with patches whitened on the training images, positions as waves, and L_Emb +
 L_Gen; "coca" as open_clip builds and feeds it, with its mix of losses, 256 queries of the attentional pooler (the
 first becomes the embedding, the others are visual tokens), texts padded to the context length (here 40, not 76).
 "coca, trimmed" is spared what only slows it down here: texts are cut to the longest of their batch, and 36 patches

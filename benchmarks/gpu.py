@@ -102,9 +102,9 @@ def captions(count: int) -> list[str]:
 
 def batches(size: Size, processor: MMGEMProcessor, mini_batch_size: int, device: torch.device) -> dict[str, Any]:
     """A batch, packed, on the device."""
-    picture = torch.zeros(32, 32, 3, dtype=torch.uint8).numpy()
+    image = torch.zeros(32, 32, 3, dtype=torch.uint8).numpy()
     texts = captions(size.batch_size)
-    examples = [{"image": picture, "image_id": i, "caption": text, "bad": {}} for i, text in enumerate(texts)]
+    examples = [{"image": image, "image_id": i, "caption": text, "bad": {}} for i, text in enumerate(texts)]
     batch = PairCollator(processor, pack_length=PACK_LENGTH, mini_batch_size=mini_batch_size)(examples)
 
     def placed(value: Any) -> Any:

@@ -35,7 +35,7 @@ def peak() -> int:
 
 
 def train(batch_size: int, mini_batch_size: int) -> dict[str, int]:
-    """One step in this process: its peak, and what the batch's pictures, tokens and embeddings take of it."""
+    """One step in this process: its peak, and what the batch's images, tokens and embeddings take of it."""
     torch.manual_seed(0)
     dataset = PairDataset(ScenesDataset("train", batch_size, SIDE))
     tokenizer = to_mmgem_tokenizer(train_tokenizer((c for of_image in dataset.captions() for c in of_image), 512))
@@ -57,10 +57,10 @@ def train(batch_size: int, mini_batch_size: int) -> dict[str, int]:
             disable_tqdm=True,
         )
         MMGEMTrainer(MMGEMModel(config), args, processor, dataset).train()
-    pictures = batch_size * 3 * SIDE * SIDE
+    images = batch_size * 3 * SIDE * SIDE
     embeddings = 2 * batch_size * DIMENSION * 4
-    # Pictures as PIL and as float tensors, embeddings with and without gradient, and their gradients.
-    return {"peak": peak(), "inputs": pictures * (1 + 4), "embeddings": 3 * embeddings}
+    # Images as PIL and as float tensors, embeddings with and without gradient, and their gradients.
+    return {"peak": peak(), "inputs": images * (1 + 4), "embeddings": 3 * embeddings}
 
 
 def main() -> None:

@@ -1,6 +1,6 @@
 """
 JPEG to tensor on one core: our dataset and collator, texts and packing included, beside a plain DataLoader with Pillow
-that decodes, resizes and crops each picture and makes a tensor of it.
+that decodes, resizes and crops each image and makes a tensor of it.
 
     python benchmarks/loader.py --images folder_of_jpegs
 """

@@ -1,5 +1,5 @@
 """
-Peak memory of captioning and embedding 5,000 regions of one picture, beside 500: regions are pooled and captions are
+Peak memory of captioning and embedding 5,000 regions of one image, beside 500: regions are pooled and captions are
 written in parts.
 
     python benchmarks/many_regions.py

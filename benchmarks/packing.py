@@ -18,7 +18,7 @@ LENGTHS, BATCH_SIZES = (64, 80, 96, 128, 192, 256), (32, 64, 128, 256, 512)
 
 
 def fill(lengths: list[int], row_length: int, batch_size: int) -> float:
-    """Tokens over places, for captions in batches: each is in a batch once as a sentence, once behind a picture."""
+    """Tokens over places, for captions in batches: each is in a batch once as a sentence, once behind an image."""
     places = tokens = 0
     for start in range(0, len(lengths) - batch_size + 1, batch_size):
         sequences = [n + extra for n in lengths[start : start + batch_size] for extra in (0, 1)]

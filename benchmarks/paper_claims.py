@@ -179,7 +179,7 @@ class Runs:
             model.save_pretrained(self.folder / f"{name}-{seed}")
             processor.save_pretrained(self.folder / f"{name}-{seed}")
         test = ScenesDataset("test", self.eval_samples)
-        images = side.embed_pictures([test[i]["image"] for i in range(len(test))])
+        images = side.embed_images([test[i]["image"] for i in range(len(test))])
         metrics = {"parameters": float(side.text_parameters())}
         for texts in ("caption", "long_caption"):
             for length in (length for length in side.lengths if length <= max_length):
@@ -189,9 +189,9 @@ class Runs:
 
     def long_text_through_h4(self, seed: int) -> dict[str, Metrics]:
         """
-        (d) h4 on regions and whole pictures with their captions, beside the language model of (b), which has seen long
+        (d) h4 on regions and whole images with their captions, beside the language model of (b), which has seen long
         captions, and beside one that has seen short ones alone; there also without long ones in stage 2. To tell what
-        pulls h4 where, it is also trained on regions alone, and on whole pictures alone.
+        pulls h4 where, it is also trained on regions alone, and on whole images alone.
         """
         self.text_sides(seed)
         short = f"short-captions-{seed}"
@@ -200,7 +200,7 @@ class Runs:
         for name, stage_1, change in (
             ("language-model", "language-model", {}),
             ("regions-alone", "language-model", {"whole_image_weight": 0}),
-            ("pictures-alone", "language-model", {"whole_image_weight": 1, "max_regions": 1}),
+            ("images-alone", "language-model", {"whole_image_weight": 1, "max_regions": 1}),
             ("short-captions", "short-captions", {}),
             ("short-captions-twice", "short-captions", {"caption_column": "caption"}),
         ):
@@ -284,10 +284,10 @@ def main() -> None:
     page = options.page or (folder / "paper-claims.md" if options.quick else ROOT / "docs" / "paper-claims.md")
     setting = {"samples": runs.eval_samples, "weight": runs.scenes["caption_loss_weight"], "commits": runs.commits()}
     write_page(page, found, seeds, setting, has_notes=not options.quick and seeds == SEEDS)
-    pictures = page.parent / "images"
-    pictures.mkdir(exist_ok=True)
+    images = page.parent / "images"
+    images.mkdir(exist_ok=True)
     for name in ("region-caption/regions.png", "region-retrieval/heat_maps.png", "captions.png"):
-        target = pictures / f"paper-claims-{Path(name).name.replace('_', '-')}"
+        target = images / f"paper-claims-{Path(name).name.replace('_', '-')}"
         save_for_docs(folder / f"joint-{seeds[0]}" / name, target)
     gain = statistics.mean(
         run["joint"]["text_to_image_R@1"] - run["contrastive"]["text_to_image_R@1"] for run in found["objectives"]

@@ -70,8 +70,8 @@ def _objectives(runs: list[dict[str, dict[str, float]]], weight: float) -> str:
         for joint, name in (("joint", f"joint with {weight:g} L_Gen"), ("joint-paper", "joint with L_Gen"))
         for metric, other in pairs
     ]
-    pictures = ["Captions of the joint model, below a reference (grey):", "", "![](images/paper-claims-captions.png)"]
-    return "\n".join(["## (a) Joint training costs neither task anything", "", *lines, "", *verdicts, "", *pictures])
+    images = ["Captions of the joint model, below a reference (grey):", "", "![](images/paper-claims-captions.png)"]
+    return "\n".join(["## (a) Joint training costs neither task anything", "", *lines, "", *verdicts, "", *images])
 
 
 def _text_sides(runs: list[dict[str, dict[str, float]]]) -> str:
@@ -117,10 +117,10 @@ def _regions(runs: list[dict[str, float]]) -> str:
         _verdict(f"{metric}, stage 2 against stage 1", [run[metric] - run[f"stage_1_{metric}"] for run in runs])
         for metric in ("region_caption_exact", "region_to_phrase_R@1")
     ]
-    title = "## (c) Stage 2: regions, at no cost to the whole picture"
-    pictures = ["![](images/paper-claims-regions.png)", "", "![](images/paper-claims-heat-maps.png)"]
-    intro = f"(The pointing game by chance: {chance}. No adapter touches whole pictures without a box: tests.)"
-    return "\n".join([title, "", intro, "", *lines, "", *verdicts, "", *pictures])
+    title = "## (c) Stage 2: regions, at no cost to the whole image"
+    images = ["![](images/paper-claims-regions.png)", "", "![](images/paper-claims-heat-maps.png)"]
+    intro = f"(The pointing game by chance: {chance}. No adapter touches whole images without a box: tests.)"
+    return "\n".join([title, "", intro, "", *lines, "", *verdicts, "", *images])
 
 
 def _long_text(runs: list[dict[str, dict[str, float]]]) -> str:
@@ -128,7 +128,7 @@ def _long_text(runs: list[dict[str, dict[str, float]]]) -> str:
     bases = {
         "language-model": "Stage 1 has seen short and long captions (the language model of (b)); so does stage 2:",
         "regions-alone": "The same, h4 trained on regions alone:",
-        "pictures-alone": "The same, h4 trained on whole pictures alone:",
+        "images-alone": "The same, h4 trained on whole images alone:",
         "short-captions": "Stage 1 has seen short captions alone; stage 2 sees long ones too:",
         "short-captions-twice": "Stage 1 and stage 2 have seen short captions alone:",
     }
@@ -137,7 +137,7 @@ def _long_text(runs: list[dict[str, dict[str, float]]]) -> str:
     for base, title in bases.items():
         lines += [title, "", *header]
         of_base = [run[base] for run in runs]
-        paths = {"stage 1, the whole picture": ("stage_1_", "")}
+        paths = {"stage 1, the whole image": ("stage_1_", "")}
         paths["stage 2, the box that covers it, through h4"] = ("", "_whole_box")
         for name, (prefix, path) in paths.items():
             keys = [f"{prefix}long_text_{n}{path}_text_to_image_R@{k}" for n, k in ((50, 1), (200, 1), (200, 5))]
@@ -147,7 +147,7 @@ def _long_text(runs: list[dict[str, dict[str, float]]]) -> str:
     title = "## (d) Long texts through h4, before and after stage 2"
     intro = (
         "Held-out scenes by their captions of 100 to 200 words. Stage 1 is contrastive alone, unlike the paper's. "
-        "Stage 2 trains h4 on regions, and on whole pictures with their captions; before it h4 is the identity."
+        "Stage 2 trains h4 on regions, and on whole images with their captions; before it h4 is the identity."
     )
     return "\n".join([title, "", intro, "", *lines])
 
@@ -164,7 +164,7 @@ def _resolutions(runs: list[dict[str, dict[str, float]]]) -> str:
     ]
     title = "## (e) A higher resolution"
     intro = (
-        "The joint models of (a) trained on for 100 steps on new scenes, as they are and with pictures of 96 and 32 "
+        "The joint models of (a) trained on for 100 steps on new scenes, as they are and with images of 96 and 32 "
         "pixels (interpolated position embeddings), as the paper has ViT-L and ViT-L-336."
     )
     return "\n".join([title, "", intro, "", *lines, "", *verdicts])
@@ -201,16 +201,16 @@ captions too, but three seeds cannot tell whether by chance. CLIP's tower had th
 figures; the language model kept the demo's.
 """,
     "c": """
-Stage 1 has never seen a region alone: it sees a box as a small picture with one visual token and describes a scene
+Stage 1 has never seen a region alone: it sees a box as a small image with one visual token and describes a scene
 of several objects, so hardly any caption is exact, and its pointing is below chance.
 """,
     "d": """
 The paper's L-DCI gains 4.7 points. Here h4 gains where stage 1 has seen short captions alone and stage 2 sees long
 ones; without long captions in stage 2 no gain can be told from chance. Where stage 1 knows long captions, h4 costs a
-third. That is the one matrix that serves two ends: trained on whole pictures alone it keeps what stage 1 could do,
+third. That is the one matrix that serves two ends: trained on whole images alone it keeps what stage 1 could do,
 trained on regions alone it loses three quarters, and with both it lies between. A guess at why, which was not tested:
 mean-pooled features of a region and of a scene are different mixtures, and 128 x 128 weights are few to map both. For
-whole pictures, long texts included, use the path without a box, which stage 2 does not touch.
+whole images, long texts included, use the path without a box, which stage 2 does not touch.
 """,
     "e": """
 From 32 to 64 pixels everything gains, from 64 to 96 nothing that three seeds could tell from chance. Either 64 pixels

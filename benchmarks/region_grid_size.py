@@ -22,9 +22,9 @@ def train(base: str, k: int, seed: int, folder: Path) -> dict[str, float]:
     command += ["--region_grid_size", str(k), "--seed", str(seed), "--output_dir", str(folder)]
     run = subprocess.run([*command, "--disable_tqdm", "true"], capture_output=True, text=True, check=True)
     metrics = json.loads((folder / "results.json").read_text())["metrics"]
-    # Trainer's own time, without the first pass over the pictures.
+    # Trainer's own time, without the first pass over the images.
     speeds = [float(speed) for speed in re.findall(r"'samples_per_second': '([\d.]+)'", run.stdout)]
-    return {**metrics, "pictures_per_second": statistics.median(speeds)}
+    return {**metrics, "images_per_second": statistics.median(speeds)}
 
 
 def main() -> None:
@@ -34,14 +34,14 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     options = parser.parse_args()
     names = ("exact", "size", "colour", "shape", "cider")
-    print(f"| k | tokens | pictures/s | {' | '.join(names)} | exact, by seed |")
+    print(f"| k | tokens | images/s | {' | '.join(names)} | exact, by seed |")
     print("|---|---|---|" + "---|" * (len(names) + 1))
     figures: dict[int, float] = {}
     for k in options.grid_sizes:
         with tempfile.TemporaryDirectory() as folder:
             runs = [train(options.base, k, seed, Path(folder) / str(seed)) for seed in options.seeds]
         means = [statistics.mean(run[f"region_caption_{name}"] for run in runs) for name in names]
-        speed = statistics.mean(run["pictures_per_second"] for run in runs)
+        speed = statistics.mean(run["images_per_second"] for run in runs)
         exact = ", ".join(f"{run['region_caption_exact']:.3f}" for run in runs)
         cells = [str(k), str(k * k), f"{speed:.0f}", *(f"{mean:.3f}" for mean in means), exact]
         print(f"| {' | '.join(cells)} |", flush=True)

@@ -1,6 +1,6 @@
 """
 A joint training step beside that of open_clip's CoCa (Yu et al., 2022): one process, alternating runs, the same
-tokenizer ids, sizes of towers and pictures, and batch. CoCa has a second language model of the same size for captions,
+tokenizer ids, sizes of towers and images, and batch. CoCa has a second language model of the same size for captions,
 as its authors have it; MM-GEM has one.
 
     make bench-env
