@@ -64,6 +64,7 @@ RUNS: dict[str, list[str]] = {
     "LoRA": ["--lora_rank", "16", "--learning_rate", "2.5e-4", "--projection_lr_multiplier", "4"],
     "10 layers": ["--text_model_name_or_path", "{layers}"],
     "caption weight 1": ["--caption_loss_weight", "1"],
+    "caption weight 8": ["--caption_loss_weight", "8"],
     "batch 64": ["--per_device_train_batch_size", "64", "--learning_rate", "2e-4"],
 }
 # The columns of the table, and the figures in each.
