@@ -51,12 +51,13 @@ RUNS: dict[str, list[str]] = {
     "LiT": [
         *("--objective", "contrastive", "--text_model_name_or_path", "{clip_text}"),
         *("--learning_rate", "1e-3", "--projection_lr_multiplier", "1", "--per_device_train_batch_size", "64"),
+        *("--caption_samples", "0"),  # it cannot write
     ],
     "captions alone": ["--objective", "caption"],
     "from scratch": SCRATCH,
     "random towers": ["--vision_model_name_or_path", "{random}/vision", "--text_model_name_or_path", "{random}/text"],
     # One factor at a time.
-    "contrastive alone": ["--objective", "contrastive"],
+    "contrastive alone": ["--objective", "contrastive", "--caption_samples", "0"],
     "cls pooling": ["--image_pooling", "cls"],
     "mean pooling": ["--image_pooling", "mean"],
     "mean pooling, k = 2": ["--image_pooling", "mean", "--image_grid_size", "2"],
