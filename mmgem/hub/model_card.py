@@ -86,6 +86,7 @@ def model_card(
         config=model.config,
         tau=f"{1 / model.logit_scale(torch.ones(())).item():.3g}",
         max_length=max_length,
+        visual_tokens="one visual token" if (k := model.config.image_grid_size) == 1 else f"{k} x {k} visual tokens",
         adapters=list(sources),
         architecture=_architecture(model),
         training=_training(records),

@@ -9,6 +9,7 @@ from huggingface_hub import ModelCard
 
 from mmgem.hub.export import export
 from mmgem.hub.model_card import CardOptions
+from mmgem.hub.remote_code import add_to_json
 
 from ..conftest import make_picture
 from .conftest import REGION_RESULTS, REPO_ID, RESULTS, TRAINING, environment, run_clean, write_json
@@ -38,6 +39,7 @@ def test_text(exported, trained):
     for link in re.findall(r"!\[.*?\]\((.*?)\)", text):
         assert (exported / link).is_file()
     assert "2405.19333" in text and "prompt `<image>[CAP]`" in text
+    assert "an image is one visual token, a region" in text
 
 
 def test_a_model_of_which_nothing_is_known(trained, tmp_path):
@@ -51,12 +53,15 @@ def test_a_model_of_which_nothing_is_known(trained, tmp_path):
         "tokenizer_config.json",
     ):
         (run / name).write_bytes((trained / name).read_bytes())
+    for name in ("config.json", "processor_config.json"):
+        add_to_json(run / name, {"image_grid_size": 2})
     options = CardOptions(license="mit", language=["en", "de"], limits="Never saw a cat.")
     export(str(run), REPO_ID, str(tmp_path / "hub"), options=options)
     card = ModelCard.load(tmp_path / "hub/README.md")
     assert card.data.license == "mit" and card.data.language == ["en", "de"] and card.data.eval_results is None
     for sentence in ("is not recorded", "was not evaluated", "Never saw a cat."):
         assert sentence in card.text
+    assert "an image is 2 x 2 visual tokens" in card.text
     assert "region-caption" not in card.text and "images/" not in card.text
     export(str(run), REPO_ID, str(tmp_path / "hub"))
     assert ModelCard.load(tmp_path / "hub/README.md").data.license is None, "who knows where it comes from"
