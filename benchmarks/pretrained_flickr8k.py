@@ -50,7 +50,7 @@ RUNS: dict[str, list[str]] = {
     "mmgem": [],
     "LiT": [
         *("--objective", "contrastive", "--text_model_name_or_path", "{clip_text}"),
-        *("--learning_rate", "1e-3", "--projection_lr_multiplier", "1", "--per_device_train_batch_size", "64"),
+        *("--projection_lr_multiplier", "1", "--warmup_steps", "50", "--per_device_train_batch_size", "64"),
         *("--caption_samples", "0"),  # it cannot write
     ],
     "captions alone": ["--objective", "caption"],
@@ -147,7 +147,9 @@ def prepare(options: argparse.Namespace) -> dict[str, Path]:
     own = train_tokenizer((caption for value in table["captions"] for caption in as_captions(value)), 4096)
     # CLIP's text tower is a GPT-2.
     ids = {"vocab_size": len(own), "bos_token_id": own.bos_token_id, "eos_token_id": own.eos_token_id}
-    config = GPT2Config(n_embd=512, n_layer=12, n_head=8, n_positions=77, activation_function="quick_gelu", **ids)
+    sizes = {"n_embd": 512, "n_layer": 12, "n_head": 8, "n_positions": 77}
+    no_dropout = {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}
+    config = GPT2Config(**sizes, **no_dropout, activation_function="quick_gelu", **ids)
     GPT2LMHeadModel(config).save_pretrained(made["clip_text"])
     own.save_pretrained(made["clip_text"])
     return made

@@ -6,6 +6,7 @@ blue star". So an image has one true caption. What is held out never occurs in t
 direction, belongs to one split by its hash.
 """
 
+import copy
 import itertools
 import re
 import zlib
@@ -115,9 +116,9 @@ class ScenesDataset(torch.utils.data.Dataset):
     `CLASSES`, and per object `{"box": [x0, y0, x1, y1], "mask": (height, width) bool, "phrase", "label"}`, in pixels.
     `dataset["caption"]` gives a whole column of `features` without drawing anything.
 
-    A built-in dataset (`mmgem.data.loading.BUILT_IN`) has `column_names` and `features` like a `datasets.Dataset`, the
-    split and the templates of its zero-shot classification, and, if it has metrics of its own, `caption_metrics` and
-    `region_caption_metrics`, which the evaluation calls with texts and their references.
+    A built-in dataset (`mmgem.data.loading.BUILT_IN`) has `column_names`, `features` and `select_columns` like a
+    `datasets.Dataset`, the split and the templates of its zero-shot classification, and, if it has metrics of its own,
+    `caption_metrics` and `region_caption_metrics`, which the evaluation calls with texts and their references.
 
     Raises:
         ValueError: for an unknown split or column.
@@ -161,12 +162,20 @@ class ScenesDataset(torch.utils.data.Dataset):
             return [getattr(scene, index) for scene in self.scenes]
         scene = self.scenes[index]
         pixels, masks = draw(scene, self.image_size)
-        regions = [
-            {"box": box_of(mask), "mask": mask, "phrase": f"a {item.phrase}", "label": item.shape}
-            for item, mask in zip(scene.objects, masks)
-        ]
-        columns = {name: getattr(scene, name) for name in self.features}
-        return {"image": Image.fromarray(pixels), **columns, "regions": regions}
+        example = {"image": Image.fromarray(pixels)}
+        example |= {name: getattr(scene, name) for name in self.features if name in self.column_names}
+        if "regions" in self.column_names:
+            example["regions"] = [
+                {"box": box_of(mask), "mask": mask, "phrase": f"a {item.phrase}", "label": item.shape}
+                for item, mask in zip(scene.objects, masks)
+            ]
+        return example
+
+    def select_columns(self, column_names: Sequence[str]) -> "ScenesDataset":
+        """The same scenes, whose examples have the image and these columns; the others are not made."""
+        chosen = copy.copy(self)
+        chosen.column_names = tuple(name for name in self.column_names if name in ("image", *column_names))
+        return chosen
 
     @staticmethod
     def caption_metrics(captions: Sequence[str], references: Sequence[str]) -> dict[str, float]:

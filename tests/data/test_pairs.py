@@ -93,6 +93,14 @@ def test_missing_and_unknown_files_are_named(folder):
         load_pairs(DataArguments(train_file=str(folder / "pairs.txt")), 32, seed=0)
 
 
+def test_other_columns_of_a_training_table_are_not_read(tmp_path):
+    rows = {"image": [make_picture(0)], "captions": ["a dog"], "scan": [{"bytes": b"no image", "path": None}]}
+    features = Features({"image": Image(), "captions": Value("string"), "scan": Image()})
+    Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "wide.parquet")
+    arguments = DataArguments(train_file=str(tmp_path / "wide.parquet"), caption_column="captions")
+    assert load_pairs(arguments, 32, seed=0)[0].read(0)["caption"] == "a dog"
+
+
 def test_limits_and_augmentation_touch_training_alone(folder):
     arguments = DataArguments(
         train_file=str(folder / "pairs.parquet"),

@@ -57,6 +57,14 @@ def test_held_out_captions_never_occur_in_training_read_from_either_end(train, t
     assert {len(scene.objects) for scene in train.scenes} == {1, 2, 3, 4}
 
 
+def test_selected_columns_are_those_of_the_whole_example(train):
+    whole, part = train[7], train.select_columns(["image", "caption"])
+    assert part.column_names == ("image", "caption") and [*part[7]] == ["image", "caption"]
+    assert part[7] == {"image": whole["image"], "caption": whole["caption"]}
+    assert [*train.select_columns(["regions"])[7]] == ["image", "regions"]
+    assert "regions" in train[7]
+
+
 def test_captions_and_regions_are_true(train):
     for index in range(300):
         example, scene = train[index], train.scenes[index]
