@@ -62,6 +62,7 @@ RUNS: dict[str, list[str]] = {
     "mean pooling": ["--image_pooling", "mean"],
     "mean pooling, k = 2": ["--image_pooling", "mean", "--image_grid_size", "2"],
     "k = 4": ["--image_grid_size", "4"],
+    "k = 7": ["--image_grid_size", "7", "--pack_length", "96"],
     "LoRA": ["--lora_rank", "16", "--learning_rate", "2.5e-4", "--projection_lr_multiplier", "4"],
     "10 layers": ["--text_model_name_or_path", "{layers}"],
     "caption weight 1": ["--caption_loss_weight", "1"],
