@@ -169,7 +169,8 @@ def _read_held_out(arguments: DataArguments) -> Table | None:
 def _pairs(table: Table, arguments: DataArguments, seed: int, held_out: bool = False) -> PairDataset:
     limit = arguments.max_eval_samples if held_out else arguments.max_train_samples
     rows = checked_table(table, arguments, ("image_column", "caption_column"), limit).rows
-    rows = rows.select_columns([arguments.image_column, arguments.caption_column])  # others would be read in vain
+    columns = {arguments.image_column, arguments.caption_column}
+    rows = rows.select_columns(sorted(columns))  # others would be read in vain
     if arguments.validation_annotations if held_out else arguments.train_annotations:
         # Annotations also list images that have regions only.
         captioned = [i for i, captions in enumerate(rows[arguments.caption_column]) if captions]

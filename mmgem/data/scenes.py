@@ -162,7 +162,7 @@ class ScenesDataset(torch.utils.data.Dataset):
             return [getattr(scene, index) for scene in self.scenes]
         scene = self.scenes[index]
         pixels, masks = draw(scene, self.image_size)
-        example = {"image": Image.fromarray(pixels)}
+        example: dict[str, Any] = {"image": Image.fromarray(pixels)}
         example |= {name: getattr(scene, name) for name in self.features if name in self.column_names}
         if "regions" in self.column_names:
             example["regions"] = [
