@@ -81,6 +81,8 @@ COLUMNS = {
     "share of the peak": ["share_of_peak"],
 }
 METRICS = {name for names in COLUMNS.values() for name in names}
+# What the figures begin with that say nothing of a run with one objective.
+UNTRAINED = {"contrastive": ("caption_",), "caption": ("text_to_image_", "image_to_text_")}
 FEATURE_OPTIONS = ("--image_pooling", "--image_grid_size", "--vision_model_name_or_path")
 CALIBRATION_STEPS = 40
 KEPT_LAYERS = 10
@@ -217,10 +219,12 @@ def main() -> None:
 
 
 def table(results: dict[str, list[dict[str, Any]]]) -> list[str]:
-    """Lines of Markdown: the means of every run's seeds, ± their standard deviation."""
+    """Lines of Markdown: the means of every run's seeds, ± their standard deviation; without what it did not train."""
     lines = [f"| run | {' | '.join(COLUMNS)} |", f"|---|{'---|' * len(COLUMNS)}"]
     for name, runs in results.items():
-        cells = [" / ".join(_mean(runs, figure) for figure in figures) for figures in COLUMNS.values()]
+        untrained = next((starts for objective, starts in UNTRAINED.items() if objective in RUNS[name]), ())
+        trained = [{figure: v for figure, v in run.items() if not figure.startswith(untrained)} for run in runs]
+        cells = [" / ".join(_mean(trained, figure) for figure in figures) for figures in COLUMNS.values()]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return lines
 

@@ -118,9 +118,10 @@ def checked_table(table: Table, arguments: Any, needed: Sequence[str], limit: in
         )
     if limit is not None and limit < len(rows):
         rows = rows.select(range(limit))
-    if isinstance(rows.features.get(arguments.image_column), datasets.Image):
-        # PairDataset decodes, so that one corrupt image does not end the run.
-        rows = rows.cast_column(arguments.image_column, datasets.Image(decode=False))
+    # PairDataset decodes, so that one corrupt image does not end the run; images of other columns nobody looks at.
+    for column, feature in rows.features.items():
+        if isinstance(feature, datasets.Image):
+            rows = rows.cast_column(column, datasets.Image(decode=False))
     return replace(table, rows=rows)
 
 

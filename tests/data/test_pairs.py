@@ -5,11 +5,13 @@ import json
 
 import numpy as np
 import pytest
-from datasets import Dataset, DatasetDict, Features, Image, Sequence, Value
+from datasets import Dataset, DatasetDict, Features, Image, List, Sequence, Value
 from PIL import Image as PILImage
 
-from mmgem.data.loading import load_pairs
+from mmgem.data.loading import load_pairs, load_regions
 from mmgem.data.pairs import BadDataError, PairDataset, as_captions, augmented_image, random_crop
+from mmgem.evaluation import data as evaluation
+from mmgem.evaluation.arguments import EvaluationArguments
 from mmgem.training.arguments import DataArguments
 from tests.conftest import make_picture
 
@@ -93,12 +95,20 @@ def test_missing_and_unknown_files_are_named(folder):
         load_pairs(DataArguments(train_file=str(folder / "pairs.txt")), 32, seed=0)
 
 
-def test_other_columns_of_a_training_table_are_not_read(tmp_path):
-    rows = {"image": [make_picture(0)], "captions": ["a dog"], "scan": [{"bytes": b"no image", "path": None}]}
-    features = Features({"image": Image(), "captions": Value("string"), "scan": Image()})
-    Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "wide.parquet")
-    arguments = DataArguments(train_file=str(tmp_path / "wide.parquet"), caption_column="captions")
-    assert load_pairs(arguments, 32, seed=0)[0].read(0)["caption"] == "a dog"
+def test_a_broken_image_in_another_column_does_not_matter(tmp_path):
+    scan = {"bytes": b"no image", "path": None}
+    region = {"box": [0.0, 0.0, 20.0, 20.0], "phrase": "a dog"}
+    rows = {"image": [make_picture(0)], "caption": ["a dog"], "scan": [scan], "regions": [[region]]}
+    regions = List({"box": List(Value("float64")), "phrase": Value("string")})
+    features = Features({"image": Image(), "caption": Value("string"), "scan": Image(), "regions": regions})
+    path = str(tmp_path / "wide.parquet")
+    Dataset.from_dict(rows, features=features).to_parquet(path)
+    train = load_pairs(DataArguments(train_file=path), 32, seed=0)[0]
+    assert sorted(train.table.column_names) == ["caption", "image"], "the others would be read in vain"
+    evaluated = EvaluationArguments(model="x", data_file=path)
+    datasets = [train, load_regions(DataArguments(train_file=path), 32, seed=0)[0]]
+    datasets += [evaluation.load_pairs(evaluated, 32), evaluation.load_regions(evaluated, 32)]
+    assert [dataset.read(0)["caption"] for dataset in datasets] == ["a dog"] * 4
 
 
 def test_limits_and_augmentation_touch_training_alone(folder):
