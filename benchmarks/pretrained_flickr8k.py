@@ -2,10 +2,11 @@
 Flickr8k with pretrained towers: the recipe of configs/pretrained.yaml beside its baselines, in the same minutes.
 
 Every run goes through train.py, on the cached features of the same frozen ViT, for as many steps as fit into
-`--minutes` (a short run measures the speed beforehand, and caches the features), and is judged on all validation
-images. Baselines: "LiT", a text tower of CLIP's size from scratch (Zhai et al., 2022); "captions alone", the same
-language model without L_Emb, as ClipCap (Mokady et al., 2021) trains it; "from scratch", configs/flickr8k.yaml;
-"random towers", the recipe on towers of the same sizes that nobody trained.
+`--minutes` (a short run measures the speed beforehand, and caches the features) or for `--steps`, which machines of
+any speed can compare, and is judged on all validation images. Baselines: "LiT", a text tower of CLIP's size from
+scratch (Zhai et al., 2022); "captions alone", the same language model without L_Emb, as ClipCap (Mokady et al.,
+2021) trains it; "from scratch", configs/flickr8k.yaml; "random towers", the recipe on towers of the same sizes that
+nobody trained.
 
     python benchmarks/pretrained_flickr8k.py --vision VIT_FOLDER --text LM_FOLDER \
         --train_file train.parquet --validation_file validation.parquet
@@ -40,11 +41,13 @@ from transformers import (
 
 from mmgem.data.pairs import as_captions
 from mmgem.data.tokenizer import train_tokenizer
+from mmgem.training.checks import has_bfloat16_instructions
 
 
 POOLING = "cls+mean"  # for a ViT with a class token
 RECIPE = ["--config", "configs/pretrained.yaml", "--image_pooling", POOLING]
 SCRATCH = ["--config", "configs/flickr8k.yaml", "--generation_num_beams", "3"]
+LORA = ["--lora_rank", "16", "--learning_rate", "2.5e-4", "--projection_lr_multiplier", "4"]
 # By name: what a run's options add to the recipe. `{…}` are folders that `prepare` makes.
 RUNS: dict[str, list[str]] = {
     "mmgem": [],
@@ -63,11 +66,13 @@ RUNS: dict[str, list[str]] = {
     "mean pooling, k = 2": ["--image_pooling", "mean", "--image_grid_size", "2"],
     "k = 4": ["--image_grid_size", "4"],
     "k = 7": ["--image_grid_size", "7", "--pack_length", "96"],
-    "LoRA": ["--lora_rank", "16", "--learning_rate", "2.5e-4", "--projection_lr_multiplier", "4"],
+    "LoRA": LORA,
+    "LoRA, k = 4": [*LORA, "--image_grid_size", "4"],
     "10 layers": ["--text_model_name_or_path", "{layers}"],
     "caption weight 1": ["--caption_loss_weight", "1"],
     "caption weight 8": ["--caption_loss_weight", "8"],
     "batch 64": ["--per_device_train_batch_size", "64", "--learning_rate", "2e-4"],
+    "float32": ["--bf16", "false"],
 }
 # The columns of the table, and the figures in each.
 COLUMNS = {
@@ -75,12 +80,10 @@ COLUMNS = {
     "image to text R@1 / 5 / 10": [f"image_to_text_R@{k}" for k in (1, 5, 10)],
     "CIDEr-D": ["caption_cider"],
     "L_Gen": ["caption_loss"],
-    "distinct captions": ["caption_distinct"],
     "pairs": ["pairs"],
-    "minutes": ["minutes"],
     "share of the peak": ["share_of_peak"],
 }
-METRICS = {name for names in COLUMNS.values() for name in names}
+METRICS = {*(name for names in COLUMNS.values() for name in names), "caption_distinct"}
 # What the figures begin with that say nothing of a run with one objective.
 UNTRAINED = {"contrastive": ("caption_",), "caption": ("text_to_image_", "image_to_text_")}
 FEATURE_OPTIONS = ("--image_pooling", "--image_grid_size", "--vision_model_name_or_path")
@@ -160,7 +163,8 @@ def prepare(options: argparse.Namespace) -> dict[str, Path]:
 
 def measure(name: str, seed: int, options: argparse.Namespace, steps: int | None) -> dict[str, Any]:
     """Metrics of one run, of as many steps as fit into the minutes by default; from its file if it was done before."""
-    stem = f"{name} {options.minutes:g} minutes {seed}"
+    budget = f"{options.steps} steps" if options.steps else f"{options.minutes:g} minutes"
+    stem = f"{name} {budget} {seed}"
     file, work = options.output_dir / f"{stem}.json", options.work_dir / stem
     if file.exists():
         return json.loads(file.read_text())
@@ -173,13 +177,20 @@ def measure(name: str, seed: int, options: argparse.Namespace, steps: int | None
         run_options += [*RECIPE, "--feature_cache_dir", str(options.work_dir / folder)]
         towers = {"vision": options.vision, "text": options.text}
         run_options += [part for kind, path in towers.items() for part in (f"--{kind}_model_name_or_path", path)]
+    has_gpu = torch.cuda.is_available()
+    if not has_gpu and not has_bfloat16_instructions():
+        run_options += ["--bf16", "false"]
     run_options += extra
     steps = steps or steps_for(options.minutes, run_options, work)
     found = {**train(run_options, work, steps, seed, []), "steps": steps}
     step, peak = operations(run_options, work, options.caption_tokens)
-    found |= {"tflop_per_step": step, "peak_tflops": peak}
-    found["share_of_peak"] = round(found["steps_per_minute"] / 60 * step / peak, 3)
-    result = {"run": name, "seed": seed, "asked_minutes": options.minutes, **found}
+    found["tflop_per_step"] = step
+    if options.steps:  # runs may share the machine: their speeds say nothing
+        del found["minutes"], found["steps_per_minute"]
+    else:
+        found |= {"peak_tflops": peak, "share_of_peak": round(found["steps_per_minute"] / 60 * step / peak, 3)}
+    card = torch.cuda.get_device_name() if has_gpu else "CPU"
+    result = {"run": name, "seed": seed, "budget": budget, "card": card, **found}
     file.write_text(json.dumps(result, indent=2) + "\n")
     print(json.dumps(result), flush=True)
     return result
@@ -194,6 +205,7 @@ def main() -> None:
     parser.add_argument("--output_dir", type=Path, default=Path("benchmarks/results/pretrained_flickr8k"))
     parser.add_argument("--work_dir", type=Path, default=Path("outputs/pretrained_flickr8k"))
     parser.add_argument("--minutes", type=float, default=20.0)
+    parser.add_argument("--steps", type=int, help="Instead of minutes.")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--runs", nargs="+", default=["mmgem"], choices=RUNS)
     options = parser.parse_args()
@@ -207,7 +219,7 @@ def main() -> None:
     for seed in options.seeds:
         for name in options.runs:
             if seed == options.seeds[0] or name == "mmgem":  # baselines and factors have one seed
-                steps = results[name][0]["steps"] if results[name] else None  # all seeds take the same
+                steps = results[name][0]["steps"] if results[name] else options.steps  # all seeds take the same
                 results[name].append(measure(name, seed, options, steps))
     print("\n".join(table(results)))
     ours = results.get("mmgem", [])
@@ -220,21 +232,25 @@ def main() -> None:
 
 def table(results: dict[str, list[dict[str, Any]]]) -> list[str]:
     """Lines of Markdown: the means of every run's seeds, ± their standard deviation; without what it did not train."""
-    lines = [f"| run | {' | '.join(COLUMNS)} |", f"|---|{'---|' * len(COLUMNS)}"]
+    cells = []
     for name, runs in results.items():
         untrained = next((starts for objective, starts in UNTRAINED.items() if objective in RUNS[name]), ())
         trained = [{figure: v for figure, v in run.items() if not figure.startswith(untrained)} for run in runs]
-        cells = [" / ".join(_mean(trained, figure) for figure in figures) for figures in COLUMNS.values()]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    return lines
+        cells.append([name, *(" / ".join(_mean(trained, figure) for figure in of) for of in COLUMNS.values())])
+    header = ["run", *COLUMNS]
+    known = [i for i in range(len(header)) if any(set(row[i]) - set("– /") for row in cells)]
+    lines = [header, ["---"] * len(header), *cells]
+    return [f"| {' | '.join(line[i] for i in known)} |" for line in lines]
 
 
-def _mean(runs: list[dict[str, Any]], column: str) -> str:
-    values = [run[column] for run in runs if column in run]
+def _mean(runs: list[dict[str, Any]], figure: str) -> str:
+    values = [run[figure] for run in runs if figure in run]
     if not values:
         return "–"
-    mean, spread = statistics.mean(values), f" ± {statistics.stdev(values):.2g}" if len(values) > 1 else ""
-    return f"{mean:,.0f}{spread}" if mean >= 100 else f"{mean:.3g}{spread}"
+    mean = statistics.mean(values)
+    if mean >= 100:
+        return f"{mean:,.0f}"
+    return f"{mean:.3f}" + (f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else "")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
 """
-Puts the table of pretrained_flickr8k.py into docs/pretrained.md, and images of what its first run can do into
+Puts the tables of pretrained_flickr8k.py into docs/pretrained.md, and images of what its first run can do into
 docs/images: captions of photographs, searches, and captions of regions after stage 2 on a few images of COCO.
 
     python benchmarks/pretrained_page.py --model "outputs/pretrained_flickr8k/mmgem 20 minutes 0" \
         --validation_file validation.parquet --coco COCO_FOLDER
 
 `COCO_FOLDER` holds `images` and `annotations/instances_sample.json`; the last quarter of its images is held out.
+Without `--model`, only the tables are written.
 """
 
 import argparse
@@ -35,11 +36,12 @@ CAPTIONS, SEARCHES, BATCH = 24, 6, 50
 
 def sheets(options: argparse.Namespace) -> None:
     """Captions of the first validation images, and searches among all of them."""
-    model: Any = load_checkpoint(options.model).eval()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model: Any = load_checkpoint(options.model).eval().to(device)
     processor = MMGEMProcessor.from_pretrained(options.model)
     data = EvaluationArguments(model=str(options.model), data_file=options.validation_file, caption_column="captions")
     dataset = load_pairs(data, image_size=0)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(device, torch.bfloat16):
         captions = generate_captions(model, processor, dataset, CAPTIONS, BATCH, num_beams=3)
         found = embed_pairs(model, processor, dataset, BATCH)
     caption_sheet(dataset, captions, CAPTIONS).save(options.work_dir / "captions.png")
@@ -67,25 +69,32 @@ def _of(images: list[dict[str, Any]], instances: dict[str, Any]) -> list[dict[st
     return [annotation for annotation in instances["annotations"] if annotation["image_id"] in ids]
 
 
+def _order(budget: tuple[str, str, str]) -> tuple[str, float, str]:
+    unit, number, card = budget
+    return unit, float(number), card
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, required=True)
-    parser.add_argument("--validation_file", required=True)
-    parser.add_argument("--coco", type=Path, required=True)
+    parser.add_argument("--model", type=Path)
+    parser.add_argument("--validation_file")
+    parser.add_argument("--coco", type=Path)
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results/pretrained_flickr8k"))
     parser.add_argument("--work_dir", type=Path, default=Path("outputs/pretrained_page"))
     options = parser.parse_args()
-    options.work_dir.mkdir(parents=True, exist_ok=True)
-    sheets(options)
-    regions(options)
-    for name in ("captions.png", "searches.png", "region-caption/regions.png"):
-        save_for_docs(options.work_dir / name, PAGE.parent / "images" / f"pretrained-{Path(name).name}")
+    if options.model:
+        options.work_dir.mkdir(parents=True, exist_ok=True)
+        sheets(options)
+        regions(options)
+        for name in ("captions.png", "searches.png", "region-caption/regions.png"):
+            save_for_docs(options.work_dir / name, PAGE.parent / "images" / f"pretrained-{Path(name).name}")
     found = [json.loads(file.read_text()) for file in sorted(options.results.glob("*.json"))]
     lines = []
-    for minutes in sorted({run["asked_minutes"] for run in found}):
-        runs = [run for run in found if run["asked_minutes"] == minutes]
+    for unit, number, card in sorted({(*reversed(run["budget"].split()), run["card"]) for run in found}, key=_order):
+        budget = f"{number} {unit}"
+        runs = [run for run in found if (run["budget"], run["card"]) == (budget, card)]
         results = {name: of for name in RUNS if (of := [run for run in runs if run["run"] == name])}
-        lines += [f"{minutes:g} minutes of training:", "", *table(results), ""]
+        lines += [f"{budget} of training, {card}:", "", *table(results), ""]
     page = PAGE.read_text()
     before, after = page[: page.index(START) + len(START)], page[page.index(END) :]
     PAGE.write_text("\n\n".join([before, "\n".join(lines).strip(), after]))
