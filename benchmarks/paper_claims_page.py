@@ -193,6 +193,9 @@ Retrieval is rather helped than hurt, with either weight. Captions lose by the p
 tokens, of which a caption here has about twelve, so that L_Emb outweighs it. Counted twelve times
 (`--caption_loss_weight`, the demo's choice) it is back at what L_Gen reaches alone, at no cost to retrieval. Where it
 says "open", three seeds are too few to rule out a loss of 2 %.
+
+With 4 x 4 visual tokens instead of the paper's one, 0.676 of the captions are exact instead of 0.261, and retrieval is
+the same within its spread.
 """,
     "b": """
 Most of the gain comes from reading to the end: cut to 77 tokens, the model that was trained on 200 falls below one

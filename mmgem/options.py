@@ -6,7 +6,7 @@ import os
 import re
 import sys
 from argparse import ArgumentParser
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import field
 from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
@@ -56,6 +56,8 @@ def parse_options(types: Sequence[Any], script: str, arguments: list[str] | None
             parser.set_defaults(**{name: value})
         else:  # goes in front of the command line, so that argparse converts and checks it
             words.insert(0, f"--{name}={json.dumps(value) if isinstance(value, dict | bool) else value}")
+    numbers = {f"--{name}" for name, hint in hints.items() if list[int] in (hint, *get_args(hint))}
+    words = list(_numbers_apart(words, numbers))
     try:
         *parsed, remaining = parser.parse_args_into_dataclasses(words, return_remaining_strings=True)
     except RecursionError as error:  # transformers parses its own options that are mappings
@@ -65,6 +67,20 @@ def parse_options(types: Sequence[Any], script: str, arguments: list[str] | None
     if remaining:
         raise ValueError(f"Unexpected arguments: {' '.join(remaining)!r}. Write options as --name value.")
     return tuple(parsed)
+
+
+def _numbers_apart(words: list[str], options: set[str]) -> Iterator[str]:
+    """The words of a command line, with `4,8` behind one of these options as the words `4` and `8`."""
+    option = ""
+    for word in words:
+        name, _, value = word.partition("=")
+        if name in options and value:
+            yield from (name, *value.split(","))
+        elif word.startswith("--"):
+            option = word
+            yield word
+        else:
+            yield from word.split(",") if option in options else [word]
 
 
 def check_encodable(path: str) -> None:

@@ -149,23 +149,29 @@ class EmbeddingMixin:
         boxes: torch.Tensor | None = None,
         masks: torch.Tensor | None = None,
         region_mask: torch.Tensor | None = None,
+        dim: int | None = None,
     ) -> torch.Tensor:
         """
         Embeddings of texts, of images, or of regions of images, in one space.
 
-        Args: as [`get_text_features`] or [`get_image_features`].
+        Args: as [`get_text_features`] or [`get_image_features`], and
+            dim (`int`, *optional*): the first `dim` numbers alone, for models trained with `matryoshka_dims`.
 
         Returns:
             `torch.FloatTensor`: unit norm, `(B, D)`; `(B, R, D)` with boxes or masks (zero where `region_mask` is
             False). float32 whatever the weights' precision: in 16 bits a norm of 1 is off by up to 0.004.
 
         Raises:
-            ValueError: for texts and images in one call, or neither.
+            ValueError: for texts and images in one call, or neither; for a `dim` that is not between 1 and D.
         """
         if (input_ids is None) == (pixel_values is None):
             raise ValueError(
                 "get_embedding takes texts (input_ids) or images (pixel_values), one of the two; call it twice to "
                 "embed both."
+            )
+        if dim is not None and not 1 <= dim <= self.config.projection_dim:
+            raise ValueError(
+                f"dim is {dim}, but embeddings have {self.config.projection_dim} numbers; pass at most that."
             )
         if pixel_values is not None:
             features = self.get_image_features(pixel_values, boxes, masks, region_mask)
@@ -173,7 +179,7 @@ class EmbeddingMixin:
             assert input_ids is not None
             features = self.get_text_features(input_ids, attention_mask)
         embeds: torch.Tensor = features.pooler_output  # type: ignore[assignment]
-        return unit_norm(embeds)
+        return unit_norm(embeds[..., :dim])
 
 
 def unit_norm(embeds: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Captions: `generate` for prompts of images and of regions."""
+"""Captions: `generate` for prompts of images and of regions, and `score` for given ones."""
 
 from typing import Any
 
@@ -9,6 +9,7 @@ from transformers.utils import logging
 
 from .adapters_mmgem import active_adapters_of
 from .inputs_mmgem import check_placeholders, place_visual_tokens
+from .likelihood_mmgem import LikelihoodMixin
 from .vision_mmgem import EncodedImages
 
 
@@ -17,7 +18,7 @@ logger = logging.get_logger(__name__)
 MAX_ROWS = 256  # captions that are generated at a time
 
 
-class CaptionGenerationMixin(GenerationMixin):
+class CaptionGenerationMixin(LikelihoodMixin, GenerationMixin):
     """transformers' `generate`, which encodes images once, before beams and samples multiply the rows."""
 
     @torch.no_grad()

@@ -1,5 +1,6 @@
 """The language model's input: soft prompts, visual tokens, and masks and positions where none were passed."""
 
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -80,7 +81,20 @@ def check_length(length: int, cache: Any, model_type: str, max_positions: int) -
         )
 
 
+def batches_by_length(lengths: Sequence[int], batch_size: int, max_tokens: int | None) -> Iterator[list[int]]:
+    """Indices in batches, shortest first, of up to `max_tokens` with padding (but never none)."""
+    batch: list[int] = []
+    for i in sorted(range(len(lengths)), key=lengths.__getitem__):
+        if batch and (len(batch) == batch_size or (max_tokens and (len(batch) + 1) * lengths[i] > max_tokens)):
+            yield batch
+            batch = []
+        batch.append(i)
+    if batch:
+        yield batch
+
+
 __all__ = [
+    "batches_by_length",
     "check_length",
     "check_placeholders",
     "mask_of_padding",

@@ -1,6 +1,6 @@
 """The two losses of MM-GEM and their temperature. L = L_Emb + L_Gen, unweighted (paper, equation 4)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -51,6 +51,7 @@ def contrastive_loss(
     offset: int = 0,
     pair_ids: torch.Tensor | None = None,
     all_pair_ids: torch.Tensor | None = None,
+    dims: Sequence[int] = (),
 ) -> torch.Tensor:
     """
     L_Emb = L_v2t + L_t2v (paper, equation 2): InfoNCE both ways, the plain sum. Each half is a mean over the rows.
@@ -69,6 +70,8 @@ def contrastive_loss(
             hashes of caption and image. A column of another pair that shares one of them with the row is left out,
             because it is no negative.
         all_pair_ids (`torch.LongTensor` of shape `(M, K)`, *optional*): those of the columns.
+        dims (*optional*): shorter lengths, for Matryoshka embeddings (Kusupati et al., 2022): the loss is then the
+            mean of those at each length and at D.
 
     Returns:
         `torch.FloatTensor`, scalar, in nats.
@@ -76,6 +79,15 @@ def contrastive_loss(
     all_text_embeds = text_embeds if all_text_embeds is None else all_text_embeds
     all_image_embeds = image_embeds if all_image_embeds is None else all_image_embeds
     all_pair_ids = pair_ids if all_pair_ids is None else all_pair_ids
+    if dims:
+        losses = []
+        for dim in (*dims, text_embeds.shape[-1]):
+            texts, images, all_texts, all_images = (
+                shortened(embeds, dim) for embeds in (text_embeds, image_embeds, all_text_embeds, all_image_embeds)
+            )
+            columns = (all_texts, all_images, offset, pair_ids, all_pair_ids)
+            losses.append(contrastive_loss(texts, images, logit_scale, *columns))
+        return torch.stack(losses).mean()
     rows = max(1, BLOCK_SIZE // len(all_text_embeds))
     total = text_embeds.new_zeros((), dtype=torch.float32)
     for start in range(0, len(text_embeds), rows):
@@ -95,6 +107,11 @@ def contrastive_loss(
         else:
             total = total + checkpoint(_block_loss, *block, use_reentrant=False, preserve_rng_state=False)
     return total / len(text_embeds)
+
+
+def shortened(embeds: torch.Tensor, dim: int) -> torch.Tensor:
+    """The first `dim` numbers of `(…, D)`, with unit norm; at full length the same tensor."""
+    return embeds if dim == embeds.shape[-1] else F.normalize(embeds[..., :dim], dim=-1)
 
 
 def _block_loss(
@@ -209,5 +226,6 @@ __all__ = [
     "caption_loss_of_states",
     "contrastive_loss",
     "scale_logits",
+    "shortened",
     "similarity_logits",
 ]

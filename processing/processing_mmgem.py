@@ -6,12 +6,14 @@ from collections.abc import Sequence
 from numbers import Integral
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from transformers import AutoTokenizer, BatchFeature, ProcessorMixin
 from transformers.utils import logging
 
 from ..configuration.hub_options_mmgem import checked_hub_options
+from .chat_mmgem import CHAT_TEMPLATE, around_image
 from .image_processors_mmgem import check_moments, load_image_processor
 from .images_mmgem import is_one_image, read_image, with_one_scale
 from .regions_mmgem import map_regions
@@ -28,21 +30,10 @@ from .tokenization_mmgem import (
 
 logger = logging.get_logger(__name__)
 
-TASKS = ("caption", "region-caption")
+TASKS = ("caption", "region-caption", "score")
 TEXT_KWARGS = ("max_length", "truncation", "padding", "padding_side")
 GEOMETRY_KWARGS = ("do_resize", "size", "do_center_crop", "crop_size", "do_pad", "pad_size")
 KWARGS_BY_MODALITY = ("text_kwargs", "images_kwargs", "common_kwargs", "audio_kwargs", "videos_kwargs")
-# The image of a chat, which no text can spell, because NUL is removed from texts.
-CHAT_IMAGE = "\0" + IMAGE_TOKEN
-# The texts of a chat stand around its image unchanged: the model continues captions, it follows no instructions.
-CHAT_TEMPLATE = (
-    "{% for message in messages %}"
-    "{% if message.content is string %}{{ message.content | replace('\\x00', '') }}"
-    "{% else %}{% for part in message.content %}"
-    "{% if part.type == 'image' %}{{ '\\x00<image>' }}"
-    "{% elif part.type == 'text' %}{{ part.text | replace('\\x00', '') }}{% endif %}"
-    "{% endfor %}{% endif %}{% endfor %}"
-)
 
 
 class MMGEMBatchFeature(BatchFeature):
@@ -129,7 +120,8 @@ class MMGEMProcessor(ProcessorMixin):
 
     @property
     def model_input_names(self) -> list[str]:
-        return ["input_ids", "attention_mask", "pixel_values", "boxes", "masks", "region_mask", "image_embeds"]
+        names = ["input_ids", "attention_mask", "pixel_values", "boxes", "masks", "region_mask", "image_embeds"]
+        return [*names, "labels"]
 
     def __call__(  # type: ignore[override]
         self,
@@ -160,8 +152,10 @@ class MMGEMProcessor(ProcessorMixin):
             boxes: per image a list of `[x0, y0, x1, y1]` in pixels of the original image (upright, after EXIF).
             masks: per image a list of `(height, width)` arrays, 0 outside the region and 1 inside; instead of boxes.
             image_embeds: `(B, D)`, instead of images for `task="caption"`: see [`MMGEMModel.generate`].
-            task (`str`, *optional*): "caption" (one prompt per image: k x k placeholders and [CAP]) or
-                "region-caption" (one per region: k x k placeholders and 64 [CAP]).
+            task (`str`, *optional*): "caption" (one prompt per image: k x k placeholders and [CAP]), "region-caption"
+                (one per region: k x k placeholders and 64 [CAP]), or "score": prompts of the images, or of the
+                regions if there are any, and the texts as `labels` `(N, T)`, -100 behind their ends, for
+                [`MMGEMModel.score`].
             return_tensors (`str`, *optional*): "pt" or "np".
             **kwargs: `max_length` (None: the processor's own), `truncation` (True truncates long texts without a
                 warning, False leaves them; too long a prompt is refused), `padding`, `padding_side` for texts; options
@@ -169,8 +163,7 @@ class MMGEMProcessor(ProcessorMixin):
                 `text_kwargs`, `images_kwargs` and `common_kwargs`, as in transformers.
 
         Returns:
-            `BatchFeature` with those of `input_ids`, `attention_mask`, `pixel_values`, `boxes`, `masks`, `region_mask`
-            and `image_embeds` for which there is input.
+            `BatchFeature` with those of `model_input_names` for which there is input.
 
         Raises:
             ValueError: nothing to process, an empty text, an unknown task or option, an image that cannot be read,
@@ -196,10 +189,13 @@ class MMGEMProcessor(ProcessorMixin):
             data["image_embeds"] = image_embeds
         if task is not None:
             prompts = [("", sample) for sample in texts or [""]]
+            if task == "score":
+                data["labels"] = self._labels(texts or [], text_kwargs)
+                prompts, task = [("", "")], "region-caption" if "region_mask" in data else "caption"
             number = len(images if image_embeds is None else image_embeds)
             data.update(self._prompts(prompts, number, data.get("region_mask"), task, text_kwargs))
         elif texts is not None and images and all(IMAGE_TOKEN in sample for sample in texts):
-            prompts = [_around_image(sample, i) for i, sample in enumerate(texts)]
+            prompts = [around_image(sample, i) for i, sample in enumerate(texts)]
             data.update(self._prompts(prompts, len(images), None, "caption", text_kwargs))
         elif texts is not None:
             data.update(self._sentences(texts, text_kwargs))
@@ -224,6 +220,14 @@ class MMGEMProcessor(ProcessorMixin):
         """Token ids "(BOS) text [EMB]" of each text, not truncated; training and evaluation read texts by it too."""
         return self.tokenizer(list(map(as_sentence, texts)), split_special_tokens=True, verbose=False)["input_ids"]
 
+    def caption_ids(self, sentences: Sequence[list[int]], max_length: int) -> list[list[int]]:
+        """
+        The tokens of captions with EOS, from those of sentences ([`sentence_ids`]). A truncated caption does not end
+        where it is cut, so it has no EOS.
+        """
+        start, eos = int(bool(self.bos)), self.tokenizer.eos_token_id
+        return [row[start : max_length - 1] if len(row) > max_length else [*row[start:-1], eos] for row in sentences]
+
     def checked_length(self, max_length: Any) -> int:
         """Returns `max_length`. Raises ValueError if it has no room for a token beside BOS and [EMB]."""
         least = 3 if self.bos else 2
@@ -240,7 +244,9 @@ class MMGEMProcessor(ProcessorMixin):
         if texts is None and images is None:
             raise ValueError("Nothing to process: pass text, images, or both.")
         if task is not None and images is None:
-            raise ValueError(f"task={task!r} captions images, but there are none: pass images.")
+            raise ValueError(f"task={task!r} needs images, but there are none: pass images.")
+        if task == "score" and texts is None:
+            raise ValueError('task="score" needs the texts to score: pass text.')
         if texts is None:
             return
         if not texts:
@@ -252,8 +258,9 @@ class MMGEMProcessor(ProcessorMixin):
                 is_empty = not as_sentence(sample)
             except ValueError as error:
                 raise ValueError(f"text[{i}] of this call: {error}") from error
-            if task is None and is_empty:
-                beside = "" if images is None else ', leave text out to embed the image, or caption it: task="caption"'
+            if task in (None, "score") and is_empty:
+                to_embed = images is not None and task is None
+                beside = ', leave text out to embed the image, or caption it: task="caption"' if to_embed else ""
                 raise ValueError(f"text[{i}] of this call is empty, {sample!r}: drop it{beside}.")
 
     def _check_image_kwargs(self, kwargs: dict[str, Any], has_regions: bool) -> None:
@@ -297,6 +304,18 @@ class MMGEMProcessor(ProcessorMixin):
 
     def _sentences(self, texts: list[str], text_kwargs: dict[str, Any]) -> dict[str, Any]:
         """Rows "(BOS) text [EMB]"."""
+        rows, limit, max_length = self._limited(texts, text_kwargs)
+        rows = [row if len(row) <= limit else row[: limit - 1] + row[-1:] for row in rows]
+        return self._padded(rows, max_length, {"padding": True, **text_kwargs})
+
+    def _labels(self, texts: list[str], text_kwargs: dict[str, Any]) -> Any:
+        """Rows "text EOS", `(N, T)`, -100 behind their ends."""
+        rows = self.caption_ids(*self._limited(texts, text_kwargs)[:2])
+        longest = max(map(len, rows))
+        return np.array([row + [-100] * (longest - len(row)) for row in rows])
+
+    def _limited(self, texts: list[str], text_kwargs: dict[str, Any]) -> tuple[list[list[int]], int, int]:
+        """Tokens of the sentences, how many of them may stay, and `max_length`; a warning if some are too long."""
         max_length = text_kwargs.pop("max_length", None)
         if max_length is None:
             max_length = min(self.max_length, self.tokenizer.model_max_length)
@@ -311,10 +330,8 @@ class MMGEMProcessor(ProcessorMixin):
                 f"truncated before [EMB], the first of them text[{first}] of this call with {len(rows[first])}: "
                 f"{texts[first][:40]!r}…"
             )
-        if truncation not in (False, "do_not_truncate"):
-            for i in too_long:
-                rows[i] = rows[i][: max_length - 1] + rows[i][-1:]
-        return self._padded(rows, max_length, {"padding": True, **text_kwargs})
+        limit = sys.maxsize if truncation in (False, "do_not_truncate") else max_length
+        return rows, limit, max_length
 
     def _padded(self, rows: list[list[int]], max_length: int, options: dict[str, Any]) -> dict[str, Any]:
         if options["padding"] == "max_length":
@@ -379,15 +396,3 @@ def _at_least_one(name: str, value: Any) -> int:
     if not isinstance(value, Integral) or value < 1:
         raise ValueError(f"{name} must be 1 or more, got {value!r}.")
     return int(value)
-
-
-def _around_image(text: str, index: int) -> tuple[str, str]:
-    """The text of a prompt before and behind its placeholder; the other texts of a chat may spell `<image>` too."""
-    token = CHAT_IMAGE if CHAT_IMAGE in text else IMAGE_TOKEN
-    before, _, behind = text.partition(token)
-    if token in behind:
-        raise ValueError(
-            f"text[{index}] holds {text.count(token)} {IMAGE_TOKEN}, but a caption is of one image. With "
-            'task="caption" they are letters of the text.'
-        )
-    return before, behind

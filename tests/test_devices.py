@@ -62,6 +62,7 @@ def everything(model, processor, device):
             "greedy": model.generate(**prompts, max_new_tokens=5, do_sample=False),
             "beams": model.generate(**prompts, max_new_tokens=5, do_sample=False, num_beams=2),
             "regions": model.generate(**regions, max_new_tokens=5, do_sample=False),
+            "scores": model.score(**inputs(images=images, text=["a dog", "snow on a beach"], task="score"), alpha=0.5),
         }
 
 

@@ -124,16 +124,10 @@ class PairCollator:
         return [(row, [-100] * len(row)) for row in truncated]
 
     def _captions(self, ids: list[list[int]], prompt: Sequence[str]) -> list[TokenSequence]:
-        tokenizer, max_length = self.processor.tokenizer, self.processor.max_length
         start = int(bool(self.processor.bos))
-        opening = [*ids[0][:start], *tokenizer.convert_tokens_to_ids(list(prompt))]
-        sequences = []
-        for row in ids:
-            words = row[start : min(len(row), max_length) - 1]
-            # A truncated caption does not end there, so there is no EOS to learn.
-            words = words if len(row) > max_length else [*words, tokenizer.eos_token_id]
-            sequences.append(([*opening, *words], [-100] * len(opening) + words))
-        return sequences
+        opening = [*ids[0][:start], *self.processor.tokenizer.convert_tokens_to_ids(list(prompt))]
+        captions = self.processor.caption_ids(ids, self.processor.max_length)
+        return [([*opening, *words], [-100] * len(opening) + words) for words in captions]
 
     def _tensors(self, sequences: list[TokenSequence], rows: list[list[int]], texts: Sequence[int]) -> dict[str, Any]:
         """Tensors of the rows; `texts` are the sequences that end with [EMB], in the order of the images."""

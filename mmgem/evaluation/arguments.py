@@ -1,5 +1,6 @@
 """The options of `python -m mmgem.evaluation`."""
 
+import math
 from dataclasses import dataclass, fields
 from typing import Literal
 
@@ -8,8 +9,20 @@ from ..options import option
 
 
 LONG_CAPTION_COLUMN = "long_caption"
+LIKELIHOOD_WEIGHT = 8.0  # of log P(text | image) per token beside cosine / tau (docs/questions.md)
 MAX_LENGTHS = (50, 200)  # tokens: as trained, and as the paper tests
 TASKS = ("retrieval", "classification", "captioning", "long_text", "regions")
+
+
+def check_dims(dims: list[int], projection_dim: int | None = None) -> None:
+    """Raises ValueError for lengths of embeddings that do not ascend from 1 or more, or reach `projection_dim`."""
+    if dims != sorted(set(dims)) or (dims and dims[0] < 1):
+        raise ValueError(f"matryoshka_dims must ascend from 1 or more, got {', '.join(map(str, dims))}.")
+    if projection_dim is not None and dims and dims[-1] >= projection_dim:
+        raise ValueError(
+            f"matryoshka_dims holds {dims[-1]}, but embeddings have {projection_dim} numbers (projection_dim): name "
+            "shorter lengths."
+        )
 
 
 @dataclass
@@ -36,6 +49,14 @@ class EvaluationArguments(TableArguments):
     caption_samples: int | None = option(None, "Number of images to caption; all by default.")
     num_beams: int = option(1, "For captioning: number of beams; 1 is greedy decoding.")
     draws: int = option(0, "Number of captions to sample of each image and to rank by the model; 0 for none.")
+    matryoshka_dims: list[int] = option([], "For retrieval: lengths below D to evaluate embeddings at too.")
+    rerank: int = option(
+        0, "Retrieval and classification: the best by cosine to re-order by cosine and likelihood; 0 for none."
+    )
+    likelihood_weight: float = option(
+        LIKELIHOOD_WEIGHT, "Of log P(text | image) per token beside cosine / tau, in rerank and draws."
+    )
+    alpha: float = option(0.0, "Weight of log P(text), subtracted from log P(text | image) in rerank and draws.")
     caption_results: str | None = option(None, "Captions in COCO's format to score; no model is needed.")
     caption_references: str | None = option(None, "COCO's, NoCaps' or Karpathy's reference file (with --split).")
     caption_subset: bool = option(False, "Score the images that caption_results has, not all of caption_references.")
@@ -70,7 +91,16 @@ class EvaluationArguments(TableArguments):
             raise ValueError(f"classification_suite names its datasets itself; leave out {given[0]}.")
         self.require_image_folders(self.annotations)
         self.require_at_least(1, "batch_size", "captions_per_image", "num_beams", "caption_samples", "max_samples")
-        self.require_at_least(0, "draws")
+        self.require_at_least(0, "draws", "rerank", "likelihood_weight")
+        for name in ("likelihood_weight", "alpha"):
+            if not math.isfinite(getattr(self, name)):
+                raise ValueError(f"{name} must be a finite number, got {getattr(self, name)}.")
+        if self.alpha and not self.rerank and not self.draws:
+            raise ValueError(f"alpha is {self.alpha:g}, but there is no likelihood to use it in: set rerank or draws.")
+        check_dims(self.matryoshka_dims)
+        for name, tasks in {"rerank": ("retrieval", "classification"), "matryoshka_dims": ("retrieval",)}.items():
+            if getattr(self, name) and not {*tasks} & {*self.tasks}:
+                raise ValueError(f"{name} is for {' and '.join(tasks)}, but the tasks are {', '.join(self.tasks)}.")
         for length in [*self.max_lengths, *([] if self.max_length is None else [self.max_length])]:
             if length < 4:
                 raise ValueError(f"A text of {length} tokens holds no word beside BOS and [EMB].")

@@ -102,7 +102,7 @@ def evaluate_classification(
 
     Returns:
         the metrics, and `indices` of the images that were used, their `labels` and the classes `predicted`, as indices
-        into the merged `class_names`.
+        into the merged `class_names`, and their `cosines` `(N, C)`.
     """
     if wrong := [i for i, label in enumerate(labels) if label is None or not 0 <= label < len(class_names)]:
         raise ValueError(
@@ -116,7 +116,7 @@ def evaluate_classification(
     with evaluating(model):
         classes = class_embeddings(model, processor, names, templates, batch_size)
         indices, images = embed_dataset(model, processor, dataset, batch_size, read=dataset.image)
-    all_scores = images @ classes.T
+    cosines = images @ classes.T
     right = torch.tensor([number[class_names[labels[i]]] for i in indices])
-    outputs = {"indices": indices, "labels": right, "predicted": all_scores.argmax(1), "class_names": names}
-    return classification_metrics(all_scores, right, tie=TIE), outputs
+    outputs = {"indices": indices, "labels": right, "predicted": cosines.argmax(1), "class_names": names}
+    return classification_metrics(cosines, right, tie=TIE), {**outputs, "cosines": cosines}

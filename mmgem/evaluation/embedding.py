@@ -9,6 +9,7 @@ from transformers.utils import logging
 
 from ..data.pairs import BadDataError, PairDataset
 from ..modeling_mmgem import MMGEMModel
+from ..modeling_mmgem.inputs_mmgem import batches_by_length
 from ..processing import MMGEMProcessor
 from .retrieval import check_finite
 from .sharing import gather_parts, is_first_process, shard_range
@@ -53,18 +54,6 @@ def embed_texts(
         inputs = processor.tokenizer.pad({"input_ids": [rows[i] for i in batch]}, return_tensors="pt")
         embeds[batch] = model.get_embedding(**inputs.to(model.device)).float().cpu()
     return embeds
-
-
-def batches_by_length(lengths: Sequence[int], batch_size: int, max_tokens: int | None) -> Iterator[list[int]]:
-    """Indices in batches, shortest first, of up to `max_tokens` with padding (but never none)."""
-    batch: list[int] = []
-    for i in sorted(range(len(lengths)), key=lengths.__getitem__):
-        if batch and (len(batch) == batch_size or (max_tokens and (len(batch) + 1) * lengths[i] > max_tokens)):
-            yield batch
-            batch = []
-        batch.append(i)
-    if batch:
-        yield batch
 
 
 @torch.inference_mode()

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -11,8 +11,9 @@ import torch
 from ..data.collator import MODEL_INPUTS, PairCollator
 from ..data.pairs import PairDataset
 from ..modeling_mmgem import MMGEMModel
+from ..modeling_mmgem.losses_mmgem import shortened
 from ..processing import MMGEMProcessor
-from .arguments import MAX_LENGTHS
+from .arguments import LIKELIHOOD_WEIGHT, MAX_LENGTHS
 from .captioning import best_constant_caption, caption_scores, cider_d, has_cider, tokenize
 from .embedding import (
     caption_cosines,
@@ -24,7 +25,8 @@ from .embedding import (
     evaluating,
     readable_batches,
 )
-from .retrieval import best_ranks, retrieval_metrics
+from .likelihood import combined
+from .retrieval import best_ranks, check_finite, retrieval_metrics
 from .sharing import gather_parts, shard_range
 
 
@@ -62,6 +64,16 @@ def evaluate_retrieval(
     with evaluating(model):
         outputs = embed_pairs(model, processor, dataset, batch_size)
     return retrieval_metrics(outputs["text_embeds"], outputs["image_embeds"], outputs["text_to_image"]), outputs
+
+
+def shorter_retrieval(outputs: dict[str, Any], dims: Sequence[int]) -> dict[str, float]:
+    """`dim_{d}_…` as of [`retrieval_metrics`], of the first d numbers of the embeddings of [`evaluate_retrieval`]."""
+    texts, images = outputs["text_embeds"], outputs["image_embeds"]
+    metrics = {}
+    for dim in dims:
+        found = retrieval_metrics(shortened(texts, dim), shortened(images, dim), outputs["text_to_image"])
+        metrics.update({f"dim_{dim}_{name}": value for name, value in found.items()})
+    return metrics
 
 
 def evaluate_long_text(
@@ -206,6 +218,14 @@ def caption_metrics(captions: list[str], dataset: PairDataset) -> dict[str, floa
     return metrics
 
 
+class DrawnCaption(NamedTuple):
+    """A caption, its cosine with its image, and its [`MMGEMModel.score`]; -1 and -inf for an empty one."""
+
+    text: str
+    cosine: float
+    likelihood: float
+
+
 def draw_captions(
     model: MMGEMModel,
     processor: MMGEMProcessor,
@@ -213,13 +233,15 @@ def draw_captions(
     count: int,
     draws: int,
     seed: int = 0,
+    alpha: float = 0.0,
     **generation: Any,
-) -> list[list[tuple[str, float]]]:
+) -> list[list[DrawnCaption]]:
     """
-    Samples `draws` captions of each of the first `count` images, and ranks them by their cosine with the image (-1 for
-    an empty one). What is drawn depends on the seed and the image's index alone, so images come one by one.
+    Samples `draws` captions of each of the first `count` images, those nearest to it first. What is drawn depends on
+    the seed and the image's index alone, so images come one by one.
 
     Args:
+        alpha: weight of the prior, see [`MMGEMModel.score`].
         **generation: of `generate`; by default samples of the most probable 90 % (`top_p`).
     """
     options = {"do_sample": True, "top_p": 0.9, "top_k": 0, "num_return_sequences": draws, **generation}
@@ -234,15 +256,36 @@ def draw_captions(
         cosines = caption_cosines(model, processor, captions, list(embeds), draws)
         if not all(map(math.isfinite, cosines)):
             raise ValueError(f"The embeddings of image {i} or of a caption drawn of it hold NaN.")
-        drawn.append(sorted(zip(captions, cosines), key=lambda item: -item[1]))
+        likelihoods = _likelihoods(model, processor, image, captions, alpha)
+        drawn.append(sorted(map(DrawnCaption, captions, cosines, likelihoods), key=lambda of: -of.cosine))
     return gather_parts(drawn)
 
 
+def _likelihoods(
+    model: MMGEMModel, processor: MMGEMProcessor, image: Any, captions: list[str], alpha: float
+) -> list[float]:
+    written = sorted({caption for caption in captions if caption})
+    if not written:
+        return [-math.inf] * len(captions)
+    inputs = processor(images=[image], text=written, truncation=True, task="score", return_tensors="pt")
+    scores = model.score(**inputs.to(model.device), alpha=alpha)[0]
+    check_finite(scores[:, None], written, "scores")
+    found = dict(zip(written, scores.tolist()))
+    return [found.get(caption, -math.inf) for caption in captions]
+
+
 def evaluate_reranking(
-    model: MMGEMModel, processor: MMGEMProcessor, dataset: PairDataset, count: int, draws: int, **options: Any
-) -> tuple[dict[str, float], list[list[tuple[str, float]]]]:
+    model: MMGEMModel,
+    processor: MMGEMProcessor,
+    dataset: PairDataset,
+    count: int,
+    draws: int,
+    weight: float = LIKELIHOOD_WEIGHT,
+    **options: Any,
+) -> tuple[dict[str, float], list[list[DrawnCaption]]]:
     """
-    CIDEr-D of the caption nearest to its image (`caption_cider_reranked`) beside the mean of all that were drawn
+    CIDEr-D of the caption nearest to its image (`caption_cider_reranked`) and of the best by cosine and likelihood
+    (`caption_cider_reranked_both`, `weight` as of [`rerank`]) beside the mean of all that were drawn
     (`caption_cider_drawn`), which is what one draw is worth, and the best that a choice could reach
     (`caption_cider_drawn_best`); and what [`draw_captions`] returns, to which the options go.
     """
@@ -252,9 +295,15 @@ def evaluate_reranking(
     if not has_cider(references, "drawn captions"):
         return {}, drawn
     # Row k holds the scores of the captions that are the k-th nearest to their image.
-    scores = torch.tensor([cider_d([of[k][0] for of in drawn], references)[1].tolist() for k in range(draws)])
+    scores = torch.tensor([cider_d([of[k].text for of in drawn], references)[1].tolist() for k in range(draws)])
+    cosines, likelihoods = (
+        torch.tensor([[getattr(caption, name) for caption in of] for of in drawn]) for name in ("cosine", "likelihood")
+    )
+    both = combined(model, cosines, likelihoods, weight).masked_fill(likelihoods.isinf(), -torch.inf)
+    chosen = both.argmax(1)
     metrics = {
         "caption_cider_reranked": scores[0].mean().item(),
+        "caption_cider_reranked_both": scores.gather(0, chosen[None]).mean().item(),
         "caption_cider_drawn": scores.mean().item(),
         "caption_cider_drawn_best": scores.amax(0).mean().item(),
     }

@@ -18,6 +18,7 @@ from torch.nn.functional import normalize
 
 from .._version import __version__
 from ..modeling_mmgem import MMGEMModel
+from ..modeling_mmgem.losses_mmgem import shortened
 from ..processing import MMGEMProcessor
 from ..processing.tokenization_mmgem import as_sentence
 from .embedding import embed_images, embed_texts
@@ -33,6 +34,7 @@ class MMGEMEncoder(AbsEncoder):
         revision (`str`, *optional*): of the Hub.
         device (`str`, *optional*): by default the GPU if there is one.
         max_length (`int`, *optional*): tokens per text; the processor's own by default.
+        dim (`int`, *optional*): the first `dim` numbers of each embedding alone, see [`MMGEMModel.get_embedding`].
     """
 
     def __init__(
@@ -41,6 +43,7 @@ class MMGEMEncoder(AbsEncoder):
         revision: str | None = None,
         device: str | None = None,
         max_length: int | None = None,
+        dim: int | None = None,
         **kwargs: Any,
     ):
         loaded: Any = MMGEMModel.from_pretrained(model, revision=revision or "main", **kwargs)
@@ -48,12 +51,16 @@ class MMGEMEncoder(AbsEncoder):
         self.processor = MMGEMProcessor.from_pretrained(model, revision=revision or "main")
         if max_length is not None:
             self.processor.max_length = self.processor.checked_length(max_length)
+        if dim is not None and not 1 <= dim <= self.model.config.projection_dim:
+            numbers = self.model.config.projection_dim
+            raise ValueError(f"dim is {dim}, but embeddings have {numbers} numbers. Pass fewer.")
+        self.dim = dim or self.model.config.projection_dim
         described = {
             "name": f"mmgem/{model.rstrip('/').split('/')[-1]}",
             "revision": revision or __version__,
             "n_parameters": self.model.num_parameters(),
             "max_tokens": self.processor.max_length,
-            "embed_dim": self.model.config.projection_dim,
+            "embed_dim": self.dim,
             "open_weights": True,
             "framework": ["PyTorch", "Transformers"],
             "similarity_fn_name": ScoringFunction.COSINE,
@@ -70,9 +77,9 @@ class MMGEMEncoder(AbsEncoder):
             if "text" in batch:
                 # Some corpora have empty documents, which the processor refuses.
                 texts = [text if as_sentence(text) else "." for text in batch["text"]]
-                parts.append(embed_texts(self.model, self.processor, texts, len(texts)))
+                parts.append(shortened(embed_texts(self.model, self.processor, texts, len(texts)), self.dim))
             if "image" in batch:
-                parts.append(embed_images(self.model, self.processor, batch["image"]))
+                parts.append(shortened(embed_images(self.model, self.processor, batch["image"]), self.dim))
             if not parts:
                 raise ValueError(f"MM-GEM embeds text and images; this batch has {', '.join(batch)}.")
             embeds.append(normalize(torch.stack(parts).mean(0), dim=-1))

@@ -14,12 +14,20 @@ from ..loading import load_checkpoint
 from ..modeling_mmgem import MMGEMModel
 from ..modeling_mmgem.adapters_mmgem import REGION_ADAPTERS
 from ..processing import MMGEMProcessor
-from .arguments import EvaluationArguments
+from .arguments import EvaluationArguments, check_dims
 from .caption_files import read_caption_references, read_caption_results, score_captions, write_caption_results
 from .classification import evaluate_classification
 from .data import load_labelled, load_pairs, load_regions
 from .embedding import evaluating, readable_examples
-from .evaluator import evaluate_captions, evaluate_long_text, evaluate_reranking, evaluate_retrieval
+from .evaluator import (
+    DrawnCaption,
+    evaluate_captions,
+    evaluate_long_text,
+    evaluate_reranking,
+    evaluate_retrieval,
+    shorter_retrieval,
+)
+from .likelihood import evaluate_reranked_classification, evaluate_reranked_retrieval
 from .region_report import region_section
 from .regions import adapters_off, evaluate_adapter, evaluate_regions, stage_1
 from .report import Section, caption_sheet, class_sheet, retrieval_section, table
@@ -76,9 +84,15 @@ def load_model(arguments: EvaluationArguments) -> tuple[MMGEMModel, MMGEMProcess
 
 
 def retrieval(model: MMGEMModel, processor: MMGEMProcessor, arguments: EvaluationArguments) -> Section:
+    check_dims(arguments.matryoshka_dims, model.config.projection_dim)
     dataset = load_pairs(arguments, _image_size(model), max_captions=arguments.captions_per_image)
     metrics, outputs = evaluate_retrieval(model, processor, dataset, arguments.batch_size)
     readable = dataset.select(outputs["indices"])
+    metrics.update(shorter_retrieval(outputs, arguments.matryoshka_dims))
+    if arguments.rerank:
+        with adapters_off(model):
+            found = evaluate_reranked_retrieval(model, processor, readable, outputs, **_rerank_options(arguments))
+        metrics.update(found)
     section = retrieval_section("Retrieval", metrics, outputs, readable)
     counted = f"{_counted(readable, dataset)}, {len(outputs['text_embeds'])} captions."
     section.lines = [counted, "", *section.lines]
@@ -95,6 +109,10 @@ def classification(model: MMGEMModel, processor: MMGEMProcessor, arguments: Eval
         )
         main_metrics.append(found[data.metric])
         class_names, readable = outputs["class_names"], data.dataset.select(outputs["indices"])
+        if arguments.rerank:
+            given = {"templates": data.templates, **_rerank_options(arguments)}
+            with adapters_off(model):
+                found.update(evaluate_reranked_classification(model, processor, readable, outputs, **given))
         prefix = f"classification_{data.name}_" if data.name else "classification_"
         sizes = {**_sizes(len(readable), data.dataset), "classes": len(class_names)}
         section.metrics.update({prefix + name: value for name, value in found.items()})
@@ -115,13 +133,13 @@ def captioning(model: MMGEMModel, processor: MMGEMProcessor, arguments: Evaluati
     readable = dataset.select(readable_examples(dataset))
     count = min(arguments.caption_samples or len(readable), len(readable))
     ids = _image_ids(readable, count) if arguments.annotations else []
-    drawn: list[list[tuple[str, float]]] = []
+    drawn: list[list[DrawnCaption]] = []
     with adapters_off(model):
         beams = {"num_beams": arguments.num_beams}
         metrics, outputs = evaluate_captions(model, processor, readable, arguments.batch_size, count, **beams)
         if arguments.draws:
-            seed = {"seed": arguments.seed}
-            of_draws, drawn = evaluate_reranking(model, processor, readable, count, arguments.draws, **seed)
+            chosen = {"weight": arguments.likelihood_weight, "alpha": arguments.alpha, "seed": arguments.seed}
+            of_draws, drawn = evaluate_reranking(model, processor, readable, count, arguments.draws, **chosen)
             metrics.update(of_draws)
     if ids and is_first_process():
         os.makedirs(arguments.output_dir, exist_ok=True)
@@ -138,14 +156,14 @@ def captioning(model: MMGEMModel, processor: MMGEMProcessor, arguments: Evaluati
     return Section("Captions", metrics, lines, images, {**_sizes(len(readable), dataset), "captioned": count})
 
 
-def _drawn_lines(drawn: list[list[tuple[str, float]]], draws: int) -> list[str]:
+def _drawn_lines(drawn: list[list[DrawnCaption]], draws: int) -> list[str]:
     """A table of the nearest and the furthest caption of each image."""
     if not drawn:
         return []
     lines = ["", f"Of {draws} captions drawn of an image, the nearest to it and the furthest:", ""]
     lines += ["| nearest | | furthest | |", "|---|---|---|---|"]
     for captions in drawn:
-        ends = ((text.replace("|", "\\|"), cosine) for text, cosine in (captions[0], captions[-1]))
+        ends = ((of.text.replace("|", "\\|"), of.cosine) for of in (captions[0], captions[-1]))
         nearest, furthest = (f"{text} | {cosine:.2f}" for text, cosine in ends)
         lines.append(f"| {nearest} | {furthest} |")
     return lines
@@ -213,6 +231,11 @@ def score_caption_files(arguments: EvaluationArguments) -> Section:
     references, domains = read_caption_references(arguments.caption_references, arguments.split)
     metrics = score_captions(results, references, domains, arguments.caption_subset)
     return Section("Captions", metrics, [f"{len(results)} captions.", "", *table(metrics)], {})
+
+
+def _rerank_options(arguments: EvaluationArguments) -> dict[str, Any]:
+    options = {"count": arguments.rerank, "batch_size": arguments.batch_size}
+    return {**options, "weight": arguments.likelihood_weight, "alpha": arguments.alpha}
 
 
 def _image_size(model: MMGEMModel) -> int:

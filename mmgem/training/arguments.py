@@ -12,7 +12,7 @@ from transformers import TrainingArguments, training_args
 from ..configuration.hub_options_mmgem import checked_hub_options
 from ..data.arguments import DataArguments
 from ..data.json_files import parse_json
-from ..evaluation.arguments import EvaluationArguments
+from ..evaluation.arguments import EvaluationArguments, check_dims
 from ..options import checked_token, option, parse_options
 from .checks import PYTORCH_OPTIMIZERS, refuse_unsupported, refuse_unsupported_loaders, warn_of_slow_bfloat16
 
@@ -160,6 +160,9 @@ class MMGEMTrainingArguments(TrainingArguments):
         "L = L_Emb + this x L_Gen. The paper adds them; its L_Gen is a mean per token, so raise it where captions "
         "matter and the language model starts from scratch.",
     )
+    matryoshka_dims: list[int] = option(
+        [], "Lengths below D at which embeddings work too, ascending: L_Emb is the mean over these and D."
+    )
     mini_batch_size: int = option(
         0,
         "Gradient cache: each device's batch goes through the model in parts of this size, at their memory, with "
@@ -198,6 +201,8 @@ class MMGEMTrainingArguments(TrainingArguments):
             raise ValueError(
                 "mini_batch_size is for the contrastive loss. A caption loss alone needs gradient accumulation only."
             )
+        if self.matryoshka_dims and self.objective == "caption":
+            raise ValueError("matryoshka_dims are for the contrastive loss, which is not trained here.")
         if self.optim in PYTORCH_OPTIMIZERS and importlib.util.find_spec("pytorch_optimizer") is None:
             raise ValueError(f"--optim {self.optim} needs pytorch-optimizer: pip install 'mmgem[optimizers]'.")
         self.max_grad_norm = self.max_grad_norm or 0.0  # null in YAML
@@ -236,6 +241,7 @@ class MMGEMTrainingArguments(TrainingArguments):
         for name, minimum in MINIMA.items():
             if getattr(self, name) is not None and getattr(self, name) < minimum:
                 raise ValueError(f"{name} must be {minimum} or more, got {getattr(self, name)}.")
+        check_dims(self.matryoshka_dims)
         if self.packing and self.pack_length < 1:
             raise ValueError(f"pack_length must be 1 or more, got {self.pack_length}; or pass --packing false.")
         if self.max_steps == 0:

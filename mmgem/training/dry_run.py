@@ -182,7 +182,9 @@ class _Step:
         texts, images = (x.repeat(repeats, 1)[:batch_size] for x in (texts, images))
         ids = torch.zeros(batch_size, 2, dtype=torch.long)
         gathered = [torch.cat([x] * self.devices) if self.devices > 1 else x for x in (texts, images, ids)]
-        return contrastive_loss(texts, images, scale, gathered[0], gathered[1], 0, ids, gathered[2])
+        return contrastive_loss(
+            *(texts, images, scale, gathered[0], gathered[1], 0, ids, gathered[2]), dims=self.args.matryoshka_dims
+        )
 
 
 class LiveTensors(TorchDispatchMode):

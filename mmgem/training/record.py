@@ -93,6 +93,8 @@ def _settings(args: MMGEMTrainingArguments, data_args: DataArguments) -> dict[st
         "precision": "bf16" if args.bf16 else "fp16" if args.fp16 else "float32",
         "seed": args.seed,
     }
+    if args.matryoshka_dims:
+        settings["matryoshka_dims"] = args.matryoshka_dims
     if args.stage == "1":
         settings["caption_loss_weight"] = args.caption_loss_weight
         settings["projection_lr_multiplier"] = args.projection_lr_multiplier

@@ -91,7 +91,8 @@ class RegionTrainer(MMGEMTrainer):
         sizes = [len(part) for part in gathered[0]]
         offset, total = sum(sizes[: dist.get_rank()]), sum(sizes)
         all_texts, all_images, all_ids = map(torch.cat, gathered)
-        loss = contrastive_loss(texts, images, logit_scale, all_texts, all_images, offset, pair_ids, all_ids)
+        pairs = (texts, images, logit_scale, all_texts, all_images, offset, pair_ids, all_ids)
+        loss = contrastive_loss(*pairs, dims=self.args.matryoshka_dims)
         loss = loss * (len(texts) * self.args.world_size / total) / self.current_gradient_accumulation_steps
         self._add_to_log("contrastive_loss", loss)
         return loss

@@ -10,9 +10,9 @@ from torch import nn
 from ..data.collator import PairCollator
 from ..data.pairs import PairDataset
 from ..data.shards import ShardStream
-from ..evaluation.embedding import batches_by_length
 from ..modeling_mmgem import MMGEMModel
 from ..modeling_mmgem.embedding_mmgem import unit_norm
+from ..modeling_mmgem.inputs_mmgem import batches_by_length
 from ..modeling_mmgem.vision_mmgem import EncodedImages
 from ..processing import MMGEMProcessor
 

@@ -18,6 +18,7 @@ from transformers.utils import logging
 from ..data.collator import CACHED_FEATURES, MODEL_INPUTS, PairCollator
 from ..data.pairs import PairDataset
 from ..data.shards import ShardStream
+from ..evaluation.arguments import check_dims
 from ..modeling_mmgem import MMGEMModel, contrastive_loss
 from ..processing import MMGEMProcessor
 from .adapters import add_lora, held_in_bfloat16, lora_config
@@ -112,6 +113,7 @@ class MMGEMTrainer(EvaluatingTrainer):
             args.ignore_data_skip = True  # the stream itself starts where it should
         check_optimizer(args)
         check_processor(model, processing_class)
+        check_dims(args.matryoshka_dims, model.config.projection_dim)
         if peft_config is not None and args.lora_rank:
             raise ValueError("peft_config and lora_rank both ask for LoRA. Leave out lora_rank.")
         self.peft_config = peft_config or lora_config(args)
@@ -236,7 +238,8 @@ class MMGEMTrainer(EvaluatingTrainer):
         if self.args.world_size > 1:
             all_texts, all_images, all_ids = map(GatherWithGradient.apply, (texts, images, pair_ids))
             offset = dist.get_rank() * len(texts)
-        loss = contrastive_loss(texts, images, logit_scale, all_texts, all_images, offset, pair_ids, all_ids)
+        pairs = (texts, images, logit_scale, all_texts, all_images, offset, pair_ids, all_ids)
+        loss = contrastive_loss(*pairs, dims=self.args.matryoshka_dims)
         loss = loss / self.current_gradient_accumulation_steps
         self._add_to_log("contrastive_loss", loss)
         return loss

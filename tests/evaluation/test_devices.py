@@ -26,6 +26,8 @@ def test_every_task_gives_the_figures_of_the_cpu(checkpoint, adapters, tmp_path)
             max_length=20,
             batch_size=4,
             draws=2,
+            rerank=2,
+            matryoshka_dims=[4],
             output_dir=str(tmp_path / "out"),
         )
         model, processor = load_model(arguments)

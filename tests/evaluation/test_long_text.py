@@ -77,12 +77,15 @@ def test_draws_depend_on_seed_and_picture_alone_and_the_nearest_comes_first(proc
     assert drawn[2:3] == draw_captions(model, processor, dataset.select([0, 1, 2]), 3, 5, max_new_tokens=6)[2:]
     assert drawn != draw_captions(model, processor, dataset, 4, 5, seed=1, max_new_tokens=6)
     for i, of_picture in enumerate(drawn):
-        cosines = [cosine for _, cosine in of_picture]
+        cosines = [of.cosine for of in of_picture]
         assert len(cosines) == 5 and cosines == sorted(cosines, reverse=True)
-        image = model.get_embedding(**processor(images=[dataset[i]["image"]], return_tensors="pt"))[0]
-        caption, cosine = next((text, cosine) for text, cosine in of_picture if text)
-        text = model.get_embedding(**processor(text=[caption], return_tensors="pt"))[0]
-        assert cosine == pytest.approx(float(image @ text), abs=1e-5)
+        picture = dataset[i]["image"]
+        image = model.get_embedding(**processor(images=[picture], return_tensors="pt"))[0]
+        first = next(of for of in of_picture if of.text)
+        text = model.get_embedding(**processor(text=[first.text], return_tensors="pt"))[0]
+        assert first.cosine == pytest.approx(float(image @ text), abs=1e-5)
+        inputs = processor(images=[picture], text=[first.text], task="score", return_tensors="pt")
+        assert first.likelihood == pytest.approx(float(model.score(**inputs)), abs=1e-4)
 
 
 def test_figures_of_reranking(processor):
@@ -91,7 +94,11 @@ def test_figures_of_reranking(processor):
     metrics, drawn = evaluate_reranking(model, processor, dataset, 4, 3, max_new_tokens=6)
     assert model.training
     references = dataset.captions()
-    scores = [cider_d([of[k][0] for of in drawn], references)[1] for k in range(3)]
+    scores = [cider_d([of[k].text for of in drawn], references)[1] for k in range(3)]
+    scale = float(model.logit_scale.weight.exp())
+    best = [max(range(3), key=lambda k: scale * of[k].cosine + 8 * of[k].likelihood) for of in drawn]
+    chosen = sum(scores[k][i] for i, k in enumerate(best)) / 4
+    assert metrics["caption_cider_reranked_both"] == pytest.approx(chosen, abs=1e-6)
     assert metrics["caption_cider_reranked"] == pytest.approx(scores[0].mean(), abs=1e-6)
     assert metrics["caption_cider_drawn"] == pytest.approx(sum(s.mean() for s in scores) / 3, abs=1e-6)
     assert metrics["caption_cider_drawn_best"] >= metrics["caption_cider_reranked"]

@@ -75,7 +75,7 @@ def test_two_processes_and_any_batch_give_the_same_figures(checkpoint, adapters,
     Dataset.from_dict(rows, features=ROWS).to_parquet(tmp_path / "scenes.parquet")
     arguments = ["--model", checkpoint, "--adapters", *adapters, "--data_file", str(tmp_path / "scenes.parquet")]
     arguments += ["--tasks", "retrieval,classification,captioning,long_text,regions", "--draws", "2"]
-    arguments += ["--max_length", "20", "--class_names", *"abcdef"]
+    arguments += ["--max_length", "20", "--class_names", *"abcdef", "--rerank", "3", "--alpha", "0.5"]
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", "-m"]
     command += ["mmgem.evaluation", *arguments, "--batch_size", "2", "--output_dir", str(tmp_path / "two")]
     two = subprocess.Popen(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
