@@ -54,3 +54,17 @@ def test_embeddings_are_the_models_own(encoder, processor):
     assert np.isfinite(encode(text=["", "a dog", " "])).all()
     with pytest.raises(ValueError, match="this batch has audio"):
         encode(audio=[0, 0, 0])
+
+
+@torch.no_grad()
+def test_short_embeddings(encoder, processor, tmp_path):
+    short = MMGEMEncoder(str(tmp_path / "tiny"), dim=5)
+    assert short.mteb_model_meta.embed_dim == 5
+    texts, pictures = ["a dog", "the cat"], [make_picture(i) for i in range(2)]
+    found = short.encode([{"text": texts, "image": pictures}])
+    text = encoder.model.get_embedding(**processor(text=texts, return_tensors="pt"), dim=5)
+    image = encoder.model.get_embedding(**processor(images=pictures, return_tensors="pt"), dim=5)
+    expected = torch.nn.functional.normalize(text + image, dim=-1)
+    np.testing.assert_allclose(found, expected.numpy(), atol=1e-6)
+    with pytest.raises(ValueError, match="dim is 17, but embeddings have 16 numbers"):
+        MMGEMEncoder(str(tmp_path / "tiny"), dim=17)

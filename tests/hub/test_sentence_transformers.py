@@ -38,6 +38,14 @@ def test_texts_and_pictures(encoder, embed):
     assert encoder.get_embedding_dimension() == 16
 
 
+def test_short_embeddings(encoder, embed):
+    texts = ["a dog on a beach", "snow"]
+    found = encoder.encode(texts, truncate_dim=5, normalize_embeddings=True)
+    expected = embed(text=texts)[:, :5]
+    expected = expected / np.linalg.norm(expected, axis=1, keepdims=True)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
 def test_prompts_and_similarity(encoder, embed):
     found = encoder.encode(["dog"], prompt="a photo of a ")
     np.testing.assert_allclose(found, embed(text=["a photo of a dog"]), atol=1e-5)
