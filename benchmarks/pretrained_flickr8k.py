@@ -47,7 +47,6 @@ from mmgem.training.checks import has_bfloat16_instructions
 POOLING = "cls+mean"  # for a ViT with a class token
 RECIPE = ["--config", "configs/pretrained.yaml", "--image_pooling", POOLING]
 SCRATCH = ["--config", "configs/flickr8k.yaml", "--generation_num_beams", "3"]
-LORA = ["--lora_rank", "16", "--learning_rate", "2.5e-4", "--projection_lr_multiplier", "4"]
 # By name: what a run's options add to the recipe. `{…}` are folders that `prepare` makes.
 RUNS: dict[str, list[str]] = {
     "mmgem": [],
@@ -66,8 +65,7 @@ RUNS: dict[str, list[str]] = {
     "mean pooling, k = 2": ["--image_pooling", "mean", "--image_grid_size", "2"],
     "k = 4": ["--image_grid_size", "4"],
     "k = 7": ["--image_grid_size", "7", "--pack_length", "96"],
-    "LoRA": LORA,
-    "LoRA, k = 4": [*LORA, "--image_grid_size", "4"],
+    "LoRA": ["--lora_rank", "16", "--learning_rate", "2.5e-4", "--projection_lr_multiplier", "4"],
     "10 layers": ["--text_model_name_or_path", "{layers}"],
     "caption weight 1": ["--caption_loss_weight", "1"],
     "caption weight 8": ["--caption_loss_weight", "8"],

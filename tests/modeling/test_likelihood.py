@@ -67,8 +67,8 @@ def test_scores_of_regions(processor):
     torch.testing.assert_close(model.score(**inputs), torch.stack(expected), atol=1e-4, rtol=0)
 
 
-def test_prompts_and_texts_go_through_the_language_model_once(model, processor, monkeypatch):
-    """Not once for each pair."""
+def test_a_prompt_goes_through_the_language_model_once(model, processor, monkeypatch):
+    """Not once for each of its texts, which run after copies of its keys and values."""
     tokens = []
     monkeypatch.setattr(
         model.language_model,
