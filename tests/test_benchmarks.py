@@ -39,4 +39,5 @@ def test_gpu_on_a_cpu(tmp_path):
     faults = {what: row["fault"] for what, row in rows.items() if "fault" in row}
     assert all("flash" in what and "ImportError" in fault for what, fault in faults.items()), faults
     assert all(row["per_second"] > 0 for what, row in rows.items() if what not in faults)
-    assert 0 < rows["step, sdpa"]["mfu"] < 1 and rows["step, sdpa"]["dry_run_gib"] > 0
+    # On a CPU the peak is measured, at a moment that may be busier than the step's: a share above 1 is no fault.
+    assert rows["step, sdpa"]["mfu"] > 0 and rows["step, sdpa"]["dry_run_gib"] > 0
