@@ -1,16 +1,20 @@
 """
-The two adapters of stage 2, in PEFT's format.
+The adapters that are trained beside a frozen model, in PEFT's format.
 
     region-caption    caption_projection (h3) and soft_prompts ([CAP_1..64])    paper, equation 6
     region-retrieval  region_projection (h4)                                    paper, equation 7
+    fused-retrieval   LoRA on language_model, for queries of an image with a text
 
-Both are PEFT's `modules_to_save`: copies of these modules beside those of the base, so that switching them off gives
-the base back bit for bit. The k that the prompts of region-caption are trained with is `region_grid_size` in the
-`auto_mapping` of the adapter's configuration.
+The first two are PEFT's `modules_to_save`: copies of these modules beside those of the base, so that switching them
+off gives the base back bit for bit. The k that the prompts of region-caption are trained with is `region_grid_size` in
+the `auto_mapping` of the adapter's configuration. The third, known by `stage` there, works in fused calls alone:
+texts, images and captions stay what they are.
 """
 
 import os
 import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from safetensors.torch import save_file
@@ -27,10 +31,14 @@ REGION_ADAPTERS = {
     "region-caption": ("caption_projection", "soft_prompts"),
     "region-retrieval": ("region_projection",),
 }
+FUSED_ADAPTER = "fused-retrieval"
+ADAPTERS = (*REGION_ADAPTERS, FUSED_ADAPTER)
 
 
-class RegionAdapterMixin:
-    """transformers' adapter methods for whole modules; transformers' own look for LoRA layers only."""
+class AdapterMixin:
+    """transformers' adapter methods for whole modules (its own look for LoRA layers only), and for fused queries."""
+
+    _fused_adapter: str | None = None  # of those that `set_adapter` chose
 
     @property
     def region_grid_size(self: Any) -> int:
@@ -118,6 +126,9 @@ class RegionAdapterMixin:
 
         names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
         self._check_loaded(names)
+        fused = [name for name in names if is_fused(self.peft_config[name])]
+        if len(fused) > 1:
+            raise ValueError(f"{fused[0]!r} and {fused[1]!r} are both of fused queries: only one can be active.")
         for module_name, module in self.named_modules():
             sharing = [name for name in names if name in getattr(module, "modules_to_save", {})]
             if len(sharing) > 1:
@@ -126,12 +137,43 @@ class RegionAdapterMixin:
                 )
         self.enable_adapters()
         set_adapter(self, names)
+        self.hold_back(fused[0] if fused else None)
+
+    def hold_back(self: Any, fused_adapter: str | None) -> None:
+        """Makes an adapter, if any, the one of fused calls, and inactive in all others."""
+        self._fused_adapter = fused_adapter
+        for module in adapter_modules(self) if fused_adapter else ():
+            # PEFT's own methods would also change which parameters require a gradient.
+            module._active_adapter = [name for name in module.active_adapters if name != fused_adapter]
+
+    @contextmanager
+    def in_fused_call(self: Any) -> Iterator[None]:
+        """
+        Within it, the chosen adapter of fused queries is active and no other.
+
+        Raises:
+            ValueError: if none is chosen, or adapters are switched off.
+        """
+        modules = adapter_modules(self) if self._fused_adapter else []
+        if not modules or any(module.disable_adapters for module in modules):
+            raise ValueError(
+                "A text with an image is embedded by an adapter (--stage fused-retrieval), and none is active: call "
+                "model.load_adapter(folder), or embed text and image in two calls."
+            )
+        active = [module._active_adapter for module in modules]
+        try:
+            for module in modules:
+                module._active_adapter = [self._fused_adapter]
+            yield
+        finally:
+            for module, names in zip(modules, active):
+                module._active_adapter = names
 
     def active_adapters(self: Any) -> list[str]:
         """Names of the adapters that `set_adapter` chose, in the order they were loaded, switched off or not."""
         self._check_loaded([])
         active = {name for module in adapter_modules(self) for name in module.active_adapters}
-        return [name for name in self.peft_config if name in active]
+        return [name for name in self.peft_config if name in active or name == self._fused_adapter]
 
     def enable_adapters(self: Any, enabled: bool = True) -> None:
         """Undoes `disable_adapters`: the adapters that `set_adapter` chose are active again."""
@@ -156,12 +198,16 @@ class RegionAdapterMixin:
         self._check_loaded(names)
         for name in names:
             delete_adapter(self, name, prefix=f"{self.peft_config.pop(name).peft_type.value.lower()}_")
+            if name == self._fused_adapter:
+                self._fused_adapter = None
         if not self.peft_config:
             del self.peft_config
             self._hf_peft_config_loaded = False
-        for name, module in list(self.named_children()):
+        for name, module in list(self.named_modules()):
             if hasattr(module, "modules_to_save") and not module.modules_to_save:
-                setattr(self, name, module.original_module)
+                self.set_submodule(name, module.original_module)
+            elif hasattr(module, "lora_A") and not (module.lora_A or module.lora_embedding_A):
+                self.set_submodule(name, module.base_layer)
 
     def _check_loaded(self, names: list[str]) -> None:
         """Raises ValueError if an adapter of `names`, or every adapter, is missing."""
@@ -182,6 +228,18 @@ def adapter_modules(model: nn.Module) -> list[Any]:
     return [module for module in model.modules() if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)]
 
 
+def adapter_stage(modules_to_save: Sequence[str] | None, auto_mapping: dict[str, Any] | None) -> str | None:
+    """The stage that trained an adapter, from two entries of its configuration; None for any other adapter."""
+    if (auto_mapping or {}).get("stage") == FUSED_ADAPTER:
+        return FUSED_ADAPTER
+    return next((stage for stage, own in REGION_ADAPTERS.items() if {*own} == {*(modules_to_save or ())}), None)
+
+
+def is_fused(config: Any) -> bool:
+    """Whether this PEFT configuration is one of an adapter of fused queries."""
+    return adapter_stage(None, config.auto_mapping) == FUSED_ADAPTER
+
+
 def active_adapters_of(module: Any) -> list[str]:
     """The active adapter that has a copy of this module; none if adapters are switched off."""
     if not hasattr(module, "modules_to_save") or module.disable_adapters:
@@ -189,4 +247,4 @@ def active_adapters_of(module: Any) -> list[str]:
     return list(module.active_adapters)
 
 
-__all__ = ["REGION_ADAPTERS", "RegionAdapterMixin", "active_adapters_of"]
+__all__ = ["ADAPTERS", "FUSED_ADAPTER", "REGION_ADAPTERS", "AdapterMixin", "active_adapters_of", "adapter_stage"]

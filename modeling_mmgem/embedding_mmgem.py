@@ -128,6 +128,65 @@ class EmbeddingMixin:
         Raises:
             ValueError: if a row has no [EMB].
         """
+        return self._features_at_emb(self.get_input_embeddings()(input_ids), input_ids, attention_mask, position_ids)
+
+    def get_fused_features(
+        self: Any,
+        input_ids: torch.Tensor,
+        pixel_values: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPooling:
+        """
+        W_Emb of texts with images, not normalised: h2 of the hidden state at [EMB] of "<image> text [EMB]", by the
+        active adapter of fused queries.
+
+        Args:
+            input_ids (`torch.LongTensor` of shape `(B, T)`): of `processor(images=…, text=…, task="embed")`; without
+                placeholders, as other libraries call the processor, they are put behind BOS here.
+            pixel_values (`torch.FloatTensor` of shape `(B, 3, height, width)`): one image per text.
+            attention_mask (`torch.Tensor` of shape `(B, T)`, *optional*).
+
+        Returns:
+            `BaseModelOutputWithPooling`: `pooler_output` of shape `(B, D)`, `last_hidden_state` `(B, T, H)`.
+
+        Raises:
+            ValueError: for another number of images than of texts, or another k of the placeholders; if no adapter of
+                fused queries is active.
+        """
+        if len(input_ids) != len(pixel_values):
+            raise ValueError(f"{len(input_ids)} texts came with {len(pixel_values)} images; each text needs one.")
+        if attention_mask is None:
+            attention_mask = mask_of_padding(input_ids, self.generation_config)
+        if not torch.compiler.is_compiling() and not input_ids.eq(self.config.image_token_id).any():
+            input_ids, attention_mask = self._with_placeholders(input_ids, attention_mask)
+        images = self._encode_images(pixel_values)
+        with self.in_fused_call():
+            inputs_embeds = self._build_inputs(input_ids, images, check=True)
+            return self._features_at_emb(inputs_embeds, input_ids, attention_mask)
+
+    def _with_placeholders(
+        self: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Rows "(BOS) text [EMB]" with k x k `<image>` before the text, and their mask."""
+        count = self.config.image_grid_size**2
+        is_text = torch.ones_like(input_ids) if attention_mask is None else attention_mask.long()
+        start = is_text.argmax(-1, keepdim=True)  # left padding ends here
+        start = start + input_ids.gather(1, start).eq(self.generation_config.bos_token_id)
+        index = torch.arange(input_ids.shape[1] + count, device=input_ids.device)
+        source = torch.where(index < start, index, (index - count).clamp(min=0))
+        is_image = (index >= start) & (index < start + count)
+        ids = input_ids.gather(1, source).masked_fill(is_image, self.config.image_token_id)
+        return ids, None if attention_mask is None else is_text.gather(1, source).masked_fill(is_image, 1)
+
+    def _features_at_emb(
+        self: Any,
+        inputs_embeds: torch.Tensor,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.Tensor | None = None,
+    ) -> BaseModelOutputWithPooling:
+        """h2 of the hidden state at the last [EMB] of each row."""
         is_emb = input_ids.eq(self.config.emb_token_id)
         torch_compilable_check(
             is_emb.any(-1).all(),
@@ -135,7 +194,6 @@ class EmbeddingMixin:
         )
         if attention_mask is None and position_ids is None:
             attention_mask = mask_of_padding(input_ids, self.generation_config)
-        inputs_embeds = self.get_input_embeddings()(input_ids)
         hidden = self._run_language_model(inputs_embeds, attention_mask, position_ids).last_hidden_state
         last = input_ids.shape[1] - 1 - is_emb.flip(-1).int().argmax(-1)
         at_emb = hidden[torch.arange(len(hidden), device=hidden.device), last.to(hidden.device)]
@@ -152,9 +210,9 @@ class EmbeddingMixin:
         dim: int | None = None,
     ) -> torch.Tensor:
         """
-        Embeddings of texts, of images, or of regions of images, in one space.
+        Embeddings of texts, of images, of regions of images, or of texts with images, in one space.
 
-        Args: as [`get_text_features`] or [`get_image_features`], and
+        Args: as [`get_text_features`], [`get_image_features`] or [`get_fused_features`], and
             dim (`int`, *optional*): the first `dim` numbers alone, for models trained with `matryoshka_dims`.
 
         Returns:
@@ -162,24 +220,34 @@ class EmbeddingMixin:
             False). float32 whatever the weights' precision: in 16 bits a norm of 1 is off by up to 0.004.
 
         Raises:
-            ValueError: for texts and images in one call, or neither; for a `dim` that is not between 1 and D.
+            ValueError: for neither texts nor images; for texts beside images that are not fused; for a `dim` that is
+                not between 1 and D.
         """
-        if (input_ids is None) == (pixel_values is None):
-            raise ValueError(
-                "get_embedding takes texts (input_ids) or images (pixel_values), one of the two; call it twice to "
-                "embed both."
-            )
+        if input_ids is None and pixel_values is None:
+            raise ValueError("Pass texts (input_ids), images (pixel_values), or texts with images (task='embed').")
         if dim is not None and not 1 <= dim <= self.config.projection_dim:
             raise ValueError(
                 f"dim is {dim}, but embeddings have {self.config.projection_dim} numbers; pass at most that."
             )
-        if pixel_values is not None:
+        if input_ids is None:
             features = self.get_image_features(pixel_values, boxes, masks, region_mask)
-        else:
-            assert input_ids is not None
+        elif pixel_values is None:
             features = self.get_text_features(input_ids, attention_mask)
+        else:
+            self._check_fused(input_ids, region_mask)
+            features = self.get_fused_features(input_ids, pixel_values, attention_mask)
         embeds: torch.Tensor = features.pooler_output  # type: ignore[assignment]
         return unit_norm(embeds[..., :dim])
+
+    def _check_fused(self: Any, input_ids: torch.Tensor, region_mask: torch.Tensor | None) -> None:
+        """Raises ValueError for texts that are not written around an image, or around regions."""
+        if region_mask is not None:
+            raise ValueError("A text is embedded with a whole image. Leave out boxes and masks.")
+        torch_compilable_check(
+            input_ids.eq(self.config.image_token_id).any(-1).all(),
+            "A text holds no <image>. processor(images=…, text=…, task='embed') embeds each text with its image; to "
+            "embed both by themselves, call get_embedding twice.",
+        )
 
 
 def unit_norm(embeds: torch.Tensor) -> torch.Tensor:

@@ -52,6 +52,8 @@ def contrastive_loss(
     pair_ids: torch.Tensor | None = None,
     all_pair_ids: torch.Tensor | None = None,
     dims: Sequence[int] = (),
+    negative_embeds: torch.Tensor | None = None,
+    negative_ids: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """
     L_Emb = L_v2t + L_t2v (paper, equation 2): InfoNCE both ways, the plain sum. Each half is a mean over the rows.
@@ -72,6 +74,10 @@ def contrastive_loss(
         all_pair_ids (`torch.LongTensor` of shape `(M, K)`, *optional*): those of the columns.
         dims (*optional*): shorter lengths, for Matryoshka embeddings (Kusupati et al., 2022): the loss is then the
             mean of those at each length and at D.
+        negative_embeds (`torch.FloatTensor` of shape `(K, D)`, *optional*): hard negatives, as more columns of the
+            texts (or of queries that stand in their place).
+        negative_ids (`torch.LongTensor` of shape `(K,)`, *optional*): one that is the last number of a row in
+            `pair_ids` is no negative of it.
 
     Returns:
         `torch.FloatTensor`, scalar, in nats.
@@ -85,7 +91,8 @@ def contrastive_loss(
             texts, images, all_texts, all_images = (
                 shortened(embeds, dim) for embeds in (text_embeds, image_embeds, all_text_embeds, all_image_embeds)
             )
-            columns = (all_texts, all_images, offset, pair_ids, all_pair_ids)
+            negatives = None if negative_embeds is None else shortened(negative_embeds, dim)
+            columns = (all_texts, all_images, offset, pair_ids, all_pair_ids, (), negatives, negative_ids)
             losses.append(contrastive_loss(texts, images, logit_scale, *columns))
         return torch.stack(losses).mean()
     rows = max(1, BLOCK_SIZE // len(all_text_embeds))
@@ -101,6 +108,8 @@ def contrastive_loss(
             offset + start,
             None if pair_ids is None else pair_ids[start:end],
             all_pair_ids,
+            negative_embeds,
+            negative_ids,
         )
         if len(text_embeds) <= rows:
             total = total + _block_loss(*block)
@@ -123,6 +132,8 @@ def _block_loss(
     offset: int,
     pair_ids: torch.Tensor | None,
     all_pair_ids: torch.Tensor | None,
+    negative_embeds: torch.Tensor | None,
+    negative_ids: torch.Tensor | None,
 ) -> torch.Tensor:
     """Both cross-entropies, summed over a block of rows."""
     logits_per_text = similarity_logits(text_embeds, all_image_embeds, logit_scale)
@@ -135,6 +146,11 @@ def _block_loss(
         duplicates.scatter_(1, targets[:, None], False)
         logits_per_text = logits_per_text.masked_fill(duplicates, -torch.inf)
         logits_per_image = logits_per_image.masked_fill(duplicates, -torch.inf)
+    if negative_embeds is not None:
+        logits = similarity_logits(text_embeds, negative_embeds, logit_scale)
+        if pair_ids is not None and negative_ids is not None:
+            logits = logits.masked_fill(pair_ids[:, -1:] == negative_ids, -torch.inf)
+        logits_per_text = torch.cat([logits_per_text, logits], 1)
     return F.cross_entropy(logits_per_text, targets, reduction="sum") + F.cross_entropy(
         logits_per_image, targets, reduction="sum"
     )

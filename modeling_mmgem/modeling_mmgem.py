@@ -12,7 +12,7 @@ after the ViT's final norm, without CLS and registers; a prompt is "<bos> <image
 a region gives k x k visual tokens; tau is learned as the logarithm of 1 / tau. With `config.image_pooling` and
 `config.image_grid_size` whole images are embedded from other vectors, and give k x k visual tokens too.
 
-Stage 2 trains copies of h3 and [CAP_i], or of h4, as adapters beside frozen weights: see `adapters_mmgem.py`.
+Adapters of regions, and of texts with images, are trained beside these weights: see `adapters_mmgem.py`.
 """
 
 from typing import Any
@@ -27,7 +27,7 @@ from transformers.utils import torch_compilable_check
 from transformers.utils.generic import can_return_tuple
 
 from ..configuration.configuration_mmgem import MMGEMConfig
-from .adapters_mmgem import RegionAdapterMixin
+from .adapters_mmgem import AdapterMixin
 from .conversion_mmgem import from_vision_text_pretrained
 from .embedding_mmgem import EmbeddingMixin, unit_norm
 from .generation_mmgem import CaptionGenerationMixin
@@ -47,7 +47,7 @@ from .pooling_mmgem import PoolAggregator
 from .vision_mmgem import EncodedImages, build_vision_model, check_image_pooling, check_vision_config, encode_images
 
 
-class MMGEMModel(CheckedLoadingMixin, RegionAdapterMixin, EmbeddingMixin, CaptionGenerationMixin, PreTrainedModel):
+class MMGEMModel(CheckedLoadingMixin, AdapterMixin, EmbeddingMixin, CaptionGenerationMixin, PreTrainedModel):
     """
     MM-GEM: one language model embeds a text, and captions an image, a box or a mask of it.
 

@@ -7,7 +7,6 @@ from numbers import Integral
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
 from transformers import AutoTokenizer, BatchFeature, ProcessorMixin
 from transformers.utils import logging
@@ -16,7 +15,7 @@ from ..configuration.hub_options_mmgem import checked_hub_options
 from .chat_mmgem import CHAT_TEMPLATE, around_image
 from .image_processors_mmgem import check_moments, load_image_processor
 from .images_mmgem import is_one_image, read_image, with_one_scale
-from .regions_mmgem import map_regions
+from .regions_mmgem import MMGEMBatchFeature, map_regions
 from .tokenization_mmgem import (
     CAP_TOKEN,
     EMB_TOKEN,
@@ -30,22 +29,10 @@ from .tokenization_mmgem import (
 
 logger = logging.get_logger(__name__)
 
-TASKS = ("caption", "region-caption", "score")
+TASKS = ("embed", "caption", "region-caption", "score")
 TEXT_KWARGS = ("max_length", "truncation", "padding", "padding_side")
 GEOMETRY_KWARGS = ("do_resize", "size", "do_center_crop", "crop_size", "do_pad", "pad_size")
 KWARGS_BY_MODALITY = ("text_kwargs", "images_kwargs", "common_kwargs", "audio_kwargs", "videos_kwargs")
-
-
-class MMGEMBatchFeature(BatchFeature):
-    """A `BatchFeature` whose boxes stay exact when images are cast to 16 bits: bfloat16 rounds 301 to 300."""
-
-    def to(self, *args: Any, **kwargs: Any) -> "MMGEMBatchFeature":
-        """[`BatchFeature.to`]; `boxes` change their device, not their dtype."""
-        boxes = self.get("boxes")
-        super().to(*args, **kwargs)
-        if isinstance(boxes, torch.Tensor):
-            self["boxes"] = boxes.to(self["boxes"].device)
-        return self
 
 
 class MMGEMProcessor(ProcessorMixin):
@@ -136,8 +123,8 @@ class MMGEMProcessor(ProcessorMixin):
         **kwargs: Any,
     ) -> BatchFeature:
         """
-        Without a task, texts are sentences to embed, with or without images (as in CLIP). With a task, or if every
-        text of a call with images holds `<image>`, it writes prompts for `generate`.
+        Without a task, texts are sentences to embed, beside images or not (as in CLIP). With a task, or if every text
+        of a call with images holds `<image>`, it writes prompts for `generate`; with "embed", texts around images.
 
         A text is letters, whatever it spells: `<image>` is a placeholder in a chat template, and in a call with images
         and without a task in which every text holds it. White space around a text and NUL are removed.
@@ -153,9 +140,9 @@ class MMGEMProcessor(ProcessorMixin):
             masks: per image a list of `(height, width)` arrays, 0 outside the region and 1 inside; instead of boxes.
             image_embeds: `(B, D)`, instead of images for `task="caption"`: see [`MMGEMModel.generate`].
             task (`str`, *optional*): "caption" (one prompt per image: k x k placeholders and [CAP]), "region-caption"
-                (one per region: k x k placeholders and 64 [CAP]), or "score": prompts of the images, or of the
-                regions if there are any, and the texts as `labels` `(N, T)`, -100 behind their ends, for
-                [`MMGEMModel.score`].
+                (one per region: k x k placeholders and 64 [CAP]), "embed" (each text with its image, as one query), or
+                "score": prompts of the images, or of the regions if there are any, and the texts as `labels` `(N, T)`,
+                -100 behind their ends, for [`MMGEMModel.score`].
             return_tensors (`str`, *optional*): "pt" or "np".
             **kwargs: `max_length` (None: the processor's own), `truncation` (True truncates long texts without a
                 warning, False leaves them; too long a prompt is refused), `padding`, `padding_side` for texts; options
@@ -187,7 +174,13 @@ class MMGEMProcessor(ProcessorMixin):
             if task != "caption" or images:
                 raise ValueError('image_embeds stand for the images of task="caption". Leave out images.')
             data["image_embeds"] = image_embeds
-        if task is not None:
+        if task == "embed":
+            if len(texts or []) != len(images):
+                raise ValueError(f'task="embed" takes one image per text, got {len(images)} for {len(texts or [])}.')
+            if "region_mask" in data:
+                raise ValueError('task="embed" takes whole images. Leave out boxes and masks.')
+            data.update(self._sentences(texts or [], text_kwargs, self.visual_placeholders))
+        elif task is not None:
             prompts = [("", sample) for sample in texts or [""]]
             if task == "score":
                 data["labels"] = self._labels(texts or [], text_kwargs)
@@ -202,9 +195,14 @@ class MMGEMProcessor(ProcessorMixin):
         return MMGEMBatchFeature(data, tensor_type=return_tensors)
 
     @property
+    def visual_placeholders(self) -> list[str]:
+        """The tokens that a whole image becomes."""
+        return [IMAGE_TOKEN] * self.image_grid_size**2
+
+    @property
     def image_prompt(self) -> list[str]:
         """The tokens between BOS and the caption of a whole image."""
-        return [IMAGE_TOKEN] * self.image_grid_size**2 + [CAP_TOKEN]
+        return [*self.visual_placeholders, CAP_TOKEN]
 
     @property
     def region_prompt(self) -> list[str]:
@@ -219,6 +217,11 @@ class MMGEMProcessor(ProcessorMixin):
     def sentence_ids(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids "(BOS) text [EMB]" of each text, not truncated; training and evaluation read texts by it too."""
         return self.tokenizer(list(map(as_sentence, texts)), split_special_tokens=True, verbose=False)["input_ids"]
+
+    def with_opening(self, sentences: Sequence[list[int]], opening: Sequence[str]) -> list[list[int]]:
+        """Token ids of sentences ([`sentence_ids`]) with these tokens behind BOS."""
+        start, ids = int(bool(self.bos)), self.tokenizer.convert_tokens_to_ids(list(opening))
+        return [[*row[:start], *ids, *row[start:]] for row in sentences]
 
     def caption_ids(self, sentences: Sequence[list[int]], max_length: int) -> list[list[int]]:
         """
@@ -245,8 +248,8 @@ class MMGEMProcessor(ProcessorMixin):
             raise ValueError("Nothing to process: pass text, images, or both.")
         if task is not None and images is None:
             raise ValueError(f"task={task!r} needs images, but there are none: pass images.")
-        if task == "score" and texts is None:
-            raise ValueError('task="score" needs the texts to score: pass text.')
+        if task in ("embed", "score") and texts is None:
+            raise ValueError(f'task="{task}" needs texts, but there are none: pass text.')
         if texts is None:
             return
         if not texts:
@@ -258,8 +261,8 @@ class MMGEMProcessor(ProcessorMixin):
                 is_empty = not as_sentence(sample)
             except ValueError as error:
                 raise ValueError(f"text[{i}] of this call: {error}") from error
-            if task in (None, "score") and is_empty:
-                to_embed = images is not None and task is None
+            if task in (None, "embed", "score") and is_empty:
+                to_embed = images is not None and task in (None, "embed")
                 beside = ', leave text out to embed the image, or caption it: task="caption"' if to_embed else ""
                 raise ValueError(f"text[{i}] of this call is empty, {sample!r}: drop it{beside}.")
 
@@ -302,11 +305,11 @@ class MMGEMProcessor(ProcessorMixin):
         regions, region_mask = map_regions(boxes if masks is None else masks, sizes, self.image_processor, kind)
         return {kind: regions, "region_mask": region_mask}
 
-    def _sentences(self, texts: list[str], text_kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Rows "(BOS) text [EMB]"."""
+    def _sentences(self, texts: list[str], text_kwargs: dict[str, Any], opening: Sequence[str] = ()) -> dict[str, Any]:
+        """Rows "(BOS) text [EMB]", with the tokens of `opening` before the text."""
         rows, limit, max_length = self._limited(texts, text_kwargs)
-        rows = [row if len(row) <= limit else row[: limit - 1] + row[-1:] for row in rows]
-        return self._padded(rows, max_length, {"padding": True, **text_kwargs})
+        rows = self.with_opening([row if len(row) <= limit else row[: limit - 1] + row[-1:] for row in rows], opening)
+        return self._padded(rows, max_length + len(opening), {"padding": True, **text_kwargs})
 
     def _labels(self, texts: list[str], text_kwargs: dict[str, Any]) -> Any:
         """Rows "text EOS", `(N, T)`, -100 behind their ends."""

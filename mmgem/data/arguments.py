@@ -48,6 +48,10 @@ class DataArguments(TableArguments):
     """Images with captions, and for stage 2 with regions."""
 
     train_file: str | None = option(None, "Training table: parquet, jsonl, json or csv.")
+    train_mixture: str | None = option(
+        None,
+        "fused-retrieval: YAML, a list of datasets of triplets with weights and instructions (docs/questions.md).",
+    )
     validation_file: str | None = option(None, "Table to evaluate on: parquet, jsonl, json or csv.")
     train_shards: list[str] | None = option(
         None,
@@ -72,12 +76,12 @@ class DataArguments(TableArguments):
     )
 
     def __post_init__(self) -> None:
-        self.require_one_of(("dataset_name", "train_file", "train_shards", "train_annotations"))
+        self.require_one_of(("dataset_name", "train_file", "train_mixture", "train_shards", "train_annotations"))
         self.require_image_folders(self.train_annotations or self.validation_annotations)
         if self.dataset_name is not None and (self.validation_file or self.validation_annotations):
             raise ValueError(
-                "validation_file and validation_annotations go with train_file, train_shards or train_annotations; "
-                "a dataset_name brings its own splits."
+                "validation_file and validation_annotations go with training files; a dataset_name brings its own "
+                "splits."
             )
         if self.validation_annotations and self.validation_file:
             raise ValueError("Give validation_file or validation_annotations, not both.")

@@ -10,6 +10,7 @@ from torch.nn.utils.rnn import pad_sequence
 from ..processing import MMGEMProcessor
 from .pairs import BadDataError, digest
 from .regions import regions_inside
+from .triplets import Item
 
 
 # What is kept of an image that went through the ViT before.
@@ -204,6 +205,45 @@ class RegionCollator(PairCollator):
             "bad": {index: reason for example in examples for index, reason in example["bad"].items()},
             **self.images(examples),
         }
+        return batch
+
+
+class FusedCollator(PairCollator):
+    """
+    Collates examples of a [`TripletDataset`]. `input_ids`, `attention_mask` and `pixel_values` hold the items with
+    both an image and a text; `texts` and `images` the inputs of those with one of them. In their order, `queries`
+    `(B,)` are the indices of the queries, `answers` `(B + K,)` those of the targets and of the K negatives, and
+    `pair_ids` `(2 B + K,)` the hashes of queries and answers.
+    """
+
+    def __init__(self, processor: MMGEMProcessor):
+        super().__init__(processor, "contrastive")
+
+    def __call__(self, examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        queries, targets = ([example[side] for example in examples] for side in ("query", "target"))
+        negatives = [example["negative"] for example in examples if example["negative"] is not None]
+        items: list[Item] = [*queries, *targets, *negatives]
+        ids = self.processor.sentence_ids([item.text for item in items])
+        fused = [i for i, item in enumerate(items) if item.is_fused]
+        texts = [i for i, item in enumerate(items) if item.image is None]
+        images = [i for i, item in enumerate(items) if not item.text]
+        places = torch.tensor([*fused, *texts, *images]).argsort()
+        sentences = [tokens for tokens, _ in self._sentences(ids)]
+        rows = self.processor.with_opening([sentences[i] for i in fused], self.processor.visual_placeholders)
+        batch = {
+            **self.processor.tokenizer.pad({"input_ids": rows}, return_tensors="pt"),
+            "pixel_values": self.pixel_values([items[i].image for i in fused]),
+            "queries": places[: len(queries)],
+            "answers": places[len(queries) :],
+            "pair_ids": torch.tensor([item.id for item in items]),
+            "truncated": sum(len(row) > self.processor.max_length for row in ids),
+            "bad": {index: reason for example in examples for index, reason in example["bad"].items()},
+        }
+        if texts:
+            padded = self.processor.tokenizer.pad({"input_ids": [sentences[i] for i in texts]}, return_tensors="pt")
+            batch["texts"] = dict(padded)
+        if images:
+            batch["images"] = {"pixel_values": self.pixel_values([items[i].image for i in images])}
         return batch
 
 

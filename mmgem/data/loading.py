@@ -8,13 +8,16 @@ from typing import Any, TypeVar
 import datasets
 from transformers.utils import logging
 
+from ..options import load_yaml
 from .annotations import read_annotations
 from .arguments import DataArguments, TableArguments
+from .composed_scenes import ComposedScenesDataset
 from .pairs import PairDataset
 from .regions import RegionDataset
 from .scenes import ScenesDataset
 from .shards import ShardStream, expand_shards
 from .table_files import load_named, read_file
+from .triplets import TripletDataset, TripletSource, with_triplet_columns
 
 
 logger = logging.get_logger(__name__)
@@ -22,6 +25,13 @@ logger = logging.get_logger(__name__)
 DatasetT = TypeVar("DatasetT", bound=PairDataset)
 # Datasets that are drawn, by `--dataset_name`: see `ScenesDataset` for what such a class provides.
 BUILT_IN = {"scenes": ScenesDataset}
+# The options of a dataset in a mixture of triplets, with their types.
+MIXTURE_OPTIONS: dict[str, Any] = {
+    **dict.fromkeys(("train_file", "dataset_name", "dataset_config_name", "split", "image_folder"), str),
+    **dict.fromkeys(("query_instruction", "target_instruction"), str),
+    "weight": (int, float),
+    "max_samples": int,
+}
 HELD_OUT_SPLITS = ("validation", "val", "valid", "dev", "eval", "test")
 
 
@@ -78,6 +88,39 @@ def load_regions(arguments: DataArguments, image_size: int, seed: int) -> tuple[
     return _train_and_held_out(arguments, image_size, seed, _regions)
 
 
+def load_triplets(
+    arguments: DataArguments, image_size: int, seed: int
+) -> tuple[TripletDataset, TripletDataset | None]:
+    """
+    The triplets to train fused-retrieval on, those of a mixture too, and those to evaluate on.
+
+    Raises:
+        ValueError, FileNotFoundError: as [`load_pairs`]; for shards and annotations, which hold no triplets; for a
+            mixture that is no list of datasets, with the entry.
+    """
+    if arguments.train_shards or arguments.train_annotations or arguments.validation_annotations:
+        raise ValueError(
+            "Shards and annotations hold no triplets. Give --train_file, --train_mixture or --dataset_name."
+        )
+    if arguments.train_mixture is not None:
+        held_out = _read_held_out(arguments)
+        eval_dataset = None if held_out is None else _triplets(held_out, arguments, seed, held_out=True)
+        return _read_mixture(arguments.train_mixture, seed), eval_dataset
+    return _train_and_held_out(arguments, image_size, seed, _triplets, {"scenes": ComposedScenesDataset})
+
+
+def triplets_of(
+    tables: Sequence[Table], seed: int, settings: Sequence[dict[str, Any]] | None = None
+) -> TripletDataset:
+    """One dataset of several tables; `settings` are those of [`TripletSource`]."""
+    rows = [with_triplet_columns(table.rows) for table in tables]
+    sources = [
+        TripletSource(len(own), **{"weight": float(len(own)), "root": table.root, **given})
+        for own, table, given in zip(rows, tables, settings or [{}] * len(tables), strict=True)
+    ]
+    return TripletDataset(datasets.concatenate_datasets(rows) if len(rows) > 1 else rows[0], sources, seed)
+
+
 def read_table(path: str, split: str) -> Table:
     """A table file, whose relative image paths start at its own folder."""
     return Table(read_file(path, split), os.path.dirname(path))
@@ -126,16 +169,22 @@ def checked_table(table: Table, arguments: Any, needed: Sequence[str], limit: in
 
 
 def _train_and_held_out(
-    arguments: DataArguments, image_size: int, seed: int, make: Callable[..., DatasetT]
+    arguments: DataArguments,
+    image_size: int,
+    seed: int,
+    make: Callable[..., DatasetT],
+    built_in: dict[str, Any] = BUILT_IN,
 ) -> tuple[DatasetT, DatasetT | None]:
-    train, held_out = _load_tables(arguments, image_size, seed)
+    train, held_out = _load_tables(arguments, image_size, seed, built_in)
     eval_dataset = None if held_out is None else make(held_out, arguments, seed, held_out=True)
     return make(train, arguments, seed), eval_dataset
 
 
-def _load_tables(arguments: DataArguments, image_size: int, seed: int) -> tuple[Table, Table | None]:
-    if arguments.dataset_name in BUILT_IN:
-        draw = BUILT_IN[arguments.dataset_name]
+def _load_tables(
+    arguments: DataArguments, image_size: int, seed: int, built_in: dict[str, Any]
+) -> tuple[Table, Table | None]:
+    if arguments.dataset_name in built_in:
+        draw = built_in[arguments.dataset_name]
         train = Table(draw("train", arguments.max_train_samples or 20_000, image_size, seed))
         # The held-out images are the same whatever the training seed.
         return train, Table(draw("test", arguments.max_eval_samples or 500, image_size))
@@ -194,3 +243,53 @@ def _regions(table: Table, arguments: DataArguments, seed: int, held_out: bool =
         seed=seed,
         root=table.root,
     )
+
+
+def _triplets(table: Table, arguments: DataArguments, seed: int, held_out: bool = False) -> TripletDataset:
+    if not isinstance(table.rows, datasets.Dataset):  # drawn
+        return TripletDataset(table.rows, seed=seed)
+    limit = arguments.max_eval_samples if held_out else arguments.max_train_samples
+    rows = table.rows.select(range(min(limit or len(table.rows), len(table.rows))))
+    root = arguments.image_folders[0] if arguments.image_folders else table.root
+    return triplets_of([Table(rows, root)], seed)
+
+
+def _read_mixture(path: str, seed: int) -> TripletDataset:
+    """A YAML list of datasets: each a mapping of the options in `MIXTURE_OPTIONS`, `train_file` or `dataset_name`."""
+    with open(path, "rb") as file:
+        entries = load_yaml(file, path)
+    if not isinstance(entries, list) or not entries:
+        raise ValueError(f"{path} must hold a list of datasets.")
+    tables, settings = [], []
+    for i, entry in enumerate(entries):
+        try:
+            table, given = _read_entry(entry)
+            with_triplet_columns(table.rows)
+        except (ValueError, OSError) as error:
+            raise ValueError(f"Entry {i} of {path}: {error}") from error
+        tables.append(table)
+        settings.append(given)
+    return triplets_of(tables, seed, settings)
+
+
+def _read_entry(entry: Any) -> tuple[Table, dict[str, Any]]:
+    if not isinstance(entry, dict):
+        raise ValueError("it is no mapping of options.")
+    for name, value in entry.items():
+        if name not in MIXTURE_OPTIONS:
+            raise ValueError(f"unknown option {name!r}; it has {', '.join(MIXTURE_OPTIONS)}.")
+        if not isinstance(value, MIXTURE_OPTIONS[name]) or isinstance(value, bool):
+            raise ValueError(f"{name} must not be {value!r}.")
+    if ("train_file" in entry) == ("dataset_name" in entry):
+        raise ValueError("it needs train_file or dataset_name, one of the two.")
+    if "train_file" in entry:
+        table = read_table(entry["train_file"], "train")
+    else:
+        table = Table(load_named(entry["dataset_name"], entry.get("dataset_config_name"), entry.get("split", "train")))
+    if (limit := entry.get("max_samples", len(table.rows))) < 1:
+        raise ValueError(f"max_samples must be 1 or more, got {limit}.")
+    rows = table.rows.select(range(min(limit, len(table.rows))))
+    given = {name: entry[name] for name in ("weight", "query_instruction", "target_instruction") if name in entry}
+    if not 0 < given.get("weight", 1) < float("inf"):
+        raise ValueError(f"weight must be a number above 0, got {given['weight']}.")
+    return Table(rows, entry.get("image_folder", table.root)), given

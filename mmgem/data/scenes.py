@@ -233,22 +233,27 @@ def sample_scene(rng: np.random.Generator, at_least: int = 1, at_most: int = 4) 
             x, y = rng.uniform(low, high, 2)
             colour, shape = colours[rng.integers(len(colours))], SHAPES[rng.integers(len(SHAPES))]
             new = SceneObject(size, colour, shape, float(x), float(y))
-            if all(_apart(new, other) for other in objects):
+            if all(are_apart(new, other) for other in objects):
                 objects.append(new)
             if len(objects) == count:
-                objects.sort(key=lambda item: (item.size == "small", item.x))
-                if not all(_plain(a, b) for a, b in itertools.pairwise(objects)):
+                objects = in_order(objects)
+                if not all(is_plain(a, b) for a, b in itertools.pairwise(objects)):
                     break
                 tone = list(TONES)[rng.integers(len(TONES))]
                 texture = TEXTURES[rng.integers(len(TEXTURES))]
                 return Scene(tuple(objects), tone, texture, int(rng.integers(2**31)))
 
 
-def _apart(a: SceneObject, b: SceneObject) -> bool:
+def in_order(objects: Sequence[SceneObject]) -> list[SceneObject]:
+    """As captions name them: the large ones first, then from left to right."""
+    return sorted(objects, key=lambda item: (item.size == "small", item.x))
+
+
+def are_apart(a: SceneObject, b: SceneObject) -> bool:
     return max(abs(a.x - b.x), abs(a.y - b.y)) > a.radius + b.radius + GAP
 
 
-def _plain(a: SceneObject, b: SceneObject) -> bool:
+def is_plain(a: SceneObject, b: SceneObject) -> bool:
     return abs(abs(a.x - b.x) - abs(a.y - b.y)) >= MARGIN
 
 

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+from torch.nn.functional import normalize
 from transformers.utils import logging
 
 from ..data.pairs import BadDataError, PairDataset
@@ -64,6 +65,31 @@ def embed_images(
     boxes = [[[0, 0, *image.size]] for image in images] if whole_image_box else None
     inputs = processor(images=list(images), boxes=boxes, return_tensors="pt").to(model.device)
     return model.get_embedding(**inputs).float().cpu().view(len(images), -1)
+
+
+@torch.inference_mode()
+def embed_fused(
+    model: MMGEMModel, processor: MMGEMProcessor, images: Sequence[Any], texts: Sequence[str]
+) -> torch.Tensor:
+    """`(N, D)` of texts, each with its image, by the active adapter of fused queries; as [`embed_images`]."""
+    inputs = processor(images=list(images), text=list(texts), task="embed", truncation=True, return_tensors="pt")
+    return model.get_embedding(**inputs.to(model.device)).float().cpu()
+
+
+def embed_averaged(
+    model: MMGEMModel, processor: MMGEMProcessor, images: Sequence[Any], texts: Sequence[str]
+) -> torch.Tensor:
+    """
+    `(N, D)`: the normalised mean of the plain embeddings of images and texts. Where the image is None or the text
+    empty, the embedding of the other.
+    """
+    embeds = torch.zeros(len(texts), model.config.projection_dim)
+    with_text = [i for i, text in enumerate(texts) if text]
+    with_image = [i for i, image in enumerate(images) if image is not None]
+    embeds[with_text] += embed_texts(model, processor, [texts[i] for i in with_text])
+    if with_image:
+        embeds[with_image] += embed_images(model, processor, [images[i] for i in with_image])
+    return normalize(embeds, dim=-1)
 
 
 def caption_inputs(model: MMGEMModel, processor: MMGEMProcessor, inputs: Any, **generation: Any) -> list[str]:

@@ -69,7 +69,11 @@ def retrieval_metrics(
 
 
 def best_ranks(
-    queries: torch.Tensor, items: torch.Tensor, right: torch.Tensor, chunk_size: int = 2048
+    queries: torch.Tensor,
+    items: torch.Tensor,
+    right: torch.Tensor,
+    chunk_size: int = 2048,
+    left_out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """
     `(Q,)`: the rank, from 1 on, of each query's best right item among its wrong items.
@@ -77,15 +81,18 @@ def best_ranks(
     Args:
         queries (`(Q, D)`), items (`(N, D)`): unit norm, finite.
         right (`torch.LongTensor` of shape `(M, 2)`): all right pairs of query and item; each query has one.
+        left_out (`torch.LongTensor` of shape `(L, 2)`, *optional*): pairs that are neither right nor wrong.
     """
     right = right[right[:, 0].argsort(stable=True)]
+    ignored = right if left_out is None else torch.cat([right, left_out])
+    ignored = ignored[ignored[:, 0].argsort(stable=True)]
     own = torch.cat([(queries[q] * items[i]).sum(-1) for q, i in (part.T for part in right.split(chunk_size))])
     best = own.new_full((len(queries),), -torch.inf).scatter_reduce(0, right[:, 0], own, "amax")
     ranks = torch.ones(len(queries), dtype=torch.int64, device=queries.device)
     for start in range(0, len(queries), chunk_size):
         end = min(start + chunk_size, len(queries))
-        first, last = torch.searchsorted(right[:, 0].contiguous(), torch.tensor([start, end], device=right.device))
-        own_pairs = right[first:last]
+        first, last = torch.searchsorted(ignored[:, 0].contiguous(), torch.tensor([start, end], device=right.device))
+        own_pairs = ignored[first:last]
         for begin in range(0, len(items), chunk_size):
             similarity = queries[start:end] @ items[begin : begin + chunk_size].T
             nearer = similarity >= best[start:end, None] - TIE

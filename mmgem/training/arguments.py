@@ -17,6 +17,7 @@ from ..options import checked_token, option, parse_options
 from .checks import PYTORCH_OPTIMIZERS, refuse_unsupported, refuse_unsupported_loaders, warn_of_slow_bfloat16
 
 
+FUSED_RANK = 16  # of fused-retrieval's matrices by default
 MINIMA = {
     "per_device_train_batch_size": 1,
     "per_device_eval_batch_size": 1,
@@ -133,10 +134,11 @@ class MMGEMTrainingArguments(TrainingArguments):
     stage 1, and of the adapter in stage 2.
     """
 
-    stage: Literal["1", "region-caption", "region-retrieval"] = option(
+    stage: Literal["1", "region-caption", "region-retrieval", "fused-retrieval"] = option(
         "1",
-        "1 trains everything on images with captions. Stage 2 trains an adapter on regions, beside the frozen "
-        "model of --init_from: h3 and soft prompts (region-caption) or h4 (region-retrieval).",
+        "1 trains everything on images with captions. The others train an adapter beside the frozen model of "
+        "--init_from: h3 and soft prompts (region-caption) or h4 (region-retrieval) on regions, or LoRA "
+        "(fused-retrieval) on queries of an image with a text.",
     )
     dry_run: bool = option(False, "Print parameters, memory per device and cost of a step, and stop.")
     cache_features: bool = option(
@@ -172,7 +174,8 @@ class MMGEMTrainingArguments(TrainingArguments):
     lora_rank: int = option(
         0,
         "Train LoRA matrices of this rank beside the language model's, its new tokens' rows and the projections, "
-        "and nothing else; 0: everything. What is saved in the end is one plain model.",
+        "and nothing else; 0: everything. What is saved in the end is one plain model. fused-retrieval: 16 by "
+        "default, and saved as an adapter.",
     )
     lora_alpha: int | None = option(None, "LoRA's scale; twice the rank by default.")
     freeze: list[str] = option([], "Parameters not to train: names or beginnings of names, such as vision_model.")
@@ -194,7 +197,7 @@ class MMGEMTrainingArguments(TrainingArguments):
         self._set_metric_for_best_model()
         self._read_evaluation_config()
         if self.stage != "1":
-            self._set_up_stage_2()
+            self._set_up_adapter()
         if self.feature_cache_dir is not None and not self.cache_features:
             raise ValueError("feature_cache_dir is the folder of cached features: pass --cache_features true too.")
         if self.mini_batch_size and self.objective == "caption":
@@ -275,11 +278,16 @@ class MMGEMTrainingArguments(TrainingArguments):
         if self.evaluation.adapters:
             raise ValueError(f"{self.evaluation_config}: a model in training has no adapters.")
 
-    def _set_up_stage_2(self) -> None:
+    def _set_up_adapter(self) -> None:
         """The objective follows from the stage, and there is one learning rate."""
         defaults = {f.name: f.default if f.default is not MISSING else [] for f in fields(self)}
-        stage_1 = ("objective", "mini_batch_size", "lora_rank", "freeze", "projection_lr_multiplier")
-        for name in (*stage_1, "generation_num_beams"):
+        stage_1 = ["objective", "mini_batch_size", "freeze", "projection_lr_multiplier", "generation_num_beams"]
+        if self.stage == "fused-retrieval":
+            stage_1.append("cache_features")  # of images by their places in pairs
+            self.lora_rank = self.lora_rank or FUSED_RANK
+        else:
+            stage_1.append("lora_rank")
+        for name in stage_1:
             if getattr(self, name) != defaults[name]:
                 raise ValueError(f"{name} is for stage 1; --stage {self.stage} trains its adapter and nothing else.")
         self.objective = "caption" if self.stage == "region-caption" else "contrastive"
@@ -303,7 +311,9 @@ def parse_arguments(
     types = (ModelArguments, DataArguments, MMGEMTrainingArguments, DryRunArguments)
     model_args, data_args, args, dry_run_args = parse_options(types, "train.py", arguments)
     if args.stage != "1":
-        _check_stage_2(model_args, data_args, args)
+        _check_adapter(model_args, data_args, args)
+    elif data_args.train_mixture:
+        raise ValueError("train_mixture is of triplets, for --stage fused-retrieval.")
     elif model_args.region_grid_size is not None:
         raise ValueError("region_grid_size is for --stage region-caption; stage 1 has --image_grid_size.")
     if data_args.train_shards and (args.ignore_data_skip or args.train_sampling_strategy != "random"):
@@ -315,17 +325,19 @@ def parse_arguments(
     return model_args, data_args, args, dry_run_args
 
 
-def _check_stage_2(model_args: ModelArguments, data_args: DataArguments, args: MMGEMTrainingArguments) -> None:
+def _check_adapter(model_args: ModelArguments, data_args: DataArguments, args: MMGEMTrainingArguments) -> None:
     """An adapter works beside the model that it was trained on, and beside no other."""
     if not model_args.init_from:
         raise ValueError(f"--stage {args.stage} trains an adapter of a stage-1 model: give --init_from FOLDER.")
+    if data_args.train_mixture and args.stage != "fused-retrieval":
+        raise ValueError("train_mixture is of triplets, for --stage fused-retrieval.")
     for name in ("image_size", "image_grid_size"):
         if getattr(model_args, name) is not None:
             raise ValueError(f"{name} would change the model of --init_from, and the adapter would not fit it.")
-    if args.stage == "region-retrieval" and model_args.region_grid_size is not None:
-        raise ValueError("region_grid_size is for captions; retrieval has one embedding per region.")
+    if args.stage != "region-caption" and model_args.region_grid_size is not None:
+        raise ValueError("region_grid_size is for captions of regions (--stage region-caption).")
     if data_args.augmentation_scale != 1:
-        raise ValueError("augmentation_scale is for stage 1: a random crop would move the regions.")
+        raise ValueError("augmentation_scale is for stage 1: a random crop would move regions, and what changes.")
     if args.dry_run:
         raise ValueError("The dry run is for stage 1.")
     if args.push_to_hub and not os.path.isdir(model_args.init_from):

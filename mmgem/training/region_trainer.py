@@ -1,14 +1,11 @@
 """The Trainer of stage 2: one adapter beside a frozen model."""
 
-import os
-from contextlib import suppress
 from typing import Any
 
 import datasets
 import torch
 import torch.distributed as dist
 from peft import PeftModel
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..data.arguments import DataArguments, TableArguments
 from ..data.collator import RegionCollator
@@ -16,14 +13,14 @@ from ..data.loading import Table, checked_table
 from ..data.regions import RegionDataset
 from ..evaluation.regions import evaluate_regions
 from ..modeling_mmgem import MMGEMModel, contrastive_loss
-from .adapters import add_region_adapter, base_revision
+from .adapter_trainer import AdapterTrainer
+from .adapters import add_region_adapter
 from .arguments import MMGEMTrainingArguments, data_seed
 from .distributed import gather_ragged
 from .gradient_cache import refuse_dropout
-from .trainer import MMGEMTrainer
 
 
-class RegionTrainer(MMGEMTrainer):
+class RegionTrainer(AdapterTrainer):
     """
     Trains an adapter of stage 2: with `args.stage` "region-caption" h3 and the soft prompts by L_Gen of the regions'
     phrases (paper, equation 6), with "region-retrieval" h4 by L_Emb between all regions of the global batch and their
@@ -46,15 +43,12 @@ class RegionTrainer(MMGEMTrainer):
         model: MMGEMModel,
         *args: Any,
         regions_column: str = "regions",
-        model_settings: dict[str, Any] | None = None,
         **kwargs: Any,
     ):
         if kwargs.get("peft_config") is not None:
             raise ValueError("RegionTrainer makes the adapter of its stage itself. Leave out peft_config.")
         self.regions_column = regions_column
-        # A checkpoint holds the adapter only, so a run resumes on the weights that the adapter was trained on.
-        settings = {**(model_settings or {}), "base_revision": base_revision(model)}
-        super().__init__(model, *args, model_settings=settings, **kwargs)
+        super().__init__(model, *args, **kwargs)
 
     def wrap_table(self, table: datasets.Dataset, args: MMGEMTrainingArguments, is_training: bool) -> RegionDataset:
         columns: Any = {**self.columns, "regions_column": self.regions_column}
@@ -70,16 +64,6 @@ class RegionTrainer(MMGEMTrainer):
 
     def make_collator(self, args: MMGEMTrainingArguments) -> RegionCollator:
         return RegionCollator(self.processing_class, args.objective)
-
-    def compute_loss(self, model: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
-        """The loss, with the frozen base in eval mode: dropout applies to trained modules only."""
-        model.eval()
-        if self.args.activation_checkpointing:
-            # transformers' layers checkpoint in training mode only; `refuse_dropout` made sure that nothing drops out.
-            for module in model.modules():
-                if isinstance(module, GradientCheckpointingLayer):
-                    module.training = True
-        return super().compute_loss(model, *args, **kwargs)
 
     def _contrastive_loss(
         self, texts: torch.Tensor, images: torch.Tensor, logit_scale: torch.Tensor, pair_ids: torch.Tensor
@@ -101,8 +85,3 @@ class RegionTrainer(MMGEMTrainer):
         """The metrics of this adapter's regions."""
         batch_size = self.args.per_device_eval_batch_size
         return evaluate_regions(self.base, self.processing_class, dataset, self.args.stage, batch_size)[0]
-
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        super()._save(output_dir, state_dict)
-        with suppress(FileNotFoundError):  # PEFT writes a model card that is an empty template
-            os.remove(os.path.join(output_dir or str(self.args.output_dir), "README.md"))

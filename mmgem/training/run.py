@@ -7,15 +7,17 @@ from typing import Any
 import transformers
 
 from ..configuration import MMGEMConfig
-from ..data.loading import is_hub_id, load_pairs, load_regions
+from ..data.loading import is_hub_id, load_pairs, load_regions, load_triplets
 from ..data.pairs import PairDataset
 from ..evaluation.evaluator import evaluate_model
+from ..evaluation.fused import evaluate_fused, fused_section
 from ..evaluation.region_report import add_to_report_of_base, region_section
 from ..evaluation.regions import evaluate_adapter
 from ..evaluation.report import environment, pair_sections, write_report
 from ..loading import load_checkpoint
 from .arguments import DataArguments, MMGEMTrainingArguments, ModelArguments, data_seed
 from .building import build_model_and_processor
+from .fused_trainer import FusedTrainer
 from .record import write_record
 from .region_trainer import RegionTrainer
 from .trainer import MMGEMTrainer
@@ -24,6 +26,14 @@ from .trainer import MMGEMTrainer
 PROMPTS = {
     "region-caption": "<image> x k x k, [CAP] x 64 (stage 1: <image>[CAP])",
     "region-retrieval": "none: regions and phrases are embedded",
+    "fused-retrieval": "<image> x k x k, text, [EMB]",
+}
+# What loads the data of a stage, its trainer, and what its examples are called.
+STAGES: dict[str, tuple[Any, type[MMGEMTrainer], str]] = {
+    "1": (load_pairs, MMGEMTrainer, "pairs"),
+    "region-caption": (load_regions, RegionTrainer, "images"),
+    "region-retrieval": (load_regions, RegionTrainer, "images"),
+    "fused-retrieval": (load_triplets, FusedTrainer, "triplets"),
 }
 
 
@@ -42,7 +52,7 @@ def build_trainer(
         checkpoint: that the run resumes from.
     """
     transformers.set_seed(args.seed)
-    load = load_pairs if args.stage == "1" else load_regions
+    load, trainer_class, kind = STAGES[args.stage]
     train_dataset, eval_dataset = load(data_args, config.vision_config.image_size, data_seed(args))
     if eval_dataset is not None:
         eval_dataset[0]  # raises before training if none of its examples can be read
@@ -51,7 +61,6 @@ def build_trainer(
     model_settings = vars(model_args).copy()
     if args.stage != "1":
         del model_settings["init_from"]  # the adapter recognizes its base, which may have been moved
-    trainer_class = MMGEMTrainer if args.stage == "1" else RegionTrainer
     trainer = trainer_class(
         model,
         args,
@@ -61,7 +70,6 @@ def build_trainer(
         model_settings=model_settings,  # type: ignore[arg-type]
     )
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    kind = "pairs" if args.stage == "1" else "images"
     size = f"{len(train_dataset)} {kind}" if isinstance(train_dataset, PairDataset) else "streamed pairs"
     print(f"{parameters / 1e6:.2f} M parameters, {trained / 1e6:.3g} M trained; {size}")
     return trainer
@@ -106,13 +114,20 @@ def evaluate_saved(trainer: MMGEMTrainer, model_args: ModelArguments, data_args:
         sections = pair_sections(metrics, outputs, eval_dataset) if is_first else []
     else:
         model.load_adapter(output_dir, adapter_name=args.stage)
-        with trainer.accelerator.autocast():
-            metrics, outputs = evaluate_adapter(model, processor, eval_dataset, args.stage, batch_size)
-        regions = outputs["stage_2"]
-        found["size"] = len({region["index"] for region in regions})
-        found.update(regions=len(regions), k=model.region_grid_size, base=base)
-        section = (args.stage, metrics, outputs, model, processor, eval_dataset)
-        sections = [region_section(*section)] if is_first else []
+        found["base"] = base
+        if args.stage == "fused-retrieval":
+            with trainer.accelerator.autocast():
+                metrics, outputs = evaluate_fused(model, processor, eval_dataset, batch_size)
+            found["size"] = len(outputs["indices"])
+            sections = [fused_section(metrics, outputs, eval_dataset)] if is_first else []
+        else:
+            with trainer.accelerator.autocast():
+                metrics, outputs = evaluate_adapter(model, processor, eval_dataset, args.stage, batch_size)
+            regions = outputs["stage_2"]
+            found.update(size=len({region["index"] for region in regions}), regions=len(regions))
+            found["k"] = model.region_grid_size
+            section = (args.stage, metrics, outputs, model, processor, eval_dataset)
+            sections = [region_section(*section)] if is_first else []
     if not is_first:
         return
     setting = {**_setting(trainer, data_args), **found, "unreadable": len(eval_dataset) - found["size"]}
