@@ -59,7 +59,7 @@ class TripletDataset(PairDataset):
     """
 
     def __init__(self, table: Any, sources: Sequence[TripletSource] | None = None, seed: int = 0):
-        super().__init__(table, "query_image", "query_text", seed=seed)
+        super().__init__(table, image_column="", seed=seed)  # there are several
         self.sources = list(sources or [TripletSource(len(table), 1.0)])
         self.ends = np.cumsum([source.size for source in self.sources])
 
@@ -84,8 +84,13 @@ class TripletDataset(PairDataset):
         words = as_sentence((text or "").replace(MMEB_PLACEHOLDER, " "))
         image, image_id = None, 0
         if _has_image(value):
-            content = encoded(value, source.root)
-            image, image_id = self._decoded(content)["image"], image_id_of(content)
+            try:
+                content = encoded(value, source.root)
+                image, image_id = self._decoded(content)["image"], image_id_of(content)
+            except Exception as error:  # Pillow's readers raise errors of many types
+                path = (value.get("path") if isinstance(value, dict) else value) or ""
+                name = f" ({path})" if isinstance(path, str) and path and path not in str(error) else ""
+                raise ValueError(f"its {side}_image{name}: {error}") from error
         if image is None and not words:
             return None
         instruction = source.query_instruction if side == "query" else source.target_instruction

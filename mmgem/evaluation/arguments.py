@@ -11,7 +11,7 @@ from ..options import option
 LONG_CAPTION_COLUMN = "long_caption"
 LIKELIHOOD_WEIGHT = 8.0  # of log P(text | image) per token beside cosine / tau (docs/questions.md)
 MAX_LENGTHS = (50, 200)  # tokens: as trained, and as the paper tests
-TASKS = ("retrieval", "classification", "captioning", "long_text", "regions")
+TASKS = ("retrieval", "classification", "captioning", "long_text", "regions", "fused")
 
 
 def check_dims(dims: list[int], projection_dim: int | None = None) -> None:
@@ -30,7 +30,7 @@ class EvaluationArguments(TableArguments):
     """What to evaluate a model on, and on what data."""
 
     model: str | None = option(None, "MM-GEM checkpoint, a folder or a Hub id.")
-    adapters: list[str] = option([], "Stage 2's adapters of the model, for regions.")
+    adapters: list[str] = option([], "Adapters of the model, for regions and fused.")
     tasks: list[str] = option(["retrieval", "captioning"], f"Any of {', '.join(TASKS)}; commas or spaces between.")
     split: str = option("test", "Split of the dataset, or of Karpathy's file.")
     data_file: str | None = option(None, "Table to evaluate on: parquet, jsonl, json or csv.")

@@ -4,10 +4,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ..data.loading import BUILT_IN, Table, checked_table, read_annotated_table, read_table
+from ..data.composed_scenes import ComposedScenesDataset
+from ..data.loading import BUILT_IN, Table, checked_table, read_annotated_table, read_table, triplets_of
 from ..data.pairs import PairDataset
 from ..data.regions import RegionDataset
 from ..data.table_files import load_named
+from ..data.triplets import TripletDataset
 from ..options import load_yaml
 from .arguments import LONG_CAPTION_COLUMN, EvaluationArguments
 from .classification import DEFAULT_TEMPLATES
@@ -65,6 +67,22 @@ def load_regions(arguments: EvaluationArguments, image_size: int) -> RegionDatas
     dataset = RegionDataset(table.rows, **columns, root=table.root)
     dataset.max_captions, dataset.missing = arguments.captions_per_image, table.missing
     return dataset
+
+
+def load_fused(arguments: EvaluationArguments, image_size: int) -> TripletDataset:
+    """
+    Queries with their targets and near misses, of a table with the columns of triplets, or composed scenes.
+
+    Raises:
+        ValueError: for annotations, which hold none; as [`load_pairs`].
+    """
+    if arguments.annotations is not None:
+        raise ValueError("Annotations hold no queries of an image with a text. Give data_file or dataset_name.")
+    if arguments.dataset_name == "scenes":
+        return TripletDataset(ComposedScenesDataset(arguments.split, arguments.max_samples or 500, image_size))
+    table = _load_table(arguments, image_size)
+    rows = table.rows.select(range(min(arguments.max_samples or len(table.rows), len(table.rows))))
+    return triplets_of([Table(rows, arguments.image_folders[0] if arguments.image_folders else table.root)], 0)
 
 
 def load_labelled(arguments: EvaluationArguments, image_size: int) -> list[LabelledImages]:

@@ -18,22 +18,24 @@ from torch.nn.functional import normalize
 
 from .._version import __version__
 from ..modeling_mmgem import MMGEMModel
+from ..modeling_mmgem.adapters_mmgem import FUSED_ADAPTER
 from ..modeling_mmgem.losses_mmgem import shortened
 from ..processing import MMGEMProcessor
 from ..processing.tokenization_mmgem import as_sentence
-from .embedding import embed_images, embed_texts
+from .embedding import embed_fused, embed_images, embed_texts
 
 
 class MMGEMEncoder(AbsEncoder):
     """
-    Embeds texts and images into one space; an input with both gets the normalised mean of its two embeddings. The
-    model takes no instructions.
+    Embeds texts and images into one space. An input with both goes through the adapter of fused queries, or without
+    one gets the normalised mean of its two embeddings. The model takes no instructions.
 
     Args:
         model (`str`): folder or Hub id.
         revision (`str`, *optional*): of the Hub.
         device (`str`, *optional*): by default the GPU if there is one.
         max_length (`int`, *optional*): tokens per text; the processor's own by default.
+        adapter (`str`, *optional*): folder or Hub id of an adapter that `--stage fused-retrieval` trained.
         dim (`int`, *optional*): the first `dim` numbers of each embedding alone, see [`MMGEMModel.get_embedding`].
     """
 
@@ -44,10 +46,14 @@ class MMGEMEncoder(AbsEncoder):
         device: str | None = None,
         max_length: int | None = None,
         dim: int | None = None,
+        adapter: str | None = None,
         **kwargs: Any,
     ):
         loaded: Any = MMGEMModel.from_pretrained(model, revision=revision or "main", **kwargs)
         self.model = loaded.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
+        if adapter is not None:
+            self.model.load_adapter(adapter, adapter_name=FUSED_ADAPTER)
+        self.has_fused = adapter is not None
         self.processor = MMGEMProcessor.from_pretrained(model, revision=revision or "main")
         if max_length is not None:
             self.processor.max_length = self.processor.checked_length(max_length)
@@ -74,13 +80,16 @@ class MMGEMEncoder(AbsEncoder):
         embeds = []
         for batch in inputs:
             parts = []
-            if "text" in batch:
-                # Some corpora have empty documents, which the processor refuses.
-                texts = [text if as_sentence(text) else "." for text in batch["text"]]
-                parts.append(shortened(embed_texts(self.model, self.processor, texts, len(texts)), self.dim))
-            if "image" in batch:
-                parts.append(shortened(embed_images(self.model, self.processor, batch["image"]), self.dim))
+            # Some corpora have empty documents, which the processor refuses.
+            texts = [text if as_sentence(text) else "." for text in batch.get("text", ())]
+            if self.has_fused and texts and "image" in batch:
+                parts.append(embed_fused(self.model, self.processor, batch["image"], texts))
+            else:
+                if texts:
+                    parts.append(embed_texts(self.model, self.processor, texts, len(texts)))
+                if "image" in batch:
+                    parts.append(embed_images(self.model, self.processor, batch["image"]))
             if not parts:
                 raise ValueError(f"MM-GEM embeds text and images; this batch has {', '.join(batch)}.")
-            embeds.append(normalize(torch.stack(parts).mean(0), dim=-1))
+            embeds.append(normalize(torch.stack([shortened(part, self.dim) for part in parts]).mean(0), dim=-1))
         return torch.cat(embeds).numpy()

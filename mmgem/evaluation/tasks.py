@@ -12,12 +12,12 @@ from transformers.utils.peft_utils import find_adapter_config_file
 from ..data.pairs import PairDataset
 from ..loading import load_checkpoint
 from ..modeling_mmgem import MMGEMModel
-from ..modeling_mmgem.adapters_mmgem import REGION_ADAPTERS
+from ..modeling_mmgem.adapters_mmgem import REGION_ADAPTERS, adapter_stage
 from ..processing import MMGEMProcessor
 from .arguments import EvaluationArguments, check_dims
 from .caption_files import read_caption_references, read_caption_results, score_captions, write_caption_results
 from .classification import evaluate_classification
-from .data import load_labelled, load_pairs, load_regions
+from .data import load_fused, load_labelled, load_pairs, load_regions
 from .embedding import evaluating, readable_examples
 from .evaluator import (
     DrawnCaption,
@@ -27,6 +27,7 @@ from .evaluator import (
     evaluate_retrieval,
     shorter_retrieval,
 )
+from .fused import evaluate_fused, fused_section
 from .likelihood import evaluate_reranked_classification, evaluate_reranked_retrieval
 from .region_report import region_section
 from .regions import adapters_off, evaluate_adapter, evaluate_regions, stage_1
@@ -45,7 +46,7 @@ def run_tasks(model: MMGEMModel, processor: MMGEMProcessor, arguments: Evaluatio
     Raises:
         ValueError, FileNotFoundError: for missing or invalid data.
     """
-    tasks = (retrieval, classification, captioning, long_text, regions)
+    tasks = (retrieval, classification, captioning, long_text, regions, fused)
     by_name = {task.__name__: task for task in tasks}
     processor = copy.copy(processor)
     processor.max_length = arguments.max_length or processor.max_length
@@ -71,10 +72,10 @@ def load_model(arguments: EvaluationArguments) -> tuple[MMGEMModel, MMGEMProcess
         raise OSError(f"{arguments.model} is no checkpoint that can be loaded: {error}") from error
     stages: list[str] = []
     for adapter in arguments.adapters:
-        modules = set(getattr(PeftConfig.from_pretrained(adapter), "modules_to_save", None) or [])
-        stage = next((stage for stage, own in REGION_ADAPTERS.items() if modules == {*own}), None)
+        config = PeftConfig.from_pretrained(adapter)
+        stage = adapter_stage(getattr(config, "modules_to_save", None), config.auto_mapping)
         if stage is None or stage in stages:
-            raise ValueError(f"{adapter} is {'no adapter of stage 2' if stage is None else f'a second {stage}'}.")
+            raise ValueError(f"{adapter} is {'no adapter of this model' if stage is None else f'a second {stage}'}.")
         model.load_adapter(adapter, adapter_name=stage)
         stages.append(stage)
     if stages:
@@ -211,7 +212,7 @@ def regions(model: MMGEMModel, processor: MMGEMProcessor, arguments: EvaluationA
             section.lines += [f"### {own.heading}", "", *own.lines, ""]
             section.images.update(own.images)
         finally:
-            model.set_adapter(stages)
+            model.set_adapter(list(model.peft_config))
     if not stages:
         with stage_1(model, processor) as own_processor:
             for stage in REGION_ADAPTERS:
@@ -221,6 +222,18 @@ def regions(model: MMGEMModel, processor: MMGEMProcessor, arguments: EvaluationA
         section.lines = ["Stage 1 alone, which has learned no more than the mean over all patches.", ""]
         section.lines += table(section.metrics)
     section.sizes = {**_sizes(len({region["index"] for region in found}), dataset), "regions": len(found)}
+    return section
+
+
+def fused(model: MMGEMModel, processor: MMGEMProcessor, arguments: EvaluationArguments) -> Section:
+    """Queries of an image with a text, by the adapter of fused-retrieval."""
+    dataset = load_fused(arguments, _image_size(model))
+    metrics, outputs = evaluate_fused(model, processor, dataset, arguments.batch_size)
+    used, candidates = len(outputs["indices"]), len(outputs["candidates"])
+    section = fused_section(metrics, outputs, dataset)
+    left_out = f" ({len(dataset) - used} more are left out)" if used < len(dataset) else ""
+    section.lines = [f"{used} queries{left_out}, {candidates} candidates.", "", *section.lines]
+    section.sizes = {"size": used, "left_out": len(dataset) - used, "candidates": candidates}
     return section
 
 

@@ -15,7 +15,7 @@ from yaml import YAMLError
 
 from ..loading import load_checkpoint
 from ..modeling_mmgem import MMGEMModel
-from ..modeling_mmgem.adapters_mmgem import REGION_ADAPTERS
+from ..modeling_mmgem.adapters_mmgem import ADAPTERS, FUSED_ADAPTER, adapter_stage
 from ..modeling_mmgem.loading_mmgem import weights_revision
 from ..processing import MMGEMProcessor
 from .model_card import CardOptions, model_card, read_json
@@ -32,12 +32,13 @@ ALLOWED = (
     *("config.json", "generation_config.json"),
     *("processor_config.json", "chat_template.jinja", "tokenizer.json", "tokenizer_config.json"),
     *("modules.json", "sentence_bert_config.json", "config_sentence_transformers.json"),
-    *(f"{name}/{file}" for name in REGION_ADAPTERS for file in ADAPTER_FILES),
+    *(f"{name}/{file}" for name in ADAPTERS for file in ADAPTER_FILES),
 )
 IMAGES = {
     "": ("retrieval.png", "captions.png"),
     "region-caption": ("regions.png",),
     "region-retrieval": ("heat_maps.png",),
+    "fused-retrieval": ("fused.png",),
 }
 UNREADABLE = (OSError, SafetensorError, RuntimeError, KeyError, TypeError)  # raised by damaged files
 MAX_SHARD_SIZE = "2GB"  # at most this much is sent again after an interrupted upload
@@ -57,8 +58,8 @@ def export(
     Args:
         model: folder of a stage-1 model, as train.py leaves it.
         output_dir: replaced if it holds an earlier export; an export that fails leaves it unchanged.
-        adapters: folders of stage 2's adapters; by default `region-caption` and `region-retrieval` in the model's own
-            folder, if they were trained on its weights.
+        adapters: folders of adapters; by default `region-caption`, `region-retrieval` and `fused-retrieval` in the
+            model's own folder, if they were trained on its weights.
         options: license, language and limits for the card.
 
     Returns:
@@ -98,7 +99,7 @@ def export(
         processor.tokenizer.model_max_length = processor.max_length  # sentence-transformers' max_seq_length
         processor.save_pretrained(folder)
         write_remote_code(folder)
-        _write_sentence_transformers_files(folder)
+        _write_sentence_transformers_files(folder, FUSED_ADAPTER in found)
         sources = {"": source, **found}
         images = _copy_images(sources, folder / "images")
         options = options or CardOptions()
@@ -133,17 +134,17 @@ def find_adapters(model: Path) -> dict[str, Path]:
     Raises:
         ValueError: for an adapter of another kind under one of their names.
     """
-    folders = [model / kind for kind in REGION_ADAPTERS]
+    folders = [model / kind for kind in ADAPTERS]
     return _by_kind([folder for folder in folders if (folder / "adapter_config.json").is_file()])
 
 
 def _by_kind(adapters: Sequence[Path]) -> dict[str, Path]:
     found: dict[str, Path] = {}
     for adapter in adapters:
-        modules = sorted(read_json(adapter / "adapter_config.json").get("modules_to_save") or [])
-        kind = next((kind for kind, names in REGION_ADAPTERS.items() if sorted(names) == modules), None)
+        config = read_json(adapter / "adapter_config.json")
+        kind = adapter_stage(config.get("modules_to_save"), config.get("auto_mapping"))
         if kind is None:
-            raise ValueError(f"{adapter} holds no adapter of stage 2 ({' or '.join(REGION_ADAPTERS)}).")
+            raise ValueError(f"{adapter} holds no adapter of {', '.join(ADAPTERS)}.")
         if kind in found:
             raise ValueError(f"{found[kind]} and {adapter} are both a {kind}; a Hub folder has room for one.")
         if not (adapter / "adapter_model.safetensors").is_file():
@@ -210,15 +211,17 @@ def _copy_images(sources: dict[str, Path], folder: Path) -> list[str]:
     return [image.name for image in images]
 
 
-def _write_sentence_transformers_files(folder: Path) -> None:
-    """sentence-transformers calls get_text_features and get_image_features, and normalises."""
+def _write_sentence_transformers_files(folder: Path, has_fused: bool) -> None:
+    """sentence-transformers calls get_text_features, get_image_features or get_fused_features, and normalises."""
     module = "sentence_transformers.base.modules"
     modules = [
         {"idx": 0, "name": "0", "path": "", "type": f"{module}.transformer.Transformer"},
         {"idx": 1, "name": "1", "path": "1_Normalize", "type": f"{module}.normalize.Normalize"},
     ]
+    named = {"text": "text", "image": "image", **({"image+text": "fused"} if has_fused else {})}
     features = {
-        name: {"method": f"get_{name}_features", "method_output_name": "pooler_output"} for name in ("text", "image")
+        modality: {"method": f"get_{name}_features", "method_output_name": "pooler_output"}
+        for modality, name in named.items()
     }
     transformer = {"transformer_task": "feature-extraction", "modality_config": features}
     contents = {

@@ -10,7 +10,7 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ge
 from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
 from huggingface_hub.hf_api import RepoFile
 
-from ..modeling_mmgem.adapters_mmgem import REGION_ADAPTERS
+from ..modeling_mmgem.adapters_mmgem import ADAPTERS
 from ..options import checked_token
 from .export import IMAGES, WEIGHTS, export, files_of, find_adapters, matches
 
@@ -127,7 +127,7 @@ def _deletions(
     weights = [path for path in ours if path.endswith(".safetensors") and "/" not in path]
     sent = {path: lfs.sha256 for path, lfs in remote.items() if lfs is not None}
     if any(sent.get(path) != ours[path].upload_info.sha256.hex() for path in weights):
-        stale += [f"{adapter}/adapter_*" for adapter in REGION_ADAPTERS]
+        stale += [f"{adapter}/adapter_*" for adapter in ADAPTERS]
     return [CommitOperationDelete(path) for path in remote if path not in ours and matches(path, stale)]
 
 

@@ -5,8 +5,10 @@ import numpy as np
 import pytest
 import torch
 from mteb import mocks
+from peft import LoraConfig
 
 from mmgem.evaluation.mteb import MMGEMEncoder
+from mmgem.training.adapters import add_fused_adapter
 from tests.conftest import make_model, make_picture
 
 
@@ -54,6 +56,24 @@ def test_embeddings_are_the_models_own(encoder, processor):
     assert np.isfinite(encode(text=["", "a dog", " "])).all()
     with pytest.raises(ValueError, match="this batch has audio"):
         encode(audio=[0, 0, 0])
+
+
+@torch.no_grad()
+def test_an_input_with_both_goes_through_the_adapter(encoder, processor, tmp_path):
+    base = make_model(processor)
+    adapter = add_fused_adapter(base, LoraConfig(r=2))
+    for name, parameter in adapter.named_parameters():
+        if "lora_B" in name:
+            parameter.normal_(std=0.3)
+    adapter.save_pretrained(tmp_path / "fused")
+    fused = MMGEMEncoder(str(tmp_path / "tiny"), adapter=str(tmp_path / "fused"), dim=5)
+    texts, pictures = ["a dog", "the cat"], [make_picture(i) for i in range(2)]
+    inputs = processor(text=texts, images=pictures, task="embed", return_tensors="pt")
+    expected = base.eval().get_embedding(**inputs, dim=5)
+    np.testing.assert_allclose(fused.encode([{"text": texts, "image": pictures}]), expected.numpy(), atol=1e-5)
+    plain = MMGEMEncoder(str(tmp_path / "tiny"), dim=5)
+    for batch in ({"text": texts}, {"image": pictures}):
+        assert np.array_equal(fused.encode([batch]), plain.encode([batch]))
 
 
 @torch.no_grad()

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig
 
 from mmgem import MMGEMProcessor
 from mmgem.hub.export import export
-from mmgem.modeling_mmgem.adapters_mmgem import REGION_ADAPTERS
-from mmgem.training.adapters import add_region_adapter
+from mmgem.modeling_mmgem.adapters_mmgem import FUSED_ADAPTER, REGION_ADAPTERS
+from mmgem.training.adapters import add_fused_adapter, add_region_adapter
 
 from ..conftest import make_model, make_picture
 from .hub_server import TOKEN, HubServer
@@ -75,6 +76,14 @@ def save_model_and_adapters(folder: Path, processor: MMGEMProcessor, **text_conf
             for name in modules:
                 getattr(base, name).modules_to_save["default"].weight.normal_()
         adapter.save_pretrained(folder / kind)
+    base = bold(make_model(processor, **text_config))
+    base.config._name_or_path = base.name_or_path = str(folder)
+    adapter = add_fused_adapter(base, LoraConfig(r=2))
+    with torch.no_grad():
+        for name, parameter in adapter.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.3)
+    adapter.save_pretrained(folder / FUSED_ADAPTER)
 
 
 @pytest.fixture(scope="session")

@@ -162,7 +162,7 @@ def pickled_adapter(run):
         (no_weights, "has no model.safetensors"),
         (truncated_adapter, "region-caption could not be loaded"),
         (broken_adapter_config, r"adapter_config.json is not valid JSON"),
-        (another_adapter, "region-retrieval holds no adapter of stage 2"),
+        (another_adapter, "region-retrieval holds no adapter of region-caption"),
         (pickled_weights, "has no model.safetensors"),
         (pickled_adapter, "has no adapter_model.safetensors"),
     ],
@@ -184,7 +184,7 @@ def test_what_cannot_be_exported_is_named(trained, tmp_path, processor):
         export(str(tmp_path / "nowhere"), REPO_ID, str(tmp_path / "hub"))
     with pytest.raises(ValueError, match="would be replaced"):
         export(str(trained), REPO_ID, str(trained))
-    with pytest.raises(ValueError, match="holds no adapter of stage 2"):
+    with pytest.raises(ValueError, match="holds no adapter of region-caption"):
         export(str(trained), REPO_ID, str(tmp_path / "hub"), adapters=[str(tmp_path)])
     with pytest.raises(ValueError, match="are both a region-caption"):
         export(str(trained), REPO_ID, str(tmp_path / "hub"), adapters=[str(trained / "region-caption")] * 2)

@@ -38,6 +38,23 @@ def test_texts_and_pictures(encoder, embed):
     assert encoder.get_embedding_dimension() == 16
 
 
+def test_a_text_with_its_picture(exported, trained, embed):
+    """Through the adapter, as processor and model do it by themselves; without it, refused."""
+    texts, pictures = ["but red", "a dog on a beach"], [make_picture(0), make_picture(1, (30, 60))]
+    inputs = [{"text": text, "image": picture} for text, picture in zip(texts, pictures)]
+    own = SentenceTransformer(str(exported), trust_remote_code=True, device="cpu")
+    with pytest.raises(ValueError, match="none is active"):
+        own.encode(inputs)
+    own.load_adapter(str(exported / "fused-retrieval"))
+    model, processor = AutoModel.from_pretrained(trained).eval(), AutoProcessor.from_pretrained(trained)
+    model.load_adapter(str(trained / "fused-retrieval"))
+    with torch.inference_mode():
+        together = processor(text=texts, images=pictures, task="embed", return_tensors="pt")
+        expected = model.get_embedding(**together).numpy()
+    np.testing.assert_allclose(own.encode(inputs), expected, atol=1e-5)
+    np.testing.assert_allclose(own.encode(texts), embed(text=texts), atol=1e-5)
+
+
 def test_short_embeddings(encoder, embed):
     texts = ["a dog on a beach", "snow"]
     found = encoder.encode(texts, truncate_dim=5, normalize_embeddings=True)

@@ -38,7 +38,7 @@ def test_options_come_from_yaml_and_the_command_line_wins(tmp_path):
         parse_arguments(["--config", str(path)])
     with pytest.raises(ValueError, match=r"'max_step'.*'max_steps'"):
         parse_arguments(["--dataset_name", "scenes", "--max_step", "3"])
-    with pytest.raises(ValueError, match="dataset_name, train_file, train_shards, train_annotations"):
+    with pytest.raises(ValueError, match="dataset_name, train_file, train_mixture, train_shards, train_annotations"):
         parse_arguments([])
 
 
