@@ -73,7 +73,7 @@ def read_annotations(
     """
     if len({os.path.realpath(file) for file in files}) < len(files):
         raise ValueError(f"One of {', '.join(files)} is given twice.")
-    paths = _paths_by_name(image_folders)
+    paths = paths_by_name(image_folders)
     stems = {os.path.splitext(name)[0]: path for name, path in paths.items()}
     numbers = {stem.lstrip("0"): path for stem, path in stems.items() if stem.isdigit()}
     rows: dict[str, dict[str, Any]] = {}
@@ -110,8 +110,8 @@ def checked_text(value: Any, file: str, image: Any) -> str:
         raise ValueError(f"{file} has no text about image {image}: {error}") from error
 
 
-def _paths_by_name(folders: Sequence[str]) -> dict[str, str]:
-    """Files outside of these folders are never opened."""
+def paths_by_name(folders: Sequence[str]) -> dict[str, str]:
+    """The images of folders; files outside of them are never opened."""
     paths: dict[str, str] = {}
     for folder in folders:
         for entry in os.scandir(folder):
@@ -144,7 +144,10 @@ def read_records(path: str, splits: Sequence[str] | None = None) -> list[Record]
 
     - COCO's `captions_*.json`: captions of whole images; NoCaps' file, which has their domains too;
     - Karpathy's `dataset_coco.json`, `dataset_flickr30k.json`, `dataset_flickr8k.json`: the images of `splits`;
-    - COCO's `instances_*.json`: boxes, described by the names of their categories; those of crowds are left out;
+    - COCO's `instances_*.json` and LVIS' file: boxes, described by the names of their categories; those of crowds are
+      left out;
+    - RefCOCO, RefCOCO+ and RefCOCOg as MDETR published them (`finetune_refcoco_val.json`, Kamath et al., 2021): boxes
+      with referring expressions;
     - Visual Genome's `region_descriptions.json`: boxes with phrases;
     - DCI (Urbanek et al., 2023): the folder of annotations, a JSON file for each image (`short_caption` and
       `extra_caption`, which together are the long caption);
@@ -165,8 +168,9 @@ def read_records(path: str, splits: Sequence[str] | None = None) -> list[Record]
         raise ValueError(f"{path} is not as its kind is published: {error!r}.") from error
     if records is None:
         raise ValueError(
-            f"{path} is none of COCO's captions_*.json and instances_*.json, NoCaps', Karpathy's dataset_*.json, "
-            "Visual Genome's region_descriptions.json, nor the long captions of DCI, DOCCI, ShareGPT4V or Urban1k."
+            f"{path} is none of COCO's captions_*.json and instances_*.json, LVIS', NoCaps', Karpathy's "
+            "dataset_*.json, RefCOCO's finetune_*.json, Visual Genome's region_descriptions.json, nor the long "
+            "captions of DCI, DOCCI, ShareGPT4V or Urban1k."
         )
     _refuse_duplicates("id", [record.known["image_id"] for record in records if "image_id" in record.known], path)
     return records
@@ -187,7 +191,8 @@ def _read_file(path: str, splits: Sequence[str] | None) -> list[Record] | None:
         return _long_records((row["image_file"], row["description"]) for row in chosen)
     content = read_json(path)
     if isinstance(content, dict) and "annotations" in content:
-        return _coco_records(content)
+        is_referring = any("caption" in image for image in content["images"][:1])
+        return _referring_records(content) if is_referring else _coco_records(content)
     if isinstance(content, dict) and "sentences" in next(iter(content.get("images", [])), {}):
         return [_karpathy_record(image) for image in _of_splits(path, content["images"], splits)]
     if isinstance(content, list) and content and "regions" in content[0]:
@@ -225,6 +230,17 @@ def _coco_records(content: dict[str, Any]) -> list[Record]:
         elif record is not None and not annotation.get("iscrowd"):
             record.regions.append((annotation["bbox"], categories[annotation["category_id"]]))
     return records
+
+
+def _referring_records(content: dict[str, Any]) -> list[Record]:
+    """An image is listed once for each of its expressions, each of which has one box."""
+    boxes = {annotation["image_id"]: annotation["bbox"] for annotation in content["annotations"]}
+    records: dict[str, Record] = {}
+    for image in content["images"]:
+        name = os.path.basename(image["file_name"])
+        known = {side: image.get(side) for side in ("width", "height")}
+        records.setdefault(name, Record(name, known)).regions.append((boxes[image["id"]], image["caption"]))
+    return list(records.values())
 
 
 def _karpathy_record(image: dict[str, Any]) -> Record:

@@ -102,7 +102,7 @@ def _sample_triplet(rng: np.random.Generator, split: str) -> Triplet:
             continue
         for _ in range(TRIES):
             kind = CHANGES[rng.integers(len(CHANGES))]
-            changed = _changed(scene, kind, rng)
+            changed = changed_scene(scene, kind, rng)
             if changed is not None and changed[1].split == split:
                 near = _near_miss(scene, kind, *changed, rng)
                 if near is not None and (split != "train" or near.split == split):
@@ -112,13 +112,13 @@ def _sample_triplet(rng: np.random.Generator, split: str) -> Triplet:
 def _near_miss(scene: Scene, kind: Change, text: str, target: Scene, rng: np.random.Generator) -> Scene | None:
     """The scene after another change, of the same kind if one is found."""
     for attempt in range(2 * TRIES):
-        changed = _changed(scene, kind if attempt < TRIES else CHANGES[rng.integers(len(CHANGES))], rng)
+        changed = changed_scene(scene, kind if attempt < TRIES else CHANGES[rng.integers(len(CHANGES))], rng)
         if changed is not None and changed[0] != text and changed[1].caption != target.caption:
             return changed[1]
     return None
 
 
-def _changed(scene: Scene, change: Change, rng: np.random.Generator) -> tuple[str, Scene] | None:
+def changed_scene(scene: Scene, change: Change, rng: np.random.Generator) -> tuple[str, Scene] | None:
     """A change of one object in words, and the scene after it; None where it does not fit or cannot be told."""
     item = scene.objects[rng.integers(len(scene.objects))]
     name = _name(item, scene.objects)
@@ -133,7 +133,7 @@ def _changed(scene: Scene, change: Change, rng: np.random.Generator) -> tuple[st
     return None if changed.caption == scene.caption else (text, changed)
 
 
-def _recolour(
+def recolour(
     scene: Scene, item: SceneObject, name: str, rng: np.random.Generator
 ) -> tuple[str, Sequence[SceneObject]] | None:
     colours = [colour for colour in COLOURS if colour != item.colour]
@@ -142,14 +142,14 @@ def _recolour(
     return f"but the {name} is {colour}", objects
 
 
-def _remove(
+def remove(
     scene: Scene, item: SceneObject, name: str, rng: np.random.Generator
 ) -> tuple[str, Sequence[SceneObject]] | None:
     rest = [other for other in scene.objects if other is not item]
     return (f"without the {name}", rest) if rest else None
 
 
-def _move(
+def move(
     scene: Scene, item: SceneObject, name: str, rng: np.random.Generator
 ) -> tuple[str, Sequence[SceneObject]] | None:
     rest = [other for other in scene.objects if other is not item]
@@ -168,7 +168,7 @@ def _move(
     return None
 
 
-CHANGES: tuple[Change, ...] = (_recolour, _remove, _move)
+CHANGES: tuple[Change, ...] = (recolour, remove, move)
 
 
 def _name(item: SceneObject, objects: Sequence[SceneObject]) -> str | None:

@@ -11,7 +11,10 @@ from ..options import option
 LONG_CAPTION_COLUMN = "long_caption"
 LIKELIHOOD_WEIGHT = 8.0  # of log P(text | image) per token beside cosine / tau (docs/questions.md)
 MAX_LENGTHS = (50, 200)  # tokens: as trained, and as the paper tests
-TASKS = ("retrieval", "classification", "captioning", "long_text", "regions", "fused")
+TASKS = (
+    *("retrieval", "classification", "captioning", "long_text", "regions", "box_classification"),
+    *("fused", "choices", "questions"),
+)
 
 
 def check_dims(dims: list[int], projection_dim: int | None = None) -> None:
@@ -54,9 +57,11 @@ class EvaluationArguments(TableArguments):
         0, "Retrieval and classification: the best by cosine to re-order by cosine and likelihood; 0 for none."
     )
     likelihood_weight: float = option(
-        LIKELIHOOD_WEIGHT, "Of log P(text | image) per token beside cosine / tau, in rerank and draws."
+        LIKELIHOOD_WEIGHT, "Of log P(text | image) per token beside cosine / tau, in rerank, draws and choices."
     )
-    alpha: float = option(0.0, "Weight of log P(text), subtracted from log P(text | image) in rerank and draws.")
+    alpha: float = option(
+        0.0, "Weight of log P(text), subtracted from log P(text | image) in rerank, draws and choices."
+    )
     caption_results: str | None = option(None, "Captions in COCO's format to score; no model is needed.")
     caption_references: str | None = option(None, "COCO's, NoCaps' or Karpathy's reference file (with --split).")
     caption_subset: bool = option(False, "Score the images that caption_results has, not all of caption_references.")
@@ -95,7 +100,7 @@ class EvaluationArguments(TableArguments):
         for name in ("likelihood_weight", "alpha"):
             if not math.isfinite(getattr(self, name)):
                 raise ValueError(f"{name} must be a finite number, got {getattr(self, name)}.")
-        if self.alpha and not self.rerank and not self.draws:
+        if self.alpha and not self.rerank and not self.draws and "choices" not in self.tasks:
             raise ValueError(f"alpha is {self.alpha:g}, but there is no likelihood to use it in: set rerank or draws.")
         check_dims(self.matryoshka_dims)
         for name, tasks in {"rerank": ("retrieval", "classification"), "matryoshka_dims": ("retrieval",)}.items():

@@ -4,10 +4,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from ..data.choices import ChoiceDataset, read_choices
 from ..data.composed_scenes import ComposedScenesDataset
 from ..data.loading import BUILT_IN, Table, checked_table, read_annotated_table, read_table, triplets_of
 from ..data.pairs import PairDataset
 from ..data.regions import RegionDataset
+from ..data.swapped_scenes import swapped_scenes
 from ..data.table_files import load_named
 from ..data.triplets import TripletDataset
 from ..options import load_yaml
@@ -83,6 +85,21 @@ def load_fused(arguments: EvaluationArguments, image_size: int) -> TripletDatase
     table = _load_table(arguments, image_size)
     rows = table.rows.select(range(min(arguments.max_samples or len(table.rows), len(table.rows))))
     return triplets_of([Table(rows, arguments.image_folders[0] if arguments.image_folders else table.root)], 0)
+
+
+def load_choices(arguments: EvaluationArguments, image_size: int) -> ChoiceDataset:
+    """
+    Images with texts to choose from: of the files that [`read_choices`] reads, or swapped scenes.
+
+    Raises:
+        ValueError, FileNotFoundError: as [`read_choices`]; for other datasets.
+    """
+    if arguments.dataset_name == "scenes":
+        return swapped_scenes(arguments.split, arguments.max_samples or 500, image_size)
+    files = arguments.annotations or [file for file in [arguments.data_file] if file is not None]
+    if not files:
+        raise ValueError("Choices come from published files: set annotations, or data_file, or dataset_name scenes.")
+    return read_choices(files, arguments.image_folders, arguments.max_samples)
 
 
 def load_labelled(arguments: EvaluationArguments, image_size: int) -> list[LabelledImages]:

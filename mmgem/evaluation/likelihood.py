@@ -52,11 +52,12 @@ def rerank(
 
 def combined(model: MMGEMModel, cosines: torch.Tensor, likelihoods: torch.Tensor, weight: float) -> torch.Tensor:
     """cosine / tau + `weight` x likelihood, all of one shape, on the CPU, in float64."""
-    return _logit_scale(model) * cosines.double() + weight * likelihoods.double()
+    return logit_scale_of(model) * cosines.double() + weight * likelihoods.double()
 
 
 @torch.no_grad()
-def _logit_scale(model: MMGEMModel) -> float:
+def logit_scale_of(model: MMGEMModel) -> float:
+    """1 / tau."""
     return float(model.logit_scale(torch.ones((), device=model.logit_scale.weight.device)))
 
 
@@ -149,7 +150,7 @@ def evaluate_reranked_retrieval(
         candidates = best[way]
         cosines = torch.stack([items[own] @ query for own, query in zip(candidates, queries)])
         scores = combined(model, cosines, of_way.view(cosines.shape), weight)
-        tie = TIE * (_logit_scale(model) + weight)
+        tie = TIE * (logit_scale_of(model) + weight)
         ranks = reranked_ranks(scores, candidates, right, best_ranks(queries, items, right), tie)
         metrics.update({f"reranked_{way}_R@{k}": (ranks <= k).double().mean().item() for k in ks if k <= len(items)})
     return metrics
@@ -189,7 +190,7 @@ def evaluate_reranked_classification(
     right = torch.stack([torch.arange(len(candidates)), outputs["labels"]], 1)
     lost = torch.full((len(candidates),), len(names))
     both = combined(model, cosines.gather(1, candidates), likelihoods, weight)
-    ways = {"likelihood_top1": (likelihoods, TIE), "reranked_top1": (both, TIE * (_logit_scale(model) + weight))}
+    ways = {"likelihood_top1": (likelihoods, TIE), "reranked_top1": (both, TIE * (logit_scale_of(model) + weight))}
     ranks = {name: reranked_ranks(of, candidates, right, lost, tie) for name, (of, tie) in ways.items()}
     return {name: (rank == 1).double().mean().item() for name, rank in ranks.items()}
 

@@ -1,7 +1,7 @@
 """Regions: retrieval of phrases and boxes, captions of boxes, heat maps; an adapter beside its stage 1."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -13,6 +13,7 @@ from ..modeling_mmgem import MMGEMModel
 from ..modeling_mmgem.embedding_mmgem import unit_norm
 from ..processing import MMGEMProcessor
 from .captioning import cider_d, has_cider
+from .classification import DEFAULT_TEMPLATES, class_embeddings, classification_metrics
 from .dense_captioning import dense_captioning_map
 from .embedding import (
     caption_cosines,
@@ -166,6 +167,54 @@ def region_caption_metrics(regions: list[dict[str, Any]], dataset: RegionDataset
         by_image.setdefault(region["index"], []).append(region)
     dense = dense_captioning_map(list(by_image.values()), list(by_image.values()))
     return {**metrics, "dense_captioning_map": dense["dense_captioning_map"]}
+
+
+@torch.inference_mode()
+def classify_boxes(
+    model: MMGEMModel,
+    processor: MMGEMProcessor,
+    dataset: RegionDataset,
+    class_names: Sequence[str] | None = None,
+    templates: Sequence[str] = DEFAULT_TEMPLATES,
+    batch_size: int = 64,
+) -> tuple[dict[str, float], dict[str, Any]]:
+    """
+    Zero-shot classification of given boxes, with whichever adapters are active: `box_` and the figures of
+    [`classification_metrics`], top-1 and the mean over classes among them. If there are several processes, all must
+    call it.
+
+    Args:
+        dataset: whose phrases are names of classes, as those of COCO's and LVIS' instances.
+        class_names: all classes; by default those of the dataset's boxes.
+        templates: sentences with `{}` for the name, in which "_" becomes a space.
+
+    Returns:
+        the metrics, and the `class_names`.
+
+    Raises:
+        ValueError: for a phrase that is none of `class_names`.
+    """
+    regions: list[dict[str, Any]] = []
+    embeds = [torch.zeros(0, model.config.projection_dim)]
+    faults: list[str] = []
+    with evaluating(model):
+        for examples in _batches(dataset, processor, batch_size, faults):
+            images, boxes = [e["image"] for e in examples], [e["boxes"] for e in examples]
+            inputs = processor(images=images, boxes=boxes, return_tensors="pt").to(model.device)
+            embeds.append(model.get_embedding(**inputs)[inputs["region_mask"]].float().cpu())
+            regions += _regions(examples)
+        regions = gather_readable(regions, faults, dataset, "images or regions of them")
+        of_regions = torch.cat(gather_parts(embeds))
+        check_finite(of_regions, _names(regions))
+        names = list(dict.fromkeys(class_names or sorted({region["phrase"] for region in regions})))
+        number = {name: i for i, name in enumerate(names)}
+        if unknown := next((region["phrase"] for region in regions if region["phrase"] not in number), None):
+            raise ValueError(f"A box is a {unknown!r}, which is none of the {len(names)} class_names.")
+        spoken = [name.replace("_", " ") for name in names]
+        classes = class_embeddings(model, processor, spoken, templates, batch_size)
+    labels = torch.tensor([number[region["phrase"]] for region in regions])
+    metrics = classification_metrics(of_regions @ classes.T, labels, tie=TIE)
+    return {f"box_{name}": value for name, value in metrics.items()}, {"class_names": names, "regions": regions}
 
 
 @torch.inference_mode()

@@ -16,8 +16,9 @@ from ..modeling_mmgem.adapters_mmgem import REGION_ADAPTERS, adapter_stage
 from ..processing import MMGEMProcessor
 from .arguments import EvaluationArguments, check_dims
 from .caption_files import read_caption_references, read_caption_results, score_captions, write_caption_results
-from .classification import evaluate_classification
-from .data import load_fused, load_labelled, load_pairs, load_regions
+from .choices import choices_section, evaluate_choices
+from .classification import DEFAULT_TEMPLATES, evaluate_classification
+from .data import load_choices, load_fused, load_labelled, load_pairs, load_regions
 from .embedding import evaluating, readable_examples
 from .evaluator import (
     DrawnCaption,
@@ -28,9 +29,10 @@ from .evaluator import (
     shorter_retrieval,
 )
 from .fused import evaluate_fused, fused_section
+from .hallucination import chair, evaluate_questions
 from .likelihood import evaluate_reranked_classification, evaluate_reranked_retrieval
 from .region_report import region_section
-from .regions import adapters_off, evaluate_adapter, evaluate_regions, stage_1
+from .regions import adapters_off, classify_boxes, evaluate_adapter, evaluate_regions, stage_1
 from .report import Section, caption_sheet, class_sheet, retrieval_section, table
 from .sharing import is_first_process
 
@@ -46,7 +48,7 @@ def run_tasks(model: MMGEMModel, processor: MMGEMProcessor, arguments: Evaluatio
     Raises:
         ValueError, FileNotFoundError: for missing or invalid data.
     """
-    tasks = (retrieval, classification, captioning, long_text, regions, fused)
+    tasks = (retrieval, classification, captioning, long_text, regions, box_classification, fused, choices, questions)
     by_name = {task.__name__: task for task in tasks}
     processor = copy.copy(processor)
     processor.max_length = arguments.max_length or processor.max_length
@@ -145,6 +147,10 @@ def captioning(model: MMGEMModel, processor: MMGEMProcessor, arguments: Evaluati
     if ids and is_first_process():
         os.makedirs(arguments.output_dir, exist_ok=True)
         write_caption_results(os.path.join(arguments.output_dir, "captions.json"), ids, outputs["captions"])
+    if any(regions := _column(readable, "regions", count)) and arguments.annotations:
+        names = {region["phrase"] for of_image in _column(readable, "regions", len(readable)) for region in of_image}
+        objects = [[region["phrase"] for region in of_image] for of_image in regions]
+        metrics.update(chair(outputs["captions"], objects, readable.captions()[:count], names))
     domains = _column(readable, "domain", count)
     if ids and any(domains):
         references = dict(zip(ids, readable.captions()))
@@ -225,6 +231,22 @@ def regions(model: MMGEMModel, processor: MMGEMProcessor, arguments: EvaluationA
     return section
 
 
+def box_classification(model: MMGEMModel, processor: MMGEMProcessor, arguments: EvaluationArguments) -> Section:
+    """Of COCO's or LVIS' instances: stage 1 alone, or beside the adapter of retrieval."""
+    dataset = load_regions(arguments, _image_size(model))
+    given: dict[str, Any] = {"class_names": arguments.class_names, "batch_size": arguments.batch_size}
+    given["templates"] = arguments.templates or DEFAULT_TEMPLATES
+    with stage_1(model, processor) as own_processor:
+        metrics, outputs = classify_boxes(model, own_processor, dataset, **given)
+    if "region-retrieval" in _stages(model):
+        metrics = {f"stage_1_{name}": value for name, value in metrics.items()}
+        metrics.update(classify_boxes(model, processor, dataset, **given)[0])
+    boxes, images = len(outputs["regions"]), len({region["index"] for region in outputs["regions"]})
+    sizes = {**_sizes(images, dataset), "boxes": boxes, "classes": len(outputs["class_names"])}
+    line = f"{boxes} boxes of {images} images, {sizes['classes']} classes, templates {given['templates']}."
+    return Section("Box classification", metrics, [line, "", *table(metrics)], {}, sizes)
+
+
 def fused(model: MMGEMModel, processor: MMGEMProcessor, arguments: EvaluationArguments) -> Section:
     """Queries of an image with a text, by the adapter of fused-retrieval."""
     dataset = load_fused(arguments, _image_size(model))
@@ -235,6 +257,32 @@ def fused(model: MMGEMModel, processor: MMGEMProcessor, arguments: EvaluationArg
     section.lines = [f"{used} queries{left_out}, {candidates} candidates.", "", *section.lines]
     section.sizes = {"size": used, "left_out": len(dataset) - used, "candidates": candidates}
     return section
+
+
+def choices(model: MMGEMModel, processor: MMGEMProcessor, arguments: EvaluationArguments) -> Section:
+    """Right texts against near misses, by stage 1."""
+    dataset = load_choices(arguments, _image_size(model))
+    weights = {"weight": arguments.likelihood_weight, "alpha": arguments.alpha}
+    with adapters_off(model):
+        metrics, outputs = evaluate_choices(model, processor, dataset, arguments.batch_size, **weights)
+    section = choices_section(metrics, outputs, dataset)
+    used, left_out = len(outputs["indices"]), len(dataset.choices) - len(outputs["indices"]) + dataset.missing
+    counted = f"{used} choices" + (f" ({left_out} more are left out)" if left_out else "")
+    section.lines = [f"{counted}.", "", *section.lines]
+    section.sizes = {"size": used, "left_out": left_out}
+    return section
+
+
+def questions(model: MMGEMModel, processor: MMGEMProcessor, arguments: EvaluationArguments) -> Section:
+    """POPE's, by stage 1."""
+    dataset = load_choices(arguments, _image_size(model))
+    template = (arguments.templates or DEFAULT_TEMPLATES)[0]
+    with adapters_off(model):
+        metrics, outputs = evaluate_questions(model, processor, dataset, template, arguments.batch_size)
+    used, left_out = len(outputs["indices"]), len(dataset.choices) - len(outputs["indices"]) + dataset.missing
+    counted = f"{used} questions" + (f" ({left_out} more are left out)" if left_out else "")
+    sizes = {"size": used, "left_out": left_out}
+    return Section("Questions", metrics, [f"{counted}; {template!r}.", "", *table(metrics)], {}, sizes)
 
 
 def score_caption_files(arguments: EvaluationArguments) -> Section:
