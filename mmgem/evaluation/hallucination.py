@@ -62,7 +62,15 @@ SYNONYMS = {
 }
 # Of words that are objects alone, but not in these.
 OTHERWISE = ("home plate", "train track", "train station", "ski slope", "bus stop", "toy car", "hot dog bun")
-PLURALS = {"people": "person", "men": "man", "women": "woman", "children": "child", "sheep": "sheep", "geese": "goose"}
+PLURALS = {
+    "people": "person",
+    "men": "man",
+    "women": "woman",
+    "children": "child",
+    "sheep": "sheep",
+    "geese": "goose",
+    "buses": "bus",
+}
 
 
 def chair(
@@ -118,7 +126,7 @@ def objects_named(text: str, words: dict[tuple[str, ...], str]) -> list[str]:
 def _singular(word: str) -> str:
     if word in PLURALS:
         return PLURALS[word]
-    for ending, kept in (("ies", "y"), ("sses", "ss"), ("uses", "us"), ("shes", "sh"), ("ches", "ch"), ("ves", "fe")):
+    for ending, kept in (("ies", "y"), ("sses", "ss"), ("shes", "sh"), ("ches", "ch"), ("ves", "fe")):
         if word.endswith(ending) and len(word) > len(ending) + 1:
             return word.removesuffix(ending) + kept
     return word[:-1] if word.endswith("s") and not word.endswith(("ss", "us", "is")) else word

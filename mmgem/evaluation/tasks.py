@@ -147,10 +147,9 @@ def captioning(model: MMGEMModel, processor: MMGEMProcessor, arguments: Evaluati
     if ids and is_first_process():
         os.makedirs(arguments.output_dir, exist_ok=True)
         write_caption_results(os.path.join(arguments.output_dir, "captions.json"), ids, outputs["captions"])
-    if any(regions := _column(readable, "regions", count)) and arguments.annotations:
-        names = {region["phrase"] for of_image in _column(readable, "regions", len(readable)) for region in of_image}
-        objects = [[region["phrase"] for region in of_image] for of_image in regions]
-        metrics.update(chair(outputs["captions"], objects, readable.captions()[:count], names))
+    if objects := _objects(readable) if arguments.annotations else []:
+        names = {name for of_image in objects for name in of_image}
+        metrics.update(chair(outputs["captions"], objects[:count], readable.captions()[:count], names))
     domains = _column(readable, "domain", count)
     if ids and any(domains):
         references = dict(zip(ids, readable.captions()))
@@ -324,6 +323,13 @@ def _column(dataset: PairDataset, name: str, count: int) -> list[Any]:
         return []
     values = dataset.table[name]
     return [values[row] for row in dataset.rows[:count]]
+
+
+def _objects(dataset: PairDataset) -> list[list[str]]:
+    """What COCO's or LVIS' instances name in each image; empty without them, Visual Genome's sentences being none."""
+    objects = [[region["phrase"] for region in of_image] for of_image in _column(dataset, "regions", len(dataset))]
+    names = {name for of_image in objects for name in of_image}
+    return objects if names and all(len(name.replace("_", " ").split()) <= 3 for name in names) else []
 
 
 def _image_ids(dataset: PairDataset, count: int) -> list[str]:
