@@ -31,6 +31,10 @@ TASKS = {
     "region_": ("region-retrieval", "Region retrieval"),
     "phrase_": ("region-retrieval", "Region retrieval"),
     "pointing_": ("region-retrieval", "Region retrieval"),
+    "box_": ("zero-shot-image-classification", "Box classification"),
+    "fused_": ("image-text-retrieval", "Fused retrieval"),
+    "choices_": ("image-text-retrieval", "Choices"),
+    "pope_": ("visual-question-answering", "Questions"),
     "": ("image-text-retrieval", "Retrieval"),
 }
 EXPLANATIONS = {
@@ -38,6 +42,7 @@ EXPLANATIONS = {
     "captions.png": "Images with a reference (grey) and the caption written by the model (black).",
     "regions.png": "Regions with a reference (grey), the caption of stage 1 and that of the adapter (green: as the "
     "reference).",
+    "fused.png": "Queries of a text and an image, and the five candidates nearest to each; green is the target.",
     "heat_maps.png": "A phrase and its box; where stage 1 sees what it says, and where the adapter does.",
 }
 
