@@ -22,9 +22,10 @@ from .arguments import MMGEMTrainingArguments
 
 logger = logging.get_logger(__name__)
 
-# The optimizer's state and the data order depend on these: another value would have no effect, or skip other examples.
+# The loss, the optimizer's state and the data order depend on these: with another value the run would be another one.
 SETTINGS = (
-    *("stage", "objective", "freeze", "lora_rank", "lora_alpha", "optim", "optim_args", "seed", "data_seed"),
+    *("stage", "objective", "caption_loss_weight", "matryoshka_dims", "freeze", "lora_rank", "lora_alpha"),
+    *("optim", "optim_args", "seed", "data_seed"),
     *("learning_rate", "projection_lr_multiplier", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon"),
 )
 PATHS = ("init_from", "vision_model_name_or_path", "text_model_name_or_path")

@@ -63,11 +63,19 @@ def test_stage_2_equals_the_single_process_whatever_number_of_regions_each_has(s
     """Also with the patch features in files that the processes share."""
     for strategy, features in (("ddp", "cached"), ("fsdp", "plain")):
         folders = [tmp_path / f"{features}-{processes}" for processes in (1, 2)]  # each computes its own cache
-        expected = launch(1, "one_region_step.py", "ddp", stage, features, folders[0])
+        expected = launch(1, "one_adapter_step.py", "ddp", stage, features, folders[0])
         assert len(expected["gradients"]) == (3 if stage == "region-caption" else 2)
-        actual = launch(2, "one_region_step.py", strategy, stage, features, folders[1])
+        actual = launch(2, "one_adapter_step.py", strategy, stage, features, folders[1])
         assert_equal(actual, expected)
         torch.testing.assert_close(actual["loss"], expected["loss"], atol=1e-4, rtol=1e-5)
+
+
+def test_fused_queries_equal_the_single_process_whatever_number_of_negatives_each_has(tmp_path):
+    expected, actual = (
+        launch(n, "one_adapter_step.py", "ddp", "fused-retrieval", "plain", tmp_path / str(n)) for n in (1, 2)
+    )
+    assert_equal(actual, expected)
+    torch.testing.assert_close(actual["loss"], expected["loss"], atol=1e-4, rtol=1e-5)
 
 
 def test_processes_share_the_parts_of_a_feature_cache(tmp_path):

@@ -92,6 +92,8 @@ def test_tokenizer_and_pixel_statistics_come_from_the_checkpoint(train, pairs, t
         ({"optim": "lamb"}, "optim 'adamw_torch_fused', not 'lamb'"),
         ({"per_device_train_batch_size": 4}, "processes 8, not 4"),
         ({"seed": 1}, "seed 42, not 1"),
+        ({"caption_loss_weight": 2.0}, r"caption_loss_weight 1\.0, not 2\.0"),
+        ({"matryoshka_dims": [4]}, r"matryoshka_dims \[\], not \[4\]"),
     ],
 )
 def test_other_settings_are_refused_in_a_line(processor, begun, change, message):

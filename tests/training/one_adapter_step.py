@@ -1,4 +1,4 @@
-"""One step of stage 2 on eight pictures, however many processes there are; run by test_distributed.py."""
+"""One step of an adapter on eight examples, however many processes there are; run by test_distributed.py."""
 
 import os
 import sys
@@ -10,23 +10,43 @@ from transformers import TrainerCallback
 from transformers.models.clip import CLIPImageProcessorPil
 
 from mmgem import MMGEMProcessor
+from mmgem.data.composed_scenes import ComposedScenesDataset
 from mmgem.data.regions import RegionDataset
 from mmgem.data.scenes import ScenesDataset
 from mmgem.data.tokenizer import train_tokenizer
+from mmgem.data.triplets import TripletDataset
 from mmgem.processing import to_mmgem_tokenizer
+from mmgem.training.fused_trainer import FusedTrainer
 from mmgem.training.region_trainer import RegionTrainer
-from tests.conftest import CORPUS, make_model
+from tests.conftest import CORPUS, Table, make_model
 from tests.training.sharding import training_arguments, whole
 
 
-PICTURES = 8
+EXAMPLES = 8
 
 
-class Sequential(RegionTrainer):
-    """Takes the pictures in their order, so that every number of processes has the same batch."""
+class Sequential:
+    """Takes the examples in their order, so that every number of processes has the same batch."""
 
     def _get_train_sampler(self, train_dataset=None):
         return torch.utils.data.SequentialSampler(self.train_dataset)
+
+
+class SequentialRegions(Sequential, RegionTrainer):
+    pass
+
+
+class SequentialTriplets(Sequential, FusedTrainer):
+    pass
+
+
+def examples_of(stage):
+    """Pictures with 1 to 4 objects, or triplets of which few have a negative: processes have different numbers."""
+    if stage != "fused-retrieval":
+        return RegionDataset(ScenesDataset("train", EXAMPLES, 32), max_regions=4, whole_image_weight=0.5)
+    drawn = ComposedScenesDataset("train", EXAMPLES, 32)
+    rows = [drawn[i] if i in (0, 5, 6) else {**drawn[i], "negative_image": None} for i in range(EXAMPLES)]
+    return TripletDataset(Table(rows))
 
 
 def main(strategy: str, stage: str, cache_features: bool, folder: Path) -> None:
@@ -34,14 +54,12 @@ def main(strategy: str, stage: str, cache_features: bool, folder: Path) -> None:
     image_processor = CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
     processor = MMGEMProcessor(image_processor, to_mmgem_tokenizer(train_tokenizer(CORPUS, 320)), max_length=200)
     model = make_model(processor)
-    # 1 to 4 objects: processes have different numbers of regions.
-    dataset = RegionDataset(ScenesDataset("train", PICTURES, 32), max_regions=4, whole_image_weight=0.5)
     args = training_arguments(
         strategy,
         output_dir=str(folder),
         stage=stage,
         cache_features=cache_features,
-        per_device_train_batch_size=PICTURES // int(os.environ["WORLD_SIZE"]),
+        per_device_train_batch_size=EXAMPLES // int(os.environ["WORLD_SIZE"]),
         max_steps=1,
         max_grad_norm=0.0,
         learning_rate=1e-6,
@@ -53,7 +71,8 @@ def main(strategy: str, stage: str, cache_features: bool, folder: Path) -> None:
         disable_tqdm=True,
     )
     gradients = {}
-    trainer = Sequential(model, args, processor, dataset)
+    trainer_class = SequentialTriplets if stage == "fused-retrieval" else SequentialRegions
+    trainer = trainer_class(model, args, processor, examples_of(stage))
 
     class Keep(TrainerCallback):
         def on_pre_optimizer_step(self, args, state, control, **kwargs):
