@@ -20,7 +20,11 @@ from mmgem.processing.tokenization_mmgem import special_token_ids
 
 hypothesis.settings.register_profile("same_examples_every_time", derandomize=True)
 hypothesis.settings.load_profile("same_examples_every_time")
-torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start
+else:
+    torch.set_num_threads(2)
 
 CORPUS = ["a dog on a beach", "the cat sat on the mat", "two people ride red bicycles", "snow on a mountain"] * 3
 TOWER = {

@@ -126,7 +126,7 @@ def write_json(path: Path, content: dict) -> None:
 def environment(hub: HubServer, home: Path, **changes: str) -> dict[str, str]:
     """Of a process that has this Hub, which speaks LFS alone, and a cache of its own."""
     names = {"HF_ENDPOINT": hub.url, "HF_HOME": str(home), "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1"}
-    return {**os.environ, **names, "OMP_NUM_THREADS": "2", "HF_HUB_DISABLE_TELEMETRY": "1", **changes}
+    return {**os.environ, **names, "OMP_NUM_THREADS": "1", "HF_HUB_DISABLE_TELEMETRY": "1", **changes}
 
 
 def run_clean(code: str, cwd: Path, env: dict[str, str]) -> subprocess.CompletedProcess:
