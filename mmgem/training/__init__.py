@@ -1,8 +1,9 @@
-"""Training of both stages on transformers' Trainer."""
+"""Training of all stages on transformers' Trainer."""
 
 from .arguments import MMGEMTrainingArguments
+from .fused_trainer import FusedTrainer
 from .region_trainer import RegionTrainer
 from .trainer import MMGEMTrainer
 
 
-__all__ = ["MMGEMTrainer", "MMGEMTrainingArguments", "RegionTrainer"]
+__all__ = ["FusedTrainer", "MMGEMTrainer", "MMGEMTrainingArguments", "RegionTrainer"]

@@ -96,7 +96,7 @@ class MMGEMTrainer(EvaluatingTrainer):
         if args.stage not in self.stages:
             raise ValueError(
                 f"{type(self).__name__} trains stage {' or '.join(self.stages)}, not {args.stage}. Use MMGEMTrainer "
-                "for stage 1, RegionTrainer for the others."
+                "for stage 1, RegionTrainer for those of regions, FusedTrainer for fused-retrieval."
             )
         self.base = model  # without PEFT's, DistributedDataParallel's or the compiler's wrapper
         self.processing_class = processing_class
