@@ -5,8 +5,7 @@ Composed scenes: a drawn scene, a change in words, and the scene after it. No do
     target   the scene after this change, drawn anew: another tint, other noise
     negative a near miss: the same scene after another change, of the same kind where there is one
 
-Query and target belong to the same split (see `scenes.py`), and so do near misses in training: no held-out combination
-of objects occurs there.
+All three belong to the same split (see `scenes.py`): no held-out combination of objects occurs in training.
 """
 
 from collections.abc import Callable, Sequence
@@ -98,22 +97,22 @@ def _sample_triplet(rng: np.random.Generator, split: str) -> Triplet:
     at_least = 1 if split == "train" else 2  # single objects are all in train
     while True:
         scene = sample_scene(rng, at_least, 4)
-        if scene.split != split:
-            continue
-        for _ in range(TRIES):
+        for _ in range(TRIES if scene.split == split else 0):
             kind = CHANGES[rng.integers(len(CHANGES))]
             changed = changed_scene(scene, kind, rng)
             if changed is not None and changed[1].split == split:
                 near = _near_miss(scene, kind, *changed, rng)
-                if near is not None and (split != "train" or near.split == split):
+                if near is not None:
                     return Triplet(scene, *changed, near)
 
 
 def _near_miss(scene: Scene, kind: Change, text: str, target: Scene, rng: np.random.Generator) -> Scene | None:
-    """The scene after another change, of the same kind if one is found."""
-    for attempt in range(2 * TRIES):
-        changed = changed_scene(scene, kind if attempt < TRIES else CHANGES[rng.integers(len(CHANGES))], rng)
-        if changed is not None and changed[0] != text and changed[1].caption != target.caption:
+    """The scene after another change, of the same kind if one is found, in the split of the target."""
+    for attempt in range(4 * TRIES):
+        changed = changed_scene(scene, kind if attempt < 2 * TRIES else CHANGES[rng.integers(len(CHANGES))], rng)
+        if changed is None or changed[0] == text or changed[1].caption == target.caption:
+            continue
+        if changed[1].split == target.split:
             return changed[1]
     return None
 
