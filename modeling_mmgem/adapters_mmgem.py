@@ -140,7 +140,7 @@ class AdapterMixin:
         self.hold_back(fused[0] if fused else None)
 
     def hold_back(self: Any, fused_adapter: str | None) -> None:
-        """Makes an adapter, if any, the one of fused calls, and inactive in all others."""
+        """Keeps an adapter, if any, inactive except in fused calls, whose adapter it is."""
         self._fused_adapter = fused_adapter
         for module in adapter_modules(self) if fused_adapter else ():
             # PEFT's own methods would also change which parameters require a gradient.
@@ -149,7 +149,8 @@ class AdapterMixin:
     @contextmanager
     def in_fused_call(self: Any) -> Iterator[None]:
         """
-        Within it, the chosen adapter of fused queries is active and no other.
+        Within it, the chosen adapter of fused queries is active and no other. The model's state changes meanwhile, so
+        other threads must not use it.
 
         Raises:
             ValueError: if none is chosen, or adapters are switched off.
@@ -178,8 +179,13 @@ class AdapterMixin:
     def enable_adapters(self: Any, enabled: bool = True) -> None:
         """Undoes `disable_adapters`: the adapters that `set_adapter` chose are active again."""
         self._check_loaded([])
+        fused = self._fused_adapter
         for module in adapter_modules(self):
+            if enabled and fused in getattr(module, "modules_to_save", [fused]):
+                # PEFT lets active adapters require a gradient.
+                module._active_adapter = [*module.active_adapters, fused]
             module.enable_adapters(enabled)
+        self.hold_back(fused)
 
     def disable_adapters(self) -> None:
         """The base alone, bit for bit, until `enable_adapters`."""

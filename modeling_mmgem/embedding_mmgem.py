@@ -135,7 +135,6 @@ class EmbeddingMixin:
         input_ids: torch.Tensor,
         pixel_values: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
-        **kwargs: Any,
     ) -> BaseModelOutputWithPooling:
         """
         W_Emb of texts with images, not normalised: h2 of the hidden state at [EMB] of "<image> text [EMB]", by the
@@ -234,15 +233,15 @@ class EmbeddingMixin:
         elif pixel_values is None:
             features = self.get_text_features(input_ids, attention_mask)
         else:
-            self._check_fused(input_ids, region_mask)
+            if boxes is not None or masks is not None:
+                raise ValueError("A text is embedded with a whole image. Leave out boxes and masks.")
+            self._check_fused(input_ids)
             features = self.get_fused_features(input_ids, pixel_values, attention_mask)
         embeds: torch.Tensor = features.pooler_output  # type: ignore[assignment]
         return unit_norm(embeds[..., :dim])
 
-    def _check_fused(self: Any, input_ids: torch.Tensor, region_mask: torch.Tensor | None) -> None:
-        """Raises ValueError for texts that are not written around an image, or around regions."""
-        if region_mask is not None:
-            raise ValueError("A text is embedded with a whole image. Leave out boxes and masks.")
+    def _check_fused(self: Any, input_ids: torch.Tensor) -> None:
+        """Raises ValueError for texts that are not written around an image."""
         torch_compilable_check(
             input_ids.eq(self.config.image_token_id).any(-1).all(),
             "A text holds no <image>. processor(images=…, text=…, task='embed') embeds each text with its image; to "

@@ -7,11 +7,12 @@ import pytest
 import torch
 from accelerate import dispatch_model
 from accelerate.state import AcceleratorState
+from peft import LoraConfig
 
 from mmgem.data.pairs import PairDataset
 from mmgem.data.scenes import ScenesDataset
 from mmgem.modeling_mmgem.adapters_mmgem import REGION_ADAPTERS
-from mmgem.training.adapters import add_region_adapter
+from mmgem.training.adapters import add_fused_adapter, add_region_adapter
 from mmgem.training.arguments import MMGEMTrainingArguments
 from mmgem.training.trainer import MMGEMTrainer
 from tests import emulated_accelerator
@@ -74,6 +75,27 @@ def test_embeddings_losses_and_captions_are_those_of_the_cpu(processor, place, m
     for name, value in expected.items():
         assert found[name].device.type == "pretend", name
         torch.testing.assert_close(found[name].cpu(), value, rtol=1e-5, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("place", [on_one_device, over_two_devices])
+def test_fused_queries(processor, place, tmp_path):
+    adapter = add_fused_adapter(make_model(processor), LoraConfig(r=2))
+    for name, parameter in adapter.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    adapter.save_pretrained(tmp_path)
+    found = []
+    for model, device in ((make_model(processor), "cpu"), (place(make_model(processor)), DEVICE)):
+        model.load_adapter(str(tmp_path), adapter_name="fused-retrieval")
+        inputs = {"images": [make_picture(i) for i in range(2)], "text": ["but red", "a dog on a beach"]}
+        with torch.no_grad():
+            fused = model.get_embedding(**processor(**inputs, task="embed", return_tensors="pt").to(device))
+            without_placeholders = processor(**inputs, return_tensors="pt").to(device)
+            features = model.get_fused_features(**without_placeholders).pooler_output
+        assert fused.device.type == device.partition(":")[0]
+        torch.testing.assert_close(torch.nn.functional.normalize(features, dim=-1), fused)
+        found.append(fused.cpu())
+    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("place", [on_one_device, over_two_devices])

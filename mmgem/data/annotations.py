@@ -100,6 +100,16 @@ def read_annotations(
     return table if has_long else table.remove_columns("long_caption"), len(missing)
 
 
+def read_categories(files: Sequence[str]) -> list[str]:
+    """The names of all categories of COCO's and LVIS' instances among these files; empty without such a file."""
+    names: dict[str, None] = {}
+    for file in files:
+        content = read_json(file) if file.endswith(".json") else None
+        if isinstance(content, dict) and not any("caption" in image for image in content.get("images", [])[:1]):
+            names.update(dict.fromkeys(str(category["name"]) for category in content.get("categories", [])))
+    return list(names)
+
+
 def checked_text(value: Any, file: str, image: Any) -> str:
     """A text about an image, as a sentence. Raises ValueError with the names of both for anything else."""
     if not isinstance(value, str):

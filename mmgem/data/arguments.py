@@ -18,12 +18,15 @@ class TableArguments:
 
     dataset_name: str | None = option(None, "'scenes' (built in), a Hub id, or a local folder of `datasets`.")
     dataset_config_name: str | None = option(None, "Configuration of the Hub dataset.")
-    image_folders: list[str] = option([], "Folders with the images that annotations name.")
+    image_folders: list[str] = option([], "Folders with the images that annotations name; one for triplets.")
     image_column: str = option("image", "Column of images, bytes or paths.")
     caption_column: str = option(
         "caption", "Column of texts, or lists of texts: one is drawn per step, all are evaluated."
     )
     regions_column: str = option("regions", "Column of lists of {box: [x0, y0, x1, y1], phrase}, in pixels.")
+
+    query_instruction: str = option("", "fused-retrieval: text in front of every query's own.")
+    target_instruction: str = option("", "fused-retrieval: the same of targets and negatives.")
 
     def require_one_of(self, names: tuple[str, ...]) -> None:
         """Raises ValueError unless exactly one of these options is set."""
@@ -77,6 +80,8 @@ class DataArguments(TableArguments):
 
     def __post_init__(self) -> None:
         self.require_one_of(("dataset_name", "train_file", "train_mixture", "train_shards", "train_annotations"))
+        if self.train_mixture is not None and (self.max_train_samples or self.image_folders):
+            raise ValueError("max_train_samples and image_folders are set in each entry of train_mixture.")
         self.require_image_folders(self.train_annotations or self.validation_annotations)
         if self.dataset_name is not None and (self.validation_file or self.validation_annotations):
             raise ValueError(

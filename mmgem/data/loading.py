@@ -114,6 +114,8 @@ def triplets_of(
 ) -> TripletDataset:
     """One dataset of several tables; `settings` are those of [`TripletSource`]."""
     rows = [with_triplet_columns(table.rows) for table in tables]
+    if empty := [i for i, own in enumerate(rows) if not len(own)]:
+        raise ValueError(f"Table {empty[0]} of triplets has no rows.")
     sources = [
         TripletSource(len(own), **{"weight": float(len(own)), "root": table.root, **given})
         for own, table, given in zip(rows, tables, settings or [{}] * len(tables), strict=True)
@@ -248,10 +250,18 @@ def _regions(table: Table, arguments: DataArguments, seed: int, held_out: bool =
 def _triplets(table: Table, arguments: DataArguments, seed: int, held_out: bool = False) -> TripletDataset:
     if not isinstance(table.rows, datasets.Dataset):  # drawn
         return TripletDataset(table.rows, seed=seed)
-    limit = arguments.max_eval_samples if held_out else arguments.max_train_samples
+    return triplets_of_table(
+        table, arguments, arguments.max_eval_samples if held_out else arguments.max_train_samples, seed
+    )
+
+
+def triplets_of_table(table: Table, arguments: TableArguments, limit: int | None, seed: int = 0) -> TripletDataset:
+    """The first `limit` triplets of a table, with the instructions and the image folder of the options."""
+    if len(arguments.image_folders) > 1:
+        raise ValueError("Triplets name their images by paths from one folder. Give one of --image_folders.")
     rows = table.rows.select(range(min(limit or len(table.rows), len(table.rows))))
-    root = arguments.image_folders[0] if arguments.image_folders else table.root
-    return triplets_of([Table(rows, root)], seed)
+    instructions = {name: getattr(arguments, name) for name in ("query_instruction", "target_instruction")}
+    return triplets_of([Table(rows, (arguments.image_folders or [table.root])[0])], seed, [instructions])
 
 
 def _read_mixture(path: str, seed: int) -> TripletDataset:
@@ -264,10 +274,9 @@ def _read_mixture(path: str, seed: int) -> TripletDataset:
     for i, entry in enumerate(entries):
         try:
             table, given = _read_entry(entry)
-            with_triplet_columns(table.rows)
+            tables.append(replace(table, rows=with_triplet_columns(table.rows)))
         except (ValueError, OSError) as error:
             raise ValueError(f"Entry {i} of {path}: {error}") from error
-        tables.append(table)
         settings.append(given)
     return triplets_of(tables, seed, settings)
 
@@ -280,6 +289,8 @@ def _read_entry(entry: Any) -> tuple[Table, dict[str, Any]]:
             raise ValueError(f"unknown option {name!r}; it has {', '.join(MIXTURE_OPTIONS)}.")
         if not isinstance(value, MIXTURE_OPTIONS[name]) or isinstance(value, bool):
             raise ValueError(f"{name} must not be {value!r}.")
+    if entry.get("dataset_name") in BUILT_IN:
+        raise ValueError(f"{entry['dataset_name']} are drawn, and go into no mixture; give --dataset_name.")
     if ("train_file" in entry) == ("dataset_name" in entry):
         raise ValueError("it needs train_file or dataset_name, one of the two.")
     if "train_file" in entry:

@@ -105,14 +105,18 @@ class PairDataset(torch.utils.data.Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         bad: dict[int, str] = {}
-        for candidate in range(index, index + len(self)):
-            candidate %= len(self)
+        for candidate in self._candidates(index):
             try:
                 return {**self.read(candidate), "bad": bad}
             except BadDataError as error:
                 bad[candidate] = str(error)
         reason = next(iter(bad.values()), "there is none")
         raise BadDataError(f"None of the {len(self)} examples could be read: {reason}")
+
+    def _candidates(self, index: int) -> Iterator[int]:
+        """The example itself, and those that may take its place, in their order."""
+        for candidate in range(index, index + len(self)):
+            yield candidate % len(self)
 
     def read(self, index: int) -> dict[str, Any]:
         """

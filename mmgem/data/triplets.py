@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import datasets
 import numpy as np
+import pyarrow as pa
 import torch
 from PIL import Image
 
@@ -20,12 +21,16 @@ MMEB_PLACEHOLDER = "<|image_1|>"
 
 
 class Item(NamedTuple):
-    """An image, a text, or a text with its image; hashes of both, and of the image (0 without one)."""
+    """
+    An image, a text, or a text with its image. `id` is a hash of both, `image_id` of the image alone (0 without one),
+    and `has_words` says whether there is a text beside the instruction.
+    """
 
     image: Image.Image | None
     text: str
     id: int
     image_id: int
+    has_words: bool
 
     @property
     def is_fused(self) -> bool:
@@ -49,8 +54,8 @@ class TripletSource(NamedTuple):
 class TripletDataset(PairDataset):
     """
     Map-style triplets. Example i is `{"query": Item, "target": Item, "negative": Item or None, "bad": {index:
-    reason}}`. A query or target must have both an image and a text: nothing else is learned from. As in
-    [`PairDataset`], the next readable example takes the place of one that cannot be used.
+    reason}}`. At least one of query and target must have both an image and a text: nothing else is learned from. The
+    next example of the same source that can be used takes the place of one that cannot.
 
     Args:
         table: rows with the columns of `COLUMNS`, or some of them; see [`with_triplet_columns`].
@@ -62,6 +67,18 @@ class TripletDataset(PairDataset):
         super().__init__(table, image_column="", seed=seed)  # there are several
         self.sources = list(sources or [TripletSource(len(table), 1.0)])
         self.ends = np.cumsum([source.size for source in self.sources])
+
+    def members(self) -> list[np.ndarray]:
+        """The indices of the examples of each source."""
+        owners = np.searchsorted(self.ends, np.asarray(self.rows), side="right")
+        return [np.flatnonzero(owners == i) for i in range(len(self.sources))]
+
+    def _candidates(self, index: int) -> Iterator[int]:
+        """The example itself, and those of its source behind it."""
+        source = int(np.searchsorted(self.ends, self.rows[index], side="right"))
+        own = self.members()[source]
+        place = int(np.searchsorted(own, index))
+        yield from np.roll(own, -place).tolist()
 
     def _read(self, row: int, cached: dict[str, Any] | None) -> dict[str, Any]:
         columns = self.table[row]
@@ -95,7 +112,7 @@ class TripletDataset(PairDataset):
             return None
         instruction = source.query_instruction if side == "query" else source.target_instruction
         sentence = as_sentence(f"{instruction} {words}")
-        return Item(image, sentence, digest(f"{image_id} {sentence}".encode()), image_id)
+        return Item(image, sentence, digest(f"{image_id} {sentence}".encode()), image_id, bool(words))
 
 
 def _has_image(value: Any) -> bool:
@@ -126,13 +143,15 @@ def with_triplet_columns(rows: datasets.Dataset) -> datasets.Dataset:
             for name in COLUMNS
         }
     )
-    rows = rows.select_columns([name for name in COLUMNS if name in rows.column_names])
+    # A column of CSV or JSON that is empty throughout is no text for pyarrow.
+    present = [name for name in COLUMNS if name in rows.column_names and rows.data.column(name).null_count < len(rows)]
+    rows = rows.select_columns(present)
     missing = {name: feature for name, feature in features.items() if name not in rows.column_names}
     empty = datasets.Dataset.from_dict({name: [None] * len(rows) for name in missing}, datasets.Features(missing))
     for name in rows.column_names:
         try:
             rows = rows.cast_column(name, features[name])
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, pa.ArrowException) as error:
             raise ValueError(f"Column {name!r} is {rows.features[name]}, not {features[name]}: {error}") from error
     whole = datasets.concatenate_datasets([rows, empty], axis=1, split=rows.split) if missing else rows
     return whole.select_columns(list(COLUMNS))
@@ -144,40 +163,37 @@ class OneSourceSampler(torch.utils.data.Sampler):
     dataset at a time, whose negatives are harder. A source that is used up is shuffled anew.
 
     Args:
-        sources: as of [`TripletDataset`].
+        dataset: whose epoch the order depends on.
         group_size: the batch of all processes.
-        seed: of the order, which also depends on the epoch.
+        seed: of the order.
 
     Raises:
         ValueError: for a source that does not fill a group.
     """
 
-    def __init__(self, sources: Sequence[TripletSource], group_size: int, seed: int):
-        self.sizes = [source.size for source in sources]
-        if min(self.sizes) < group_size:
-            raise ValueError(
-                f"A dataset of {min(self.sizes)} examples does not fill a batch of {group_size}; lower "
-                "--per_device_train_batch_size, or leave it out."
-            )
-        self.group_size, self.seed, self.epoch = group_size, seed, 0
-        weights = np.array([source.weight for source in sources], dtype=np.float64)
+    def __init__(self, dataset: TripletDataset, group_size: int, seed: int):
+        self.dataset, self.group_size, self.seed = dataset, group_size, seed
+        self.members = dataset.members()
+        for i, members in enumerate(self.members):
+            if len(members) < group_size:
+                which = f"Dataset {i} of the mixture, of" if len(self.members) > 1 else "A dataset of"
+                raise ValueError(
+                    f"{which} {len(members)} examples, does not fill a batch of {group_size}; lower "
+                    "--per_device_train_batch_size, or leave it out."
+                )
+        weights = np.array([source.weight for source in dataset.sources], dtype=np.float64)
         self.shares = weights / weights.sum()
-        self.groups = sum(size // group_size for size in self.sizes)
+        self.groups = sum(len(members) // group_size for members in self.members)
 
     def __len__(self) -> int:
         return self.groups * self.group_size
 
-    def set_epoch(self, epoch: int) -> None:
-        """Sets the epoch that the order is drawn for."""
-        self.epoch = epoch
-
     def __iter__(self) -> Iterator[int]:
-        rng = np.random.default_rng([self.seed, self.epoch])
-        starts = np.cumsum([0, *self.sizes[:-1]])
-        left: list[np.ndarray] = [np.empty(0, dtype=np.int64) for _ in self.sizes]
+        rng = np.random.default_rng([self.seed, int(self.dataset._epoch)])
+        left: list[np.ndarray] = [np.empty(0, dtype=np.int64) for _ in self.members]
         for _ in range(self.groups):
-            source = int(rng.choice(len(self.sizes), p=self.shares))
+            source = int(rng.choice(len(self.members), p=self.shares))
             if len(left[source]) < self.group_size:
-                left[source] = starts[source] + rng.permutation(self.sizes[source])
+                left[source] = rng.permutation(self.members[source])
             yield from left[source][: self.group_size].tolist()
             left[source] = left[source][self.group_size :]

@@ -43,8 +43,12 @@ class EvaluationArguments(TableArguments):
     )
     label_column: str = option("label", "For classification: column of class numbers.")
     captions_per_image: int = option(5, "For retrieval: captions that count of each image, the first ones.")
-    class_names: list[str] | None = option(None, "For classification: the classes, if the data does not name them.")
-    templates: list[str] | None = option(None, "For classification: sentences with {} for the name of the class.")
+    class_names: list[str] | None = option(
+        None, "For (box) classification: the classes, if the data does not name them."
+    )
+    templates: list[str] | None = option(
+        None, "For (box) classification and questions: sentences with {} for the name of the class or object."
+    )
     classification_suite: str | None = option(
         None, "For classification: YAML, a list of datasets, each a mapping of options such as these."
     )
@@ -101,7 +105,9 @@ class EvaluationArguments(TableArguments):
             if not math.isfinite(getattr(self, name)):
                 raise ValueError(f"{name} must be a finite number, got {getattr(self, name)}.")
         if self.alpha and not self.rerank and not self.draws and "choices" not in self.tasks:
-            raise ValueError(f"alpha is {self.alpha:g}, but there is no likelihood to use it in: set rerank or draws.")
+            raise ValueError(
+                f"alpha is {self.alpha:g}, but no likelihood uses it: set rerank or draws, or ask choices."
+            )
         check_dims(self.matryoshka_dims)
         for name, tasks in {"rerank": ("retrieval", "classification"), "matryoshka_dims": ("retrieval",)}.items():
             if getattr(self, name) and not {*tasks} & {*self.tasks}:

@@ -1,12 +1,13 @@
 """Choices between texts, and between images, by cosine, by likelihood and by both: compositionality, questions."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
 
 from ..data.choices import Choice, ChoiceDataset
+from ..data.pairs import BadDataError
 from ..modeling_mmgem import MMGEMModel
 from ..processing import MMGEMProcessor
 from .arguments import LIKELIHOOD_WEIGHT
@@ -36,31 +37,20 @@ def evaluate_choices(
         alpha: of the prior, as in [`MMGEMModel.score`]; without it, likelihood prefers the likelier sentence.
 
     Returns:
-        the metrics: `choices_{way}` over all images, `choices_{way}_mean_per_kind`, the mean over the choices' kinds
-        if there are several (ARO's macro accuracy), and for choices of as many images as texts, as Winoground
-        defines them, `choices_{way}_text`, `_image` and `_group`: the share of choices in which the right texts win
-        for all images, the right images for all texts, and both. And outputs: `indices` of the choices whose images
-        can be read, and per way their `scores`, each `(images, texts)`.
+        the metrics: `choices_{way}` over all images; `choices_{way}_mean_per_kind`, the mean over the choices' kinds
+        if there are several (ARO's macro accuracy also leaves out symmetric and rare relations); and for choices of as
+        many images as texts, as Winoground defines them, `choices_{way}_text`, `_image` and `_group`: the share of
+        choices in which the right texts win for all images, the right images for all texts, and both. And outputs:
+        `indices` of the choices whose images can be read, per way their `scores`, each `(images, texts)`, and `ties`,
+        the differences that are none.
 
     Raises:
-        BadDataError: if no image can be read.
+        BadDataError: if no choice can be used.
     """
-    with evaluating(model):
-        readable, images = embed_dataset(model, processor, dataset, batch_size, read=dataset.image)
-        place = {index: i for i, index in enumerate(readable)}
-        used = [i for i, choice in enumerate(dataset.choices) if all(index in place for index in choice.images)]
-        choices = [dataset.choices[i] for i in used]
-        texts = list(dict.fromkeys(text for choice in choices for text in choice.texts))
-        column = {text: i for i, text in enumerate(texts)}
-        embeds = embed_all_texts(model, processor, texts, batch_size)
-        pairs = torch.tensor(
-            [(place[i], column[text]) for choice in choices for i in choice.images for text in choice.texts]
-        )
-        shown = dataset.select(readable)
-        likelihoods = pair_likelihoods(model, processor, shown, texts, pairs, batch_size, alpha, read=shown.image)
-    cosines = (images[pairs[:, 0]] * embeds[pairs[:, 1]]).sum(-1)
-    by_way = {"cosine": cosines.double(), "likelihood": likelihoods.double()}
-    by_way["both"] = combined(model, cosines, likelihoods, weight)
+    found = embed_choices(model, processor, dataset, [choice.texts for choice in dataset.choices], batch_size, alpha)
+    choices = [dataset.choices[i] for i in found.indices]
+    by_way = {"cosine": found.cosines.double(), "likelihood": found.likelihoods.double()}
+    by_way["both"] = combined(model, found.cosines, found.likelihoods, weight)
     ties = dict(zip(WAYS, (TIE, TIE, TIE * (logit_scale_of(model) + weight))))
     sizes = [len(choice.images) * len(choice.texts) for choice in choices]
     metrics: dict[str, float] = {}
@@ -68,10 +58,48 @@ def evaluate_choices(
     for way, of_pairs in by_way.items():
         parts = of_pairs.split(sizes)
         scores[way] = [part.view(len(choice.images), -1) for part, choice in zip(parts, choices)]
-        metrics.update(
-            {f"choices_{way}{name}": value for name, value in _metrics(scores[way], choices, ties[way]).items()}
-        )
-    return metrics, {"indices": used, "scores": scores}
+        of_way = _metrics(scores[way], choices, ties[way])
+        metrics.update({f"choices_{way}{name}": value for name, value in of_way.items()})
+    return metrics, {"indices": found.indices, "scores": scores, "ties": ties}
+
+
+class EmbeddedChoices(NamedTuple):
+    """Of the choices whose images can be read (`indices`): scores of all pairs of image and text, image by image."""
+
+    indices: list[int]
+    cosines: torch.Tensor
+    likelihoods: torch.Tensor
+
+
+def embed_choices(
+    model: MMGEMModel,
+    processor: MMGEMProcessor,
+    dataset: ChoiceDataset,
+    sentences: Sequence[Sequence[str]],
+    batch_size: int,
+    alpha: float,
+) -> EmbeddedChoices:
+    """
+    Args:
+        sentences: the texts of each choice, as the model is to read them.
+
+    Raises:
+        BadDataError: if no choice can be used.
+    """
+    with evaluating(model):
+        readable, images = embed_dataset(model, processor, dataset, batch_size, read=dataset.image)
+        place = {index: i for i, index in enumerate(readable)}
+        used = [i for i, choice in enumerate(dataset.choices) if all(index in place for index in choice.images)]
+        if not used:
+            raise BadDataError("No choice has all of its images: some of each cannot be read.")
+        texts = list(dict.fromkeys(text for i in used for text in sentences[i]))
+        column = {text: i for i, text in enumerate(texts)}
+        named = ((image, text) for i in used for image in dataset.choices[i].images for text in sentences[i])
+        pairs = torch.tensor([(place[image], column[text]) for image, text in named])
+        embeds = embed_all_texts(model, processor, texts, batch_size)
+        shown = dataset.select(readable)
+        likelihoods = pair_likelihoods(model, processor, shown, texts, pairs, batch_size, alpha, read=shown.image)
+    return EmbeddedChoices(used, (images[pairs[:, 0]] * embeds[pairs[:, 1]]).sum(-1), likelihoods)
 
 
 def _metrics(scores: Sequence[torch.Tensor], choices: Sequence[Choice], tie: float) -> dict[str, float]:
@@ -107,7 +135,8 @@ def choices_section(metrics: dict[str, float], outputs: dict[str, Any], dataset:
         lines += [f"| kind | choices | {' | '.join(WAYS)} |", "|---" * 5 + "|"]
         for kind in kinds:
             own = [i for i, choice in enumerate(choices) if choice.kind == kind]
-            shares = [torch.cat([right_texts(outputs["scores"][way][i], TIE) for i in own]) for way in WAYS]
+            scores, ties = outputs["scores"], outputs["ties"]
+            shares = [torch.cat([right_texts(scores[way][i], ties[way]) for i in own]) for way in WAYS]
             lines.append(f"| {kind} | {len(own)} | {' | '.join(f'{s.double().mean():.3f}' for s in shares)} |")
         lines.append("")
     lines.append(

@@ -6,7 +6,7 @@ from typing import Any
 
 from ..data.choices import ChoiceDataset, read_choices
 from ..data.composed_scenes import ComposedScenesDataset
-from ..data.loading import BUILT_IN, Table, checked_table, read_annotated_table, read_table, triplets_of
+from ..data.loading import BUILT_IN, Table, checked_table, read_annotated_table, read_table, triplets_of_table
 from ..data.pairs import PairDataset
 from ..data.regions import RegionDataset
 from ..data.swapped_scenes import swapped_scenes
@@ -82,24 +82,22 @@ def load_fused(arguments: EvaluationArguments, image_size: int) -> TripletDatase
         raise ValueError("Annotations hold no queries of an image with a text. Give data_file or dataset_name.")
     if arguments.dataset_name == "scenes":
         return TripletDataset(ComposedScenesDataset(arguments.split, arguments.max_samples or 500, image_size))
-    table = _load_table(arguments, image_size)
-    rows = table.rows.select(range(min(arguments.max_samples or len(table.rows), len(table.rows))))
-    return triplets_of([Table(rows, arguments.image_folders[0] if arguments.image_folders else table.root)], 0)
+    return triplets_of_table(_load_table(arguments, image_size), arguments, arguments.max_samples)
 
 
-def load_choices(arguments: EvaluationArguments, image_size: int) -> ChoiceDataset:
+def load_choices(arguments: EvaluationArguments, image_size: int, questions: bool = False) -> ChoiceDataset:
     """
-    Images with texts to choose from: of the files that [`read_choices`] reads, or swapped scenes.
+    Images with texts to choose from: of the files that [`read_choices`] reads, or swapped scenes; or POPE's questions.
 
     Raises:
         ValueError, FileNotFoundError: as [`read_choices`]; for other datasets.
     """
-    if arguments.dataset_name == "scenes":
+    if arguments.dataset_name == "scenes" and not questions:
         return swapped_scenes(arguments.split, arguments.max_samples or 500, image_size)
     files = arguments.annotations or [file for file in [arguments.data_file] if file is not None]
     if not files:
-        raise ValueError("Choices come from published files: set annotations, or data_file, or dataset_name scenes.")
-    return read_choices(files, arguments.image_folders, arguments.max_samples)
+        raise ValueError("Choices and questions come from published files: set annotations, or data_file.")
+    return read_choices(files, arguments.image_folders, arguments.max_samples, questions)
 
 
 def load_labelled(arguments: EvaluationArguments, image_size: int) -> list[LabelledImages]:

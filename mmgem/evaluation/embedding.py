@@ -76,6 +76,25 @@ def embed_fused(
     return model.get_embedding(**inputs.to(model.device)).float().cpu()
 
 
+def embed_mixed(
+    model: MMGEMModel, processor: MMGEMProcessor, images: Sequence[Any], texts: Sequence[str]
+) -> torch.Tensor:
+    """`(N, D)`: of each image (or None) and text (or ""), the embedding of both together, or of the one there is."""
+    embeds = torch.empty(len(texts), model.config.projection_dim)
+    kinds: dict[tuple[bool, bool], list[int]] = {}
+    for i, (image, text) in enumerate(zip(images, texts, strict=True)):
+        kinds.setdefault((image is not None, bool(text)), []).append(i)
+    for (has_image, has_text), own in kinds.items():
+        own_images, own_texts = [images[i] for i in own], [texts[i] for i in own]
+        if not has_image:
+            embeds[own] = embed_texts(model, processor, own_texts)
+        elif not has_text:
+            embeds[own] = embed_images(model, processor, own_images)
+        else:
+            embeds[own] = embed_fused(model, processor, own_images, own_texts)
+    return embeds
+
+
 def embed_averaged(
     model: MMGEMModel, processor: MMGEMProcessor, images: Sequence[Any], texts: Sequence[str]
 ) -> torch.Tensor:

@@ -11,9 +11,7 @@ from ..modeling_mmgem import MMGEMModel
 from ..processing import MMGEMProcessor
 from .embedding import (
     embed_averaged,
-    embed_fused,
-    embed_images,
-    embed_texts,
+    embed_mixed,
     evaluating,
     gather_readable,
     readable_batches,
@@ -23,7 +21,7 @@ from .retrieval import best_ranks, check_finite
 from .sharing import gather_parts
 
 
-SHOWN = 5  # candidates of each query that are kept for the report
+SHOWN, NEAREST = 8, 5  # queries in the report, and candidates of each
 
 
 def evaluate_fused(
@@ -34,17 +32,17 @@ def evaluate_fused(
     ks: Sequence[int] = (1, 5, 10),
 ) -> tuple[dict[str, float], dict[str, Any]]:
     """
-    R@k of each query among all distinct targets and negatives, without the query's own image (the protocol of CIRR,
-    Liu et al., 2021). Every target of a query that occurs several times is right. If there are several processes, all
-    must call it; each does its share, and gets the whole.
+    R@k of each query among all distinct targets and negatives, without the query's own image alone (the protocol of
+    CIRR, Liu et al., 2021). Every target of a query that occurs several times is right. If there are several
+    processes, all must call it; each does its share, and gets the whole.
 
     Args:
         model: with the adapter of fused queries active.
 
     Returns:
         the metrics: `fused_R@k`, and `stage_1_fused_R@k` of the normalised mean of the plain embeddings of both parts;
-        and outputs: `indices` of the examples that were used, example and side of each of the `candidates`, and
-        `ranking`, `(Q, 5)`: the candidates nearest to each query.
+        and outputs: `indices` of the examples that were used, example and side of each of the `candidates`, and of
+        some queries, by their place in `indices`, the `nearest` candidates.
 
     Raises:
         BadDataError: if no example can be used.
@@ -55,37 +53,36 @@ def evaluate_fused(
     candidates = list({r.id: r for r in reversed(found.records) if r.side != "query"}.values())[::-1]
     items = found.embeds[[record.row for record in candidates]]
     column = {record.id: place for place, record in enumerate(candidates)}
-    answers: dict[int, set[int]] = {}  # columns, by the id of the query
     targets = {record.example: column[record.id] for record in found.records if record.side == "target"}
-    of_image: dict[int, list[int]] = {}
-    for place, record in enumerate(candidates):
-        of_image.setdefault(record.image_id, []).append(place)
+    answers: dict[int, set[int]] = {}  # columns, by the id of the query
     for query in queries:
         answers.setdefault(query.id, set()).add(targets[query.example])
-    right = [(i, place) for i, query in enumerate(queries) for place in sorted(answers[query.id])]
-    same = [
-        (i, place) for i, query in enumerate(queries) if query.image_id for place in of_image.get(query.image_id, [])
-    ]
-    left_out = torch.tensor(same, dtype=torch.long).view(-1, 2)
+    right = torch.tensor([(i, place) for i, query in enumerate(queries) for place in sorted(answers[query.id])])
+    alone = {r.image_id: place for place, r in enumerate(candidates) if r.image_id and not r.has_words}
+    own_images = [(i, alone[query.image_id]) for i, query in enumerate(queries) if query.image_id in alone]
+    left_out = torch.tensor(own_images, dtype=torch.long).view(-1, 2)
     ways = {"stage_1_fused": found.averaged, "fused": found.embeds[[query.row for query in queries]]}
     metrics = {}
     for way, embeds in ways.items():
-        ranks = best_ranks(embeds, items, torch.tensor(right), left_out=left_out)
+        ranks = best_ranks(embeds, items, right, left_out=left_out)
         metrics.update({f"{way}_R@{k}": (ranks <= k).double().mean().item() for k in ks if k <= len(items)})
-    similarities = ways["fused"] @ items.T
-    similarities[tuple(left_out.T)] = -torch.inf
-    ranking = similarities.topk(min(SHOWN, len(items))).indices
+    shown = {}
+    for row in evenly_spaced(SHOWN, len(queries)):
+        similarities = items @ ways["fused"][row]
+        similarities[left_out[left_out[:, 0] == row, 1]] = -torch.inf
+        shown[row] = similarities.topk(min(NEAREST, len(items))).indices.tolist()
     places = [(record.example, record.side) for record in candidates]
-    return metrics, {"indices": [query.example for query in queries], "candidates": places, "ranking": ranking}
+    return metrics, {"indices": [query.example for query in queries], "candidates": places, "nearest": shown}
 
 
 class _Record(NamedTuple):
-    """An item of the data: its example and side, its ids, and the row of its embedding."""
+    """An item of the data: its example and side, what [`Item`] says of it, and the row of its embedding."""
 
     example: int
     side: str
     id: int
     image_id: int
+    has_words: bool
     row: int
 
 
@@ -102,30 +99,16 @@ def _embed_all(model: MMGEMModel, processor: MMGEMProcessor, dataset: TripletDat
     rows, averaged = [], []
     for batch in readable_batches(dataset, dataset.read, batch_size, faults):
         named = [(index, side, item) for index, items in batch for side, item in items.items() if item is not None]
-        rows.append(embed_items(model, processor, [item for _, _, item in named]))
+        items = [item for _, _, item in named]
+        rows.append(embed_mixed(model, processor, [item.image for item in items], [item.text for item in items]))
         queries = [item for _, side, item in named if side == "query"]
         averaged.append(embed_averaged(model, processor, [q.image for q in queries], [q.text for q in queries]))
         found += [(index, side, item._replace(image=None)) for index, side, item in named]
     found = gather_readable(found, faults, dataset)
     embeds = torch.cat(gather_parts(rows))
     check_finite(embeds, [f"the {side} of example {index}" for index, side, _ in found])
-    records = [_Record(i, side, item.id, item.image_id, row) for row, (i, side, item) in enumerate(found)]
+    records = [_Record(i, side, *item[2:], row) for row, (i, side, item) in enumerate(found)]
     return _Embedded(records, embeds, torch.cat(gather_parts(averaged)))
-
-
-def embed_items(model: MMGEMModel, processor: MMGEMProcessor, items: Sequence[Item]) -> torch.Tensor:
-    """`(N, D)` of images, texts, and texts with images, unit norm, float32, on the CPU."""
-    embeds = torch.empty(len(items), model.config.projection_dim)
-    kinds: dict[tuple[bool, bool], list[int]] = {}
-    for i, item in enumerate(items):
-        kinds.setdefault((item.image is not None, bool(item.text)), []).append(i)
-    for (has_image, has_text), own in kinds.items():
-        images, texts = [items[i].image for i in own], [items[i].text for i in own]
-        if has_image and has_text:
-            embeds[own] = embed_fused(model, processor, images, texts)
-        else:
-            embeds[own] = embed_images(model, processor, images) if has_image else embed_texts(model, processor, texts)
-    return embeds
 
 
 def fused_section(metrics: dict[str, float], outputs: dict[str, Any], dataset: TripletDataset) -> Section:
@@ -135,18 +118,15 @@ def fused_section(metrics: dict[str, float], outputs: dict[str, Any], dataset: T
     return Section("Fused retrieval", metrics, [*table(metrics), "", legend], images)
 
 
-def fused_sheet(dataset: TripletDataset, outputs: dict[str, Any], count: int = 8) -> Image.Image:
+def fused_sheet(dataset: TripletDataset, outputs: dict[str, Any]) -> Image.Image:
     """Queries with their nearest candidates, the target in green; candidates without an image show their text."""
-    chosen = evenly_spaced(count, len(outputs["indices"]))
     step = CELL + 12
-    sheet, corners = empty_sheet(len(chosen), 1, step * (outputs["ranking"].shape[1] + 2), step)
+    sheet, corners = empty_sheet(len(outputs["nearest"]), 1, step * (NEAREST + 2), step)
     draw = ImageDraw.Draw(sheet)
-    for row, (left, top) in zip(chosen, corners):
+    for (row, nearest), (left, top) in zip(outputs["nearest"].items(), corners):
         example = dataset.read(outputs["indices"][row])
-        shown = [example["query"]]
-        for place in outputs["ranking"][row].tolist():
-            index, side = outputs["candidates"][place]
-            shown.append(dataset.read(index)[side])
+        places = [outputs["candidates"][place] for place in nearest]
+        shown = [example["query"], *(dataset.read(index)[side] for index, side in places)]
         write_text(sheet, example["query"].text, left, top + 20, BLACK, 26, 9)
         for item in shown:
             left += step

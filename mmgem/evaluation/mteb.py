@@ -22,7 +22,7 @@ from ..modeling_mmgem.adapters_mmgem import FUSED_ADAPTER
 from ..modeling_mmgem.losses_mmgem import shortened
 from ..processing import MMGEMProcessor
 from ..processing.tokenization_mmgem import as_sentence
-from .embedding import embed_fused, embed_images, embed_texts
+from .embedding import embed_images, embed_mixed, embed_texts
 
 
 class MMGEMEncoder(AbsEncoder):
@@ -53,6 +53,8 @@ class MMGEMEncoder(AbsEncoder):
         self.model = loaded.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
         if adapter is not None:
             self.model.load_adapter(adapter, adapter_name=FUSED_ADAPTER)
+            if self.model._fused_adapter is None:
+                raise ValueError(f"{adapter} is no adapter of fused queries (--stage fused-retrieval).")
         self.has_fused = adapter is not None
         self.processor = MMGEMProcessor.from_pretrained(model, revision=revision or "main")
         if max_length is not None:
@@ -83,7 +85,8 @@ class MMGEMEncoder(AbsEncoder):
             # Some corpora have empty documents, which the processor refuses.
             texts = [text if as_sentence(text) else "." for text in batch.get("text", ())]
             if self.has_fused and texts and "image" in batch:
-                parts.append(embed_fused(self.model, self.processor, batch["image"], texts))
+                given = [text if as_sentence(text) else "" for text in batch["text"]]
+                parts.append(embed_mixed(self.model, self.processor, batch["image"], given))
             else:
                 if texts:
                     parts.append(embed_texts(self.model, self.processor, texts, len(texts)))

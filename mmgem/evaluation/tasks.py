@@ -9,6 +9,8 @@ import torch
 from peft import PeftConfig
 from transformers.utils.peft_utils import find_adapter_config_file
 
+from ..data.annotations import read_categories
+from ..data.choices import ChoiceDataset
 from ..data.pairs import PairDataset
 from ..loading import load_checkpoint
 from ..modeling_mmgem import MMGEMModel
@@ -147,9 +149,10 @@ def captioning(model: MMGEMModel, processor: MMGEMProcessor, arguments: Evaluati
     if ids and is_first_process():
         os.makedirs(arguments.output_dir, exist_ok=True)
         write_caption_results(os.path.join(arguments.output_dir, "captions.json"), ids, outputs["captions"])
-    if objects := _objects(readable) if arguments.annotations else []:
-        names = {name for of_image in objects for name in of_image}
-        metrics.update(chair(outputs["captions"], objects[:count], readable.captions()[:count], names))
+    if names := read_categories(arguments.annotations or []):
+        regions = _column(readable, "regions", count)
+        objects = [{region["phrase"] for region in of_image} & {*names} for of_image in regions]
+        metrics.update(chair(outputs["captions"], objects, readable.captions()[:count], names))
     domains = _column(readable, "domain", count)
     if ids and any(domains):
         references = dict(zip(ids, readable.captions()))
@@ -233,7 +236,8 @@ def regions(model: MMGEMModel, processor: MMGEMProcessor, arguments: EvaluationA
 def box_classification(model: MMGEMModel, processor: MMGEMProcessor, arguments: EvaluationArguments) -> Section:
     """Of COCO's or LVIS' instances: stage 1 alone, or beside the adapter of retrieval."""
     dataset = load_regions(arguments, _image_size(model))
-    given: dict[str, Any] = {"class_names": arguments.class_names, "batch_size": arguments.batch_size}
+    names = arguments.class_names or read_categories(arguments.annotations or []) or None
+    given: dict[str, Any] = {"class_names": names, "batch_size": arguments.batch_size}
     given["templates"] = arguments.templates or DEFAULT_TEMPLATES
     with stage_1(model, processor) as own_processor:
         metrics, outputs = classify_boxes(model, own_processor, dataset, **given)
@@ -250,11 +254,10 @@ def fused(model: MMGEMModel, processor: MMGEMProcessor, arguments: EvaluationArg
     """Queries of an image with a text, by the adapter of fused-retrieval."""
     dataset = load_fused(arguments, _image_size(model))
     metrics, outputs = evaluate_fused(model, processor, dataset, arguments.batch_size)
-    used, candidates = len(outputs["indices"]), len(outputs["candidates"])
     section = fused_section(metrics, outputs, dataset)
-    left_out = f" ({len(dataset) - used} more are left out)" if used < len(dataset) else ""
-    section.lines = [f"{used} queries{left_out}, {candidates} candidates.", "", *section.lines]
-    section.sizes = {"size": used, "left_out": len(dataset) - used, "candidates": candidates}
+    section.sizes = _sizes(len(outputs["indices"]), dataset)
+    candidates = section.sizes["candidates"] = len(outputs["candidates"])
+    section.lines = [f"{_with_left_out(section.sizes, 'queries')}, {candidates} candidates.", "", *section.lines]
     return section
 
 
@@ -265,23 +268,22 @@ def choices(model: MMGEMModel, processor: MMGEMProcessor, arguments: EvaluationA
     with adapters_off(model):
         metrics, outputs = evaluate_choices(model, processor, dataset, arguments.batch_size, **weights)
     section = choices_section(metrics, outputs, dataset)
-    used, left_out = len(outputs["indices"]), len(dataset.choices) - len(outputs["indices"]) + dataset.missing
-    counted = f"{used} choices" + (f" ({left_out} more are left out)" if left_out else "")
-    section.lines = [f"{counted}.", "", *section.lines]
-    section.sizes = {"size": used, "left_out": left_out}
+    section.sizes = _sizes_of_choices(outputs, dataset)
+    section.lines = [f"{_with_left_out(section.sizes, 'choices')}.", "", *section.lines]
     return section
 
 
 def questions(model: MMGEMModel, processor: MMGEMProcessor, arguments: EvaluationArguments) -> Section:
     """POPE's, by stage 1."""
-    dataset = load_choices(arguments, _image_size(model))
-    template = (arguments.templates or DEFAULT_TEMPLATES)[0]
+    dataset = load_choices(arguments, _image_size(model), questions=True)
+    templates = arguments.templates or DEFAULT_TEMPLATES
+    if len(templates) > 1:
+        raise ValueError(f"Questions are put in one sentence, but there are {len(templates)} templates. Give one.")
     with adapters_off(model):
-        metrics, outputs = evaluate_questions(model, processor, dataset, template, arguments.batch_size)
-    used, left_out = len(outputs["indices"]), len(dataset.choices) - len(outputs["indices"]) + dataset.missing
-    counted = f"{used} questions" + (f" ({left_out} more are left out)" if left_out else "")
-    sizes = {"size": used, "left_out": left_out}
-    return Section("Questions", metrics, [f"{counted}; {template!r}.", "", *table(metrics)], {}, sizes)
+        metrics, outputs = evaluate_questions(model, processor, dataset, templates[0], arguments.batch_size)
+    sizes = _sizes_of_choices(outputs, dataset)
+    lines = [f"{_with_left_out(sizes, 'questions')}; {templates[0]!r}.", "", *table(metrics)]
+    return Section("Questions", metrics, lines, {}, sizes)
 
 
 def score_caption_files(arguments: EvaluationArguments) -> Section:
@@ -312,9 +314,17 @@ def _sizes(used: int, dataset: PairDataset) -> dict[str, int]:
     return {"size": used, "left_out": len(dataset) - used + dataset.missing}
 
 
+def _sizes_of_choices(outputs: dict[str, Any], dataset: ChoiceDataset) -> dict[str, int]:
+    used = len(outputs["indices"])
+    return {"size": used, "left_out": len(dataset.choices) - used + dataset.missing}
+
+
 def _counted(used: PairDataset, dataset: PairDataset) -> str:
-    left_out = _sizes(len(used), dataset)["left_out"]
-    return f"{len(used)} images" + (f" ({left_out} more are left out)" if left_out else "")
+    return _with_left_out(_sizes(len(used), dataset), "images")
+
+
+def _with_left_out(sizes: dict[str, int], kind: str) -> str:
+    return f"{sizes['size']} {kind}" + (f" ({sizes['left_out']} more are left out)" if sizes["left_out"] else "")
 
 
 def _column(dataset: PairDataset, name: str, count: int) -> list[Any]:
@@ -323,13 +333,6 @@ def _column(dataset: PairDataset, name: str, count: int) -> list[Any]:
         return []
     values = dataset.table[name]
     return [values[row] for row in dataset.rows[:count]]
-
-
-def _objects(dataset: PairDataset) -> list[list[str]]:
-    """What COCO's or LVIS' instances name in each image; empty without them, Visual Genome's sentences being none."""
-    objects = [[region["phrase"] for region in of_image] for of_image in _column(dataset, "regions", len(dataset))]
-    names = {name for of_image in objects for name in of_image}
-    return objects if names and all(len(name.replace("_", " ").split()) <= 3 for name in names) else []
 
 
 def _image_ids(dataset: PairDataset, count: int) -> list[str]:

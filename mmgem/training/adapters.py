@@ -18,11 +18,13 @@ from .arguments import MMGEMTrainingArguments
 from .stages import PROJECTIONS
 
 
+FUSED_RANK = 16  # of fused-retrieval's matrices by default
+
+
 def lora_config(args: MMGEMTrainingArguments) -> LoraConfig | None:
     """Returns the configuration that `--lora_rank` and `--lora_alpha` are shorthand for; None without LoRA."""
-    if not args.lora_rank:
-        return None
-    return LoraConfig(r=args.lora_rank, lora_alpha=2 * args.lora_rank if args.lora_alpha is None else args.lora_alpha)
+    rank = args.lora_rank or (FUSED_RANK if args.stage == FUSED_ADAPTER else 0)
+    return LoraConfig(r=rank, lora_alpha=2 * rank if args.lora_alpha is None else args.lora_alpha) if rank else None
 
 
 def add_lora(model: MMGEMModel, config: LoraConfig) -> PeftModel:

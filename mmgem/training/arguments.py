@@ -17,7 +17,6 @@ from ..options import checked_token, option, parse_options
 from .checks import PYTORCH_OPTIMIZERS, refuse_unsupported, refuse_unsupported_loaders, warn_of_slow_bfloat16
 
 
-FUSED_RANK = 16  # of fused-retrieval's matrices by default
 MINIMA = {
     "per_device_train_batch_size": 1,
     "per_device_eval_batch_size": 1,
@@ -251,7 +250,7 @@ class MMGEMTrainingArguments(TrainingArguments):
             raise ValueError("max_steps must be 1 or more, or -1 to train for num_train_epochs.")
         if self.max_steps < 0 and self.num_train_epochs == 0:
             raise ValueError("num_train_epochs must be above 0, got 0. Raise it, or give --max_steps.")
-        if self.lora_alpha is not None and not self.lora_rank:
+        if self.lora_alpha is not None and not self.lora_rank and self.stage != "fused-retrieval":
             raise ValueError("lora_alpha is the scale of LoRA's matrices: give --lora_rank too, or leave it out.")
 
     def _set_metric_for_best_model(self) -> None:
@@ -283,8 +282,7 @@ class MMGEMTrainingArguments(TrainingArguments):
         defaults = {f.name: f.default if f.default is not MISSING else [] for f in fields(self)}
         stage_1 = ["objective", "mini_batch_size", "freeze", "projection_lr_multiplier", "generation_num_beams"]
         if self.stage == "fused-retrieval":
-            stage_1.append("cache_features")  # of images by their places in pairs
-            self.lora_rank = self.lora_rank or FUSED_RANK
+            stage_1 += ["cache_features", "train_sampling_strategy"]
         else:
             stage_1.append("lora_rank")
         for name in stage_1:

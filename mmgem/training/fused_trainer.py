@@ -16,6 +16,7 @@ from .adapters import add_fused_adapter
 from .arguments import MMGEMTrainingArguments, data_seed
 from .distributed import gather_ragged
 from .gradient_cache import Embeddings, refuse_dropout
+from .train_data import check_dataset
 
 
 class FusedTrainer(AdapterTrainer):
@@ -32,6 +33,13 @@ class FusedTrainer(AdapterTrainer):
 
     stages = ("fused-retrieval",)
 
+    def __init__(self, model: MMGEMModel, args: MMGEMTrainingArguments, *arguments: Any, **kwargs: Any):
+        super().__init__(model, args, *arguments, **kwargs)
+        for name in ("train_dataset", "eval_dataset"):
+            if getattr(self, name) is not None:
+                check_dataset(name, getattr(self, name), (TripletDataset,))
+        self._get_train_sampler()  # raises for datasets that are too small
+
     def wrap_table(self, table: datasets.Dataset, args: MMGEMTrainingArguments, is_training: bool) -> TripletDataset:
         return triplets_of([Table(table)], data_seed(args))
 
@@ -47,7 +55,7 @@ class FusedTrainer(AdapterTrainer):
     def _get_train_sampler(self, train_dataset: Any = None) -> OneSourceSampler:
         data: Any = self.train_dataset
         batch_size = self.args.train_batch_size * self.args.world_size
-        return OneSourceSampler(data.sources, batch_size, data_seed(self.args))
+        return OneSourceSampler(data, batch_size, data_seed(self.args))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
@@ -57,16 +65,24 @@ class FusedTrainer(AdapterTrainer):
         super()._load_best_model()
         self.base.hold_back(self.base._fused_adapter)
 
+    def training_step(
+        self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
+    ) -> torch.Tensor:
+        """Embeds what is plain; then the adapter is active until the backward pass, which may compute layers anew."""
+        inputs = self._prepare_inputs(inputs)
+        self.base.eval()
+        with torch.no_grad(), self.accelerator.autocast():
+            plain = [self.base.get_embedding(**inputs[name]) for name in ("texts", "images") if name in inputs]
+        with self.base.in_fused_call():
+            return super().training_step(model, {**inputs, "plain_embeds": plain}, num_items_in_batch)
+
     def _forward(
         self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
     ) -> tuple[Embeddings, Any, torch.Tensor | None]:
         """Embeddings of queries and targets, negatives behind them; the model's output; no caption loss."""
-        with self.base.in_fused_call():
-            fused = {name: inputs[name] for name in ("input_ids", "attention_mask", "pixel_values")}
-            outputs = model(**fused, return_loss=False, logits_to_keep=1)
-        with torch.no_grad():
-            plain = [self.base.get_embedding(**inputs[name]) for name in ("texts", "images") if name in inputs]
-        embeds = torch.cat([outputs.text_embeds, *plain])
+        fused = {name: inputs[name] for name in ("input_ids", "attention_mask", "pixel_values")}
+        outputs = model(**fused, return_loss=False, logits_to_keep=1)
+        embeds = torch.cat([outputs.text_embeds, *inputs["plain_embeds"]])
         self._logit_scale = outputs.logit_scale.detach()
         return (embeds[inputs["queries"]], embeds[inputs["answers"]], outputs.logit_scale), outputs, None
 

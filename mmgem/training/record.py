@@ -10,6 +10,7 @@ import torch
 from ..data.json_files import parse_json
 from ..data.loading import is_hub_id
 from ..evaluation.report import environment
+from .adapters import lora_config
 from .arguments import DataArguments, MMGEMTrainingArguments, ModelArguments
 from .checks import PYTORCH_OPTIMIZERS
 from .stages import option_value
@@ -77,7 +78,8 @@ def _data(data_args: DataArguments) -> list[str]:
         return [str(data_args.dataset_name)]
     if data_args.dataset_name is not None:
         return [os.path.basename(data_args.dataset_name)]
-    files = data_args.train_shards or data_args.train_annotations or [str(data_args.train_file)]
+    files = data_args.train_shards or data_args.train_annotations
+    files = files or [str(data_args.train_file or data_args.train_mixture)]
     return [os.path.basename(file) for file in files]
 
 
@@ -100,6 +102,8 @@ def _settings(args: MMGEMTrainingArguments, data_args: DataArguments) -> dict[st
         settings["projection_lr_multiplier"] = args.projection_lr_multiplier
         settings["lora_rank"] = args.lora_rank
         settings["augmentation_scale"] = data_args.augmentation_scale
+    elif args.stage == "fused-retrieval":
+        settings |= {"lora_rank": lora.r, "lora_alpha": lora.lora_alpha} if (lora := lora_config(args)) else {}
     else:
         settings["max_regions"] = data_args.max_regions
         settings["whole_image_weight"] = data_args.whole_image_weight

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from datasets import Dataset
 
-from mmgem.data.annotations import read_annotations
+from mmgem.data.annotations import read_annotations, read_categories
 from mmgem.data.choices import read_choices
+from mmgem.data.pairs import BadDataError
 from mmgem.data.scenes import parse_objects
 from mmgem.data.swapped_scenes import swapped_scenes
 
@@ -48,6 +49,8 @@ def test_sugarcrepe(folder):
     images = [found.image(choice.images[0]) for choice in found.choices]
     assert [np.array_equal(image, make_picture(i).convert("RGB")) for image, i in zip(images, (0, 2))] == [True] * 2
     other = write(folder / "add_att.json", {"0": rows["0"]})
+    with pytest.raises(ValueError, match="is given twice"):
+        read(folder, other, other)
     both = read(folder, str(folder / "swap_obj.json"), other, limit=1)
     assert [choice.kind for choice in both.choices] == ["swap_obj", "add_att"]
 
@@ -64,6 +67,10 @@ def test_aro_is_about_a_part_of_the_image(folder):
     image = found.image(found.choices[0].images[0])
     assert np.array_equal(image, make_picture(1).convert("RGB").crop((4, 5, 24, 35)))
     assert found.choices[0].texts == list(texts.values())
+    outside = {**relation, "bbox_x": 99}
+    found = read(folder, write(folder / "outside.json", [outside]))
+    with pytest.raises(BadDataError, match="has no area in an image of 48 x 40"):
+        found.image(0)
 
 
 def test_winoground_and_bivlc_have_two_images(folder):
@@ -94,9 +101,17 @@ def test_pope(folder):
         {"question_id": 3, "image": "absent.png", "text": "Is there a dog in the imange?", "label": "no"},
     ]
     (folder / "coco_pope_random.json").write_text("\n".join(map(json.dumps, lines)))
-    found = read(folder, str(folder / "coco_pope_random.json"))
+    found = read(folder, str(folder / "coco_pope_random.json"), questions=True)
     assert [(choice.texts, choice.kind) for choice in found.choices] == [(["snowboard"], "yes"), (["orange"], "no")]
-    assert found.missing == 1
+    assert found.missing == 1 and len(found) == 1, "one image for both questions"
+    with pytest.raises(ValueError, match="is none of SugarCrepe's"):
+        read(folder, str(folder / "coco_pope_random.json"))
+    (folder / "one.json").write_text(json.dumps(lines[0]))
+    assert len(read(folder, str(folder / "one.json"), questions=True).choices) == 1
+    lines[0]["text"] = "How many dogs?"
+    (folder / "bad.json").write_text("\n".join(map(json.dumps, lines)))
+    with pytest.raises(ValueError, match=r"Example 0 of .*asks for no object"):
+        read(folder, str(folder / "bad.json"), questions=True)
 
 
 @pytest.mark.parametrize(
@@ -111,7 +126,10 @@ def test_pope(folder):
         ),
         ({"0": {"filename": "absent.png", "caption": "a", "negative_caption": "b"}}, "None of the images"),
         ([{"image": "000000000000.png", "choices": ["a", "b"], "label": 2}], "Example 0 of .*label 2 is none of 2"),
-        ([{"image": "000000000000.png", "text": "How many?", "label": "yes"}], "Example 0 of .*asks for no object"),
+        ([{"image": "000000000000.png", "choices": "dog", "label": 0}], "a list of two texts at least, got 'dog'"),
+        ([{"image": "000000000000.png", "choices": ["a", "b"], "label": True}], "label True is none of 2"),
+        ([{"image": "000000000000.png", "choices": ["a", " "], "label": 0}], "Example 0 of .*text 1 is empty"),
+        ([{"image": 5, "choices": ["a", "b"], "label": 0}], "the image 5 is no name of a file"),
     ],
 )
 def test_wrong_files_are_named(folder, content, fault):
@@ -141,6 +159,7 @@ def test_refcoco(folder):
     ]
     annotations = [{"id": 7 + i, "image_id": i, "bbox": [i, 2, 10, 20], "category_id": 1} for i in range(2)]
     content = {"images": images, "annotations": annotations, "categories": [{"id": 1, "name": "object"}]}
+    assert not read_categories([write(folder / "finetune.json", content)]), "its one category is none"
     rows, missing = read_annotations([write(folder / "finetune_refcoco_val.json", content)], [str(folder / "images")])
     assert len(rows) == 1 and missing == 0
     assert rows[0]["regions"] == [
@@ -157,6 +176,7 @@ def test_lvis_names_no_files(folder):
     }
     rows, _ = read_annotations([write(folder / "lvis_v1_val.json", content)], [str(folder / "images")])
     assert rows[0]["regions"] == [{"box": [0.0, 0.0, 5.0, 6.0], "phrase": "aerosol_can"}]
+    assert read_categories([str(folder / "lvis_v1_val.json")]) == ["aerosol_can"]
 
 
 def test_swapped_scenes():

@@ -214,7 +214,7 @@ def test_a_dataset_that_cannot_be_read_says_why(tmp_path):
 
 def test_what_to_evaluate_on_is_named_once(tmp_path):
     options = {"validation_annotations": ["a.json"], "image_folders": ["."]}
-    with pytest.raises(ValueError, match="validation_annotations go with train_file"):
+    with pytest.raises(ValueError, match="validation_annotations go with training files"):
         load_regions(DataArguments(dataset_name="scenes", **options), 32, seed=0)
     (tmp_path / "a.jsonl").write_text('{"image": "a", "caption": "b"}\n')
     with pytest.raises(ValueError, match="validation_file or validation_annotations, not both"):

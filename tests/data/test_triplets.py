@@ -145,6 +145,15 @@ def test_a_mixture(tmp_path):
     assert (dataset[8]["query"].text, dataset[8]["target"].text) == ("b 0", "Represent: is 0")
 
 
+def test_a_bad_row_is_replaced_by_one_of_its_own_dataset(tmp_path):
+    dataset = write_mixture(tmp_path, *({"train_file": str(tmp_path / f"{name}.parquet")} for name in "ab"))
+    read = dataset._read
+    dataset._read = lambda row, cached: 1 / 0 if row == 7 else read(row, cached)
+    assert dataset[7]["query"].text == "a 0" and list(dataset[7]["bad"]) == [7]
+    chosen = dataset.select([6, 7, 8, 9])
+    assert [members.tolist() for members in chosen.members()] == [[0, 1], [2, 3]]
+
+
 @pytest.mark.parametrize(
     ("entry", "fault"),
     [
@@ -155,6 +164,7 @@ def test_a_mixture(tmp_path):
         ({"train_file": "{a}", "weight": 0}, "above 0, got 0"),
         ({"train_file": "{a}", "weight": "much"}, "weight must not be 'much'"),
         ({"train_file": "{a}", "max_samples": 0}, "1 or more, got 0"),
+        ({"dataset_name": "scenes"}, "scenes are drawn"),
     ],
 )
 def test_a_wrong_mixture_names_the_entry(tmp_path, entry, fault):
@@ -166,8 +176,8 @@ def test_a_wrong_mixture_names_the_entry(tmp_path, entry, fault):
 
 
 def test_batches_come_from_one_source_by_weight():
-    sources = [TripletSource(40, 3.0), TripletSource(400, 1.0)]
-    sampler = OneSourceSampler(sources, 8, seed=0)
+    dataset = TripletDataset([None] * 440, [TripletSource(40, 3.0), TripletSource(400, 1.0)])
+    sampler = OneSourceSampler(dataset, 8, seed=0)
     order = list(sampler)
     assert len(order) == len(sampler) == 440
     groups = [order[i : i + 8] for i in range(0, len(order), 8)]
@@ -177,14 +187,14 @@ def test_batches_come_from_one_source_by_weight():
     assert abs(first / len(groups) - 0.75) < 0.15
     assert len(set([i for g, o in zip(groups, owners) if o == {0} for i in g][:40])) == 40, "shuffled"
     assert list(sampler) == order
-    sampler.set_epoch(1)
+    dataset.set_epoch(1)
     assert list(sampler) != order
-    with pytest.raises(ValueError, match="40 examples does not fill a batch of 41"):
-        OneSourceSampler(sources, 41, seed=0)
+    with pytest.raises(ValueError, match="Dataset 0 of the mixture, of 40 examples, does not fill a batch of 41"):
+        OneSourceSampler(dataset, 41, seed=0)
 
 
 def test_a_source_alone_is_seen_once_in_each_epoch():
-    order = list(OneSourceSampler([TripletSource(35, 1.0)], 8, seed=0))
+    order = list(OneSourceSampler(TripletDataset([None] * 35), 8, seed=0))
     assert len(order) == len(set(order)) == 32
 
 

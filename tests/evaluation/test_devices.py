@@ -2,24 +2,28 @@
 
 import pytest
 import torch
+from peft import LoraConfig
 
 from mmgem.evaluation.arguments import EvaluationArguments
 from mmgem.evaluation.classification import classification_metrics
 from mmgem.evaluation.retrieval import retrieval_metrics
 from mmgem.evaluation.tasks import load_model, run_tasks
+from mmgem.training.adapters import add_fused_adapter
 from tests import emulated_accelerator
+from tests.evaluation.conftest import bold_model
 
 
 DEVICE = f"{emulated_accelerator.NAME}:2"
-TASKS = ["retrieval", "classification", "captioning", "long_text", "regions"]
+TASKS = ["retrieval", "classification", "captioning", "long_text", "regions", "box_classification", "fused", "choices"]
 
 
-def test_every_task_gives_the_figures_of_the_cpu(checkpoint, adapters, tmp_path):
+def test_every_task_gives_the_figures_of_the_cpu(checkpoint, adapters, processor, tmp_path):
+    add_fused_adapter(bold_model(processor), LoraConfig(r=2)).save_pretrained(tmp_path / "fused")
     metrics = []
     for device in ("cpu", DEVICE):
         arguments = EvaluationArguments(
             model=checkpoint,
-            adapters=adapters,
+            adapters=[*adapters, str(tmp_path / "fused")],
             tasks=TASKS,
             dataset_name="scenes",
             max_samples=6,

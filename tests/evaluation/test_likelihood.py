@@ -143,7 +143,7 @@ def test_the_command_line_reranks(checkpoint, run, labelled):
 def test_options_without_effect_are_refused(labelled):
     data = {"model": "model", "data_file": "pets.parquet"}
     for tasks, options, message in (
-        (["retrieval"], {"alpha": 0.5}, r"alpha is 0\.5, but there is no likelihood"),
+        (["retrieval"], {"alpha": 0.5}, r"alpha is 0\.5, but no likelihood uses it"),
         (["captioning"], {"rerank": 5}, "rerank is for retrieval and classification, but the tasks are captioning"),
         (["captioning"], {"matryoshka_dims": [4]}, "matryoshka_dims is for retrieval"),
         (["retrieval"], {"matryoshka_dims": [8, 4]}, "matryoshka_dims must ascend"),

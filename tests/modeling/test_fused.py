@@ -141,6 +141,7 @@ def test_switched_off_deleted_and_saved(folder, model, own_processor, tmp_path):
     with pytest.raises(ValueError, match="none is active"):
         fused(model, own_processor)
     model.enable_adapters()
+    assert all(p.requires_grad for name, p in model.named_parameters() if "lora_" in name), "training may go on"
     assert torch.equal(fused(model, own_processor), expected)
     model.save_pretrained(tmp_path)
     again = MMGEMModel.from_pretrained(tmp_path).eval()
@@ -197,6 +198,8 @@ def test_bad_input(model, own_processor):
     inputs = call(images=PICTURES, text=TEXTS, task="embed", return_tensors="pt")
     with pytest.raises(ValueError, match="3 texts came with 1 images"):
         model.get_embedding(**{**inputs, "pixel_values": inputs["pixel_values"][:1]})
+    with pytest.raises(ValueError, match="Leave out boxes"):
+        model.get_embedding(**inputs, boxes=torch.zeros(3, 1, 4))
     other = copy.copy(call)
     other.image_grid_size = 3
     with pytest.raises(ValueError, match="another number of <image>"):

@@ -4,17 +4,21 @@ import copy
 import json
 import sys
 
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from peft import LoraConfig
 from torch.nn.functional import cross_entropy
 
 from mmgem import MMGEMModel
+from mmgem.data.pairs import PairDataset
 from mmgem.data.triplets import TripletDataset
 from mmgem.evaluation.__main__ import main
 from mmgem.evaluation.fused import evaluate_fused
 from mmgem.modeling_mmgem import contrastive_loss
 from mmgem.modeling_mmgem.adapters_mmgem import FUSED_ADAPTER
+from mmgem.training.adapters import lora_config
 from mmgem.training.arguments import MMGEMTrainingArguments, parse_arguments
 from mmgem.training.checkpoints import CheckpointError
 from mmgem.training.fused_trainer import FusedTrainer
@@ -159,45 +163,77 @@ def test_learns_and_is_evaluated(processor, tmp_path):
 
 
 def test_ranks_and_what_is_left_out(processor, monkeypatch):
-    """Against ranks counted by hand; the query's own picture is no candidate."""
-    data = TripletDataset(
-        Table(
-            [
-                {"query_image": make_picture(0), "query_text": "a", "target_image": make_picture(1)},
-                {"query_image": make_picture(1), "query_text": "b", "target_image": make_picture(2)},
-                {"query_image": make_picture(1), "query_text": "b", "target_image": make_picture(3)},
-                {"query_image": make_picture(4), "query_text": "c", "negative_text": "d"},
-            ]
-        )
-    )
-    # Pictures 1, 2, 3 as candidates lie at these angles; the queries at theirs.
-    angles = {"1": 0.0, "2": 0.5, "3": 1.0, "0 a": 0.3, "1 b": 0.2}
-    numbers = {str(i): data._item({"x_image": make_picture(i)}, "x", data.sources[0]).image_id for i in range(4)}
-    names = {number: name for name, number in numbers.items()}
+    """Against ranks counted by hand; the query's own picture is no candidate, but is with another text."""
+    rows = [
+        {"query_image": make_picture(0), "query_text": "a", "target_image": make_picture(1)},
+        {"query_image": make_picture(1), "query_text": "b", "target_image": make_picture(2)},
+        {"query_image": make_picture(1), "query_text": "b", "target_image": make_picture(3)},
+        {"query_image": make_picture(4), "query_text": "c", "negative_text": "d"},
+        {"query_image": make_picture(1), "query_text": "e", "target_image": make_picture(1), "target_text": "f"},
+    ]
+    # On a circle: pictures 1, 2, 3 and "1 f" as candidates, and the queries.
+    angles = {"1": 0.0, "2": 0.5, "3": 1.0, "1 f": 2.2, "0 a": 0.3, "1 b": 0.2, "1 e": 2.0}
+    names = {np.asarray(make_picture(i).convert("RGB")).tobytes(): str(i) for i in range(4)}
 
-    def embed(model, processor, items):
-        named = [f"{names[item.image_id]} {item.text}".strip() for item in items]
-        return torch.tensor([[angles[name]] for name in named]).apply_(lambda x: x) @ torch.ones(1, 1)
-
-    def on_circle(*args):
-        angle = embed(*args)
+    def on_circle(model, processor, images, texts):
+        named = (f"{names[np.asarray(i).tobytes()]} {text}".strip() for i, text in zip(images, texts))
+        angle = torch.tensor([[angles[name]] for name in named])
         return torch.cat([angle.cos(), angle.sin()], 1)
 
-    monkeypatch.setattr("mmgem.evaluation.fused.embed_items", on_circle)
+    monkeypatch.setattr("mmgem.evaluation.fused.embed_mixed", on_circle)
     monkeypatch.setattr("mmgem.evaluation.fused.embed_averaged", lambda m, p, images, texts: torch.ones(len(texts), 2))
-    metrics, outputs = evaluate_fused(make_model(processor), processor, data, ks=(1, 2, 3))
+    metrics, outputs = evaluate_fused(make_model(processor), processor, TripletDataset(Table(rows)), ks=(1, 2, 3))
     # "0 a" is nearest to 2 (0.2 away), then 1 (0.3), its target. "1 b" is nearest to 1, which is its own picture, then
-    # to 2, one of its two targets.
-    assert outputs["indices"] == [0, 1, 2]
-    assert metrics["fused_R@1"] == pytest.approx(2 / 3) and metrics["fused_R@2"] == 1
-    assert outputs["candidates"] == [(0, "target"), (1, "target"), (2, "target")]
-    assert outputs["ranking"][1].tolist()[:2] == [1, 2]
+    # to 2, one of its two targets. "1 e" finds "1 f", which holds its own picture.
+    assert outputs["indices"] == [0, 1, 2, 4]
+    assert metrics["fused_R@1"] == pytest.approx(3 / 4) and metrics["fused_R@2"] == 1
+    assert outputs["candidates"] == [(0, "target"), (1, "target"), (2, "target"), (4, "target")]
+    assert outputs["nearest"][1][:2] == [1, 2] and outputs["nearest"][3][0] == 3
+
+
+def test_checkpointing_changes_nothing(processor, tmp_path):
+    """Layers that the backward pass computes anew have the adapter too."""
+    states = []
+    for name, options in (("plain", {}), ("anew", {"gradient_checkpointing": True})):
+        trainer = FusedTrainer(make_model(processor), arguments(tmp_path / name, **options), processor, triplets())
+        trainer.train()
+        states.append(state_of_lora(trainer.base))
+    for name, tensor in states[0].items():
+        torch.testing.assert_close(states[1][name], tensor, atol=1e-5, rtol=0)
+
+
+def test_frozen_weights_in_bfloat16(processor, tmp_path):
+    """Weights that are numbers of bfloat16 are held in it; plain items are computed as fused ones are."""
+    model = make_model(processor)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(parameter.bfloat16())
+    trainer = FusedTrainer(model, arguments(tmp_path, bf16=True), processor, triplets())
+    trainer.train()
+    assert torch.isfinite(torch.tensor(trainer.state.log_history[0]["contrastive_loss"]))
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+
+
+def test_own_matrices_and_other_data(processor, tmp_path):
+    config = LoraConfig(r=3, target_modules=["q_proj"])
+    trainer = FusedTrainer(make_model(processor), arguments(tmp_path), processor, triplets(), peft_config=config)
+    assert {name.split(".")[-4] for name in state_of_lora(trainer.base)} == {"q_proj"}
+    with pytest.raises(ValueError, match="train_dataset must be"):
+        FusedTrainer(make_model(processor), arguments(tmp_path), processor, PairDataset(Table(pairs())))
+    with pytest.raises(ValueError, match=r"8 training examples do not fill one batch of 9"):
+        args = arguments(tmp_path, per_device_train_batch_size=9)
+        FusedTrainer(make_model(processor), args, processor, triplets())
+
+
+def pairs():
+    return [{"image": make_picture(i), "caption": "a dog"} for i in range(8)]
 
 
 @pytest.mark.parametrize(
     ("options", "fault"),
     [
         (["--dataset_name", "scenes", "--cache_features", "true"], "cache_features is for stage 1"),
+        (["--dataset_name", "scenes", "--train_sampling_strategy", "sequential"], "train_sampling_strategy is for"),
         (["--dataset_name", "scenes", "--objective", "caption"], "objective is for stage 1"),
         (["--dataset_name", "scenes", "--region_grid_size", "2"], "region_grid_size is for captions of regions"),
         (["--dataset_name", "scenes", "--train_mixture", "a.yaml"], "exactly one of"),
@@ -208,6 +244,12 @@ def test_options_that_do_not_fit(tmp_path, options, fault):
     given = ["--stage", "fused-retrieval", "--init_from", "base", "--output_dir", str(tmp_path), *options]
     with pytest.raises(ValueError, match=fault):
         parse_arguments(given)
+
+
+def test_the_scale_goes_without_the_rank(tmp_path):
+    given = ["--stage", "fused-retrieval", "--init_from", "base", "--output_dir", str(tmp_path), "--lora_alpha", "8"]
+    args = parse_arguments([*given, "--dataset_name", "scenes"])[2]
+    assert (lora_config(args).r, lora_config(args).lora_alpha) == (16, 8)
 
 
 def test_a_mixture_is_for_this_stage_alone(tmp_path):
