@@ -14,7 +14,7 @@ from ..data.choices import ChoiceDataset
 from ..data.pairs import PairDataset
 from ..loading import load_checkpoint
 from ..modeling_mmgem import MMGEMModel
-from ..modeling_mmgem.adapters_mmgem import REGION_ADAPTERS, adapter_stage
+from ..modeling_mmgem.adapters_mmgem import FUSED_ADAPTER, REGION_ADAPTERS, adapter_stage
 from ..processing import MMGEMProcessor
 from .arguments import EvaluationArguments, check_dims
 from .caption_files import read_caption_references, read_caption_results, score_captions, write_caption_results
@@ -252,6 +252,10 @@ def box_classification(model: MMGEMModel, processor: MMGEMProcessor, arguments: 
 
 def fused(model: MMGEMModel, processor: MMGEMProcessor, arguments: EvaluationArguments) -> Section:
     """Queries of an image with a text, by the adapter of fused-retrieval."""
+    if FUSED_ADAPTER not in getattr(model, "peft_config", {}):
+        raise ValueError(
+            "The task fused needs the adapter that --stage fused-retrieval trained: give it to --adapters."
+        )
     dataset = load_fused(arguments, _image_size(model))
     metrics, outputs = evaluate_fused(model, processor, dataset, arguments.batch_size)
     section = fused_section(metrics, outputs, dataset)

@@ -278,5 +278,5 @@ def test_from_the_shell(processor, tmp_path, train, monkeypatch):  # noqa: F811
     assert again["metrics"] == pytest.approx(results["metrics"])
     assert again["setting"]["sizes"]["Fused retrieval"] == {"size": 10, "left_out": 0, "candidates": 20}
     monkeypatch.setattr(sys, "argv", given)
-    with pytest.raises(SystemExit, match="none is active"):
+    with pytest.raises(SystemExit, match="give it to --adapters"):
         main()
