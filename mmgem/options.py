@@ -5,8 +5,8 @@ import json
 import os
 import re
 import sys
-from argparse import ArgumentParser
-from collections.abc import Iterable, Iterator, Sequence
+from argparse import SUPPRESS, ArgumentParser
+from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import field
 from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
@@ -23,13 +23,16 @@ def option(default: Any, description: str) -> Any:
     return field(default=default, metadata=metadata)
 
 
-def parse_options(types: Sequence[Any], script: str, arguments: list[str] | None = None) -> tuple[Any, ...]:
+def parse_options(
+    types: Sequence[Any], script: str, arguments: list[str] | None = None, rare: Container[str] = ()
+) -> tuple[Any, ...]:
     """
     Fills each dataclass of `types` from `--config file.yaml` and `--option value`; the command line wins.
 
     Args:
         script: name of the script in its help.
         arguments: the command line without the script; `sys.argv` by default.
+        rare: names of options that `--help` leaves out; `--help_all` shows them too.
 
     Raises:
         ValueError: for an unknown option, with the nearest known one; for a list where the option takes one value, or
@@ -38,8 +41,14 @@ def parse_options(types: Sequence[Any], script: str, arguments: list[str] | None
     arguments = sys.argv[1:] if arguments is None else arguments
     for word in (os.getcwd(), *arguments):
         check_encodable(word)
-    usage = f"{script} [--config FILE] [--option VALUE …]   (--help lists the options)"
+    more = ", --help_all all of them" if rare else ""
+    usage = f"{script} [--config FILE] [--option VALUE …]   (--help lists the options{more})"
     parser = HfArgumentParser(list(types), usage=usage, allow_abbrev=False)  # type: ignore[arg-type]
+    if "--help_all" in arguments:
+        arguments = ["--help"]
+    else:
+        for action in parser._actions:
+            action.help = SUPPRESS if action.dest in rare else action.help
     config_parser = ArgumentParser(usage=usage, add_help=False, allow_abbrev=False)
     config_parser.add_argument("--config", action="append", default=[])
     config, words = config_parser.parse_known_args(arguments)

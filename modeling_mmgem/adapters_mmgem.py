@@ -13,6 +13,7 @@ texts, images and captions stay what they are.
 
 import os
 import re
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -47,6 +48,11 @@ class AdapterMixin:
             return (self.peft_config[name].auto_mapping or {}).get("region_grid_size", self.config.region_grid_size)
         return self.config.region_grid_size
 
+    @property
+    def is_gradient_checkpointing(self: Any) -> bool:
+        """For PEFT, which asks by this name; transformers' own property warns that it is deprecated."""
+        return any(getattr(module, "gradient_checkpointing", False) for module in self.modules())
+
     def load_adapter(self: Any, peft_model_id: str | None = None, *args: Any, **kwargs: Any) -> Any:
         """
         [`PreTrainedModel.load_adapter`], after which this adapter alone is active. If loading fails, the adapter is
@@ -59,7 +65,9 @@ class AdapterMixin:
         loaded, conversions = dict(getattr(self, "peft_config", {})), getattr(self, "_weight_conversions", None)
         active = self.active_adapters() if loaded else []
         try:
-            info = super().load_adapter(peft_model_id, *args, **kwargs)  # type: ignore[misc]
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several adapters are meant
+                info = super().load_adapter(peft_model_id, *args, **kwargs)  # type: ignore[misc]
             missing = [key for key in info.missing_keys if name in key.split(".")]
             if missing:
                 raise ValueError(f"{peft_model_id} is damaged: {min(missing)} is missing.")

@@ -8,6 +8,7 @@ Evaluates a checkpoint in the figures of its field.
 
 import os
 import sys
+from collections.abc import Iterable
 from contextlib import nullcontext
 from typing import Any
 
@@ -23,7 +24,7 @@ from ..processing import MMGEMProcessor
 from .arguments import EvaluationArguments
 from .captioning import TOKENIZER
 from .data import read_suite
-from .report import environment, write_report
+from .report import Section, environment, write_report
 from .tasks import load_model, run_tasks, score_caption_files
 
 
@@ -39,24 +40,27 @@ def main() -> None:
 
 
 def run(arguments: EvaluationArguments) -> None:
-    """Evaluates in all processes; the first one writes and prints the report."""
+    """Evaluates in all processes; the first one prints the metrics of each task as they come, and reports so far."""
+    found: Iterable[Section]
     if arguments.caption_results is not None:
-        sections = [score_caption_files(arguments)]
+        found = [score_caption_files(arguments)]
         names = ("caption_results", "caption_references", "split", "caption_subset")
-        setting = {name: getattr(arguments, name) for name in names}
+        setting, is_first = {name: getattr(arguments, name) for name in names}, True
     else:
         state = PartialState(cpu=not torch.cuda.is_available())
         model, processor = load_model(arguments)
-        sections = run_tasks(model.to(state.device), processor, arguments)
-        setting = describe(arguments, processor, state)
-        if not state.is_main_process:
-            return
-    for section in sections:
-        for name, value in section.metrics.items():
-            print(f"{name:44} {value:.4f}")
-    setting.update(environment(), caption_tokenizer=TOKENIZER)
-    report = write_report(arguments.output_dir, "Evaluation", sections, setting)
-    print(f"Report: {os.path.relpath(report)}")
+        found = run_tasks(model.to(state.device), processor, arguments)
+        setting, is_first = describe(arguments, processor, state), state.is_main_process
+    sections = []
+    for section in found:
+        sections.append(section)
+        if is_first:
+            for name, value in section.metrics.items():
+                print(f"{name:44} {value:.4f}", flush=True)
+            whole = {**setting, **environment(), "caption_tokenizer": TOKENIZER}
+            report = write_report(arguments.output_dir, "Evaluation", sections, whole)
+    if is_first:
+        print(f"Report: {os.path.relpath(report)}")
 
 
 def describe(arguments: EvaluationArguments, processor: MMGEMProcessor, state: PartialState) -> dict[str, Any]:

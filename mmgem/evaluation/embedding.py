@@ -21,6 +21,11 @@ logger = logging.get_logger(__name__)
 CPU_TOKENS = 1024  # per batch of texts; with more, activations do not fit into a CPU's caches
 
 
+def progress(items: Sequence[Any], unit: str) -> Any:
+    """The items, with a bar in the first process once they have taken three seconds."""
+    return logging.tqdm(items, unit=f" {unit}", leave=False, delay=3, disable=None if is_first_process() else True)
+
+
 @contextlib.contextmanager
 def evaluating(model: MMGEMModel) -> Iterator[None]:
     """Switches to eval mode, and afterwards every module back to the mode that it had."""
@@ -51,7 +56,7 @@ def embed_texts(
     max_length = processor.max_length if max_length is None else max_length
     rows = processor(text=list(texts), padding=False, max_length=max_length, truncation=True)["input_ids"]
     tokens = CPU_TOKENS if model.device.type == "cpu" else None
-    for batch in batches_by_length([len(row) for row in rows], batch_size, tokens):
+    for batch in progress(list(batches_by_length([len(row) for row in rows], batch_size, tokens)), "batch of texts"):
         inputs = processor.tokenizer.pad({"input_ids": [rows[i] for i in batch]}, return_tensors="pt")
         embeds[batch] = model.get_embedding(**inputs.to(model.device)).float().cpu()
     return embeds
@@ -145,7 +150,7 @@ def readable_batches(
     that cannot be read are added to `faults`.
     """
     batch: list[tuple[int, Any]] = []
-    for index in shard_range(len(dataset)):
+    for index in progress(shard_range(len(dataset)), "image"):
         try:
             batch.append((index, read(index)))
         except BadDataError as error:

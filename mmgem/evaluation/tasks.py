@@ -3,6 +3,7 @@
 import copy
 import os
 from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -39,10 +40,10 @@ from .report import Section, caption_sheet, class_sheet, retrieval_section, tabl
 from .sharing import is_first_process
 
 
-def run_tasks(model: MMGEMModel, processor: MMGEMProcessor, arguments: EvaluationArguments) -> list[Section]:
+def run_tasks(model: MMGEMModel, processor: MMGEMProcessor, arguments: EvaluationArguments) -> Iterator[Section]:
     """
-    A section for each of `arguments.tasks`, with its metrics. If there are several processes, all must call it; each
-    does its share of embedding and writing, and gets all the figures and images.
+    A section for each of `arguments.tasks`, with its metrics, as it comes. If there are several processes, all must
+    call it; each does its share of embedding and writing, and gets all the figures and images.
 
     Args:
         model: with the adapters that `arguments` name loaded under the names of their stages, as [`load_model`] does.
@@ -54,8 +55,10 @@ def run_tasks(model: MMGEMModel, processor: MMGEMProcessor, arguments: Evaluatio
     by_name = {task.__name__: task for task in tasks}
     processor = copy.copy(processor)
     processor.max_length = arguments.max_length or processor.max_length
-    with evaluating(model):
-        return [by_name[task](model, processor, arguments) for task in arguments.tasks]
+    for task in arguments.tasks:
+        with evaluating(model):
+            section = by_name[task](model, processor, arguments)
+        yield section
 
 
 def load_model(arguments: EvaluationArguments) -> tuple[MMGEMModel, MMGEMProcessor]:

@@ -52,6 +52,8 @@ def build_trainer(
         checkpoint: that the run resumes from.
     """
     transformers.set_seed(args.seed)
+    if args.disable_tqdm:
+        transformers.utils.logging.disable_progress_bar()
     load, trainer_class, kind = STAGES[args.stage]
     train_dataset, eval_dataset = load(data_args, config.vision_config.image_size, data_seed(args))
     if eval_dataset is not None:
@@ -146,7 +148,7 @@ def _setting(trainer: MMGEMTrainer, data_args: DataArguments) -> dict[str, Any]:
     return {
         "dataset_id": data_args.dataset_name if is_hub_id(data_args.dataset_name) else None,
         "dataset": data_args.dataset_name or data_args.validation_file or data_args.validation_annotations,
-        "split": str(eval_dataset.table.split),
+        **({} if eval_dataset.table.split is None else {"split": str(eval_dataset.table.split)}),
         "prompt": PROMPTS.get(args.stage, "".join(trainer.processing_class.image_prompt)),
         "max_length": data_args.max_length,
         "dtype": str(trainer.model.dtype) + ("" if mixed == "no" else f" under {mixed} autocast"),

@@ -104,6 +104,13 @@ def test_parts_are_a_partition(monkeypatch, count, size):
     assert max(map(len, parts)) - min(map(len, parts)) <= 1
 
 
+def test_what_is_done_is_there_when_a_later_task_fails(checkpoint, run, tmp_path):
+    with pytest.raises(SystemExit, match="give it to --adapters"):
+        run("--model", checkpoint, "--tasks", "retrieval,fused", "--dataset_name", "scenes", "--max_samples", 6)
+    metrics = json.loads((tmp_path / "out" / "results.json").read_text())["metrics"]
+    assert "text_to_image_R@1" in metrics and (tmp_path / "out" / "report.md").is_file()
+
+
 def test_every_task_on_scenes(checkpoint, adapters, processor, run, tmp_path, capsys):
     results = run(
         *("--model", checkpoint, "--adapters", *adapters),
@@ -327,13 +334,13 @@ def test_adapters_are_on_again_after_a_fault(checkpoint, adapters, tmp_path):
     with torch.no_grad():
         model.visual_projection.weight.fill_(float("nan"))
     with pytest.raises(ValueError, match="caption loss is nan"):
-        run_tasks(model, processor, options)
+        list(run_tasks(model, processor, options))
     assert not model.caption_projection._disable_adapters
     with pytest.raises(ValueError, match="the first that of 'image 0'"):
-        run_tasks(model, processor, dataclasses.replace(options, tasks=["retrieval"]))
+        list(run_tasks(model, processor, dataclasses.replace(options, tasks=["retrieval"])))
     with pytest.raises(ValueError, match=r"region .* of image 0"):
         scenes = dataclasses.replace(options, tasks=["regions"], data_file=None, dataset_name="scenes", max_samples=2)
-        run_tasks(model, processor, scenes)
+        list(run_tasks(model, processor, scenes))
     assert {*model.active_adapters()} == {"region-caption", "region-retrieval"}
 
 

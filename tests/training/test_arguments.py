@@ -256,3 +256,14 @@ def test_options_of_optimizer_and_schedule_are_tried_before_the_run(tmp_path, op
         check_optimizer(MMGEMTrainingArguments(output_dir=str(tmp_path), use_cpu=True, **options))
     right = {"optim": "sgd", "optim_args": "momentum=0.9"}
     check_optimizer(MMGEMTrainingArguments(output_dir=str(tmp_path), use_cpu=True, **right))
+
+
+def test_help_shows_what_is_ours_and_what_is_common_and_the_rest_on_demand(capsys):
+    shown = {}
+    for word in ("--help", "--help_all"):
+        with pytest.raises(SystemExit):
+            parse_arguments([word])
+        shown[word] = capsys.readouterr().out
+    assert "--lora_rank" in shown["--help"] and "--learning_rate" in shown["--help"]
+    assert "--full_determinism" not in shown["--help"] and "--full_determinism" in shown["--help_all"]
+    assert "--help_all" in shown["--help"] and len(shown["--help"]) < 0.6 * len(shown["--help_all"])
