@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from transformers.utils import logging
 from yaml import YAMLError
 
+from ..data.loading import BUILT_IN
 from ..loading import load_checkpoint
 from ..modeling_mmgem import MMGEMModel
 from ..modeling_mmgem.adapters_mmgem import ADAPTERS, FUSED_ADAPTER, adapter_stage
@@ -101,8 +102,8 @@ def export(
         write_remote_code(folder)
         _write_sentence_transformers_files(folder, FUSED_ADAPTER in found)
         sources = {"": source, **found}
-        images = _copy_images(sources, folder / "images")
         options = options or CardOptions()
+        images = _copy_images(sources, folder / "images", options.images)
         if options.model_card is not None:
             shutil.copyfile(options.model_card, folder / "README.md")
         else:
@@ -199,11 +200,17 @@ def _write_adapter(source: Path, folder: Path, repo_id: str) -> None:
     add_to_json(folder / "adapter_config.json", base)
 
 
-def _copy_images(sources: dict[str, Path], folder: Path) -> list[str]:
-    """Copies the images of evaluations whose results.json is there; returns their names."""
+def _copy_images(sources: dict[str, Path], folder: Path, of_all: bool) -> list[str]:
+    """Copies the sheets of evaluations, unless they show images of the user who did not ask for it; their names."""
     evaluated = {kind: source for kind, source in sources.items() if (source / "results.json").is_file()}
-    images = [source / name for kind, source in evaluated.items() for name in IMAGES[kind]]
-    images = [image for image in images if image.is_file()]
+    images = []
+    for kind, source in evaluated.items():
+        own = [source / name for name in IMAGES[kind] if (source / name).is_file()]
+        dataset = read_json(source / "results.json").get("setting", {}).get("dataset")
+        if own and not of_all and dataset not in BUILT_IN:
+            logger.warning(f"{source} has sheets of the images that it was evaluated on. --images publishes them too.")
+        else:
+            images += own
     if images:
         folder.mkdir()
     for image in images:

@@ -58,6 +58,9 @@ class CardOptions:
     )
     language: list[str] = option([], "Languages of the captions, such as en.")
     limits: str = option("", "What users of this very model should know of its limits.")
+    images: bool = option(
+        False, "Put the evaluation's sheets of your images into the folder too; those of drawn scenes always are."
+    )
     model_card: str | None = option(None, "A card of your own (a Markdown file) instead of the one that fills itself.")
 
 

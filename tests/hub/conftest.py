@@ -12,6 +12,7 @@ from peft import LoraConfig
 
 from mmgem import MMGEMProcessor
 from mmgem.hub.export import export
+from mmgem.hub.model_card import CardOptions
 from mmgem.modeling_mmgem.adapters_mmgem import FUSED_ADAPTER, REGION_ADAPTERS
 from mmgem.training.adapters import add_fused_adapter, add_region_adapter
 
@@ -89,7 +90,7 @@ def save_model_and_adapters(folder: Path, processor: MMGEMProcessor, **text_conf
 @pytest.fixture(scope="session")
 def exported(trained, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("export") / "hub"
-    export(str(trained), REPO_ID, str(folder))
+    export(str(trained), REPO_ID, str(folder), options=CardOptions(images=True))
     return folder
 
 
@@ -98,7 +99,7 @@ def pushed(trained, tmp_path_factory):
     """A Hub that a run's folder was pushed to, as a user would, and what was printed."""
     home = tmp_path_factory.mktemp("pushing")
     with HubServer() as hub:
-        result = push(hub, home, "--model", str(trained), "--repo_id", REPO_ID, "--output_dir", "hub")
+        result = push(hub, home, "--model", str(trained), "--repo_id", REPO_ID, "--output_dir", "hub", "--images")
         assert result.returncode == 0, result.stderr
         yield hub, result, home
 

@@ -51,6 +51,18 @@ def test_json_names_the_code_and_the_adapters_their_base(exported):
         assert adapter["auto_mapping"]["parent_library"] == "transformers", "mmgem may not be there"
 
 
+def test_sheets_of_ones_own_images_stay_unless_asked_for(trained, tmp_path, caplog):
+    shutil.copytree(trained, tmp_path / "run")
+    for dataset, expected in (("data/pairs.parquet", False), ("scenes", True)):
+        results = json.loads((tmp_path / "run/results.json").read_text())
+        results["setting"]["dataset"] = dataset
+        (tmp_path / "run/results.json").write_text(json.dumps(results))
+        export(str(tmp_path / "run"), REPO_ID, str(tmp_path / "hub"))
+        assert ("images/retrieval.png" in files_of(tmp_path / "hub")) == expected
+        assert ("images/retrieval.png" in (tmp_path / "hub/README.md").read_text()) == expected
+    assert "--images publishes them too" in caplog.text
+
+
 def test_nobodys_folders_are_published(trained, tmp_path):
     shutil.copytree(trained, tmp_path / "run")
     config = json.loads((tmp_path / "run/config.json").read_text())
