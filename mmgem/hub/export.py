@@ -206,8 +206,9 @@ def _copy_images(sources: dict[str, Path], folder: Path, of_all: bool) -> list[s
     images = []
     for kind, source in evaluated.items():
         own = [source / name for name in IMAGES[kind] if (source / name).is_file()]
-        dataset = read_json(source / "results.json").get("setting", {}).get("dataset")
-        if own and not of_all and dataset not in BUILT_IN:
+        setting = read_json(source / "results.json").get("setting")
+        is_drawn = isinstance(setting, dict) and setting.get("dataset") in BUILT_IN
+        if own and not of_all and not is_drawn:
             logger.warning(f"{source} has sheets of the images that it was evaluated on. --images publishes them too.")
         else:
             images += own

@@ -101,7 +101,7 @@ def test_what_cannot_be_scored_is_refused(model, processor):
     inputs = processor(images=[image], text=["snow", "a dog"], task="score", return_tensors="pt")
     with pytest.raises(ValueError, match=r"text\[1\] of this call is empty"):
         processor(images=[image], text=["snow", "  "], task="score")
-    with pytest.raises(ValueError, match=r"needs the texts to score"):
+    with pytest.raises(ValueError, match=r"needs texts, but there are none"):
         processor(images=[image], task="score")
     with pytest.raises(ValueError, match=r"needs images"):
         processor(text=["snow"], task="score")

@@ -254,7 +254,7 @@ def test_pictures_and_placeholders_must_match(model, processor):
     without = inputs["input_ids"][inputs["input_ids"] != model.config.image_token_id].reshape(2, -1)
     with pytest.raises(ValueError, match="<image>"):
         model.generate(input_ids=without, pixel_values=inputs["pixel_values"])
-    with pytest.raises(ValueError, match="call it twice"):
+    with pytest.raises(ValueError, match="call get_embedding twice"):
         model.get_embedding(**processor(text=["a"], images=[make_picture(0)], return_tensors="pt"))
 
 
