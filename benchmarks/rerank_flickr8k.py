@@ -1,5 +1,5 @@
 """
-Re-ordering by likelihood on photographs: `--weight` and alpha are fitted on training images, and judged on validation
+Re-ordering by likelihood on photographs: weight and alpha are fitted on training images, and judged on validation
 images, whose first caption is the query (text to image) or the answer (image to text).
 
     python benchmarks/rerank_flickr8k.py --model outputs/flickr8k-pretrained \
@@ -79,8 +79,8 @@ def main() -> None:
     parser.add_argument("--train_file", required=True)
     parser.add_argument("--validation_file", required=True)
     parser.add_argument("--train_images", type=int, default=300)
-    parser.add_argument("--images", type=int, help="Of validation; all by default.")
-    parser.add_argument("--image_queries", type=int, default=300, help="Image to text: the first ones.")
+    parser.add_argument("--text_queries", type=int, default=1000, help="Of validation: the first ones.")
+    parser.add_argument("--image_queries", type=int, default=300)
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
@@ -90,8 +90,8 @@ def main() -> None:
     with autocast:
         ways = {"text to image": options.train_images, "image to text": options.train_images}
         train = candidates(model, processor, options.train_file, options.train_images, ways, options.batch_size)
-        ways = {"text to image": options.images or 10**9, "image to text": options.image_queries}
-        held_out = candidates(model, processor, options.validation_file, options.images, ways, options.batch_size)
+        ways = {"text to image": options.text_queries, "image to text": options.image_queries}
+        held_out = candidates(model, processor, options.validation_file, None, ways, options.batch_size)
     lines, figures = [], {}
     for way, of in held_out.items():
         alphas = ALPHAS if way == "image to text" else (0.0,)  # which of one text's images is right needs no prior
