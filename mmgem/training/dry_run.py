@@ -64,8 +64,7 @@ def estimate(
     with torch.device("meta"):  # PEFT cannot move its matrices among fake tensors
         model, parameters = empty_model(config, args)
     with FakeTensorMode(allow_non_fake_inputs=True):
-        model.to_empty(device="cpu")
-        model.tie_weights()
+        _to_fake_tensors(model)
         if args.cache_features:
             check_cached_features(model, data_args.augmentation_scale)
         if args.activation_checkpointing:
@@ -106,6 +105,19 @@ def estimate(
         memory=memory,
         flops=(rest + contrastive) * args.gradient_accumulation_steps,
     )
+
+
+def _to_fake_tensors(model: torch.nn.Module) -> None:
+    """As `to_empty`, but tied weights stay tied, and a module that two others hold, as PEFT's then, is no fault."""
+    made: dict[torch.Tensor, torch.nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and parameter not in made:
+                empty = torch.empty_like(parameter, device="cpu")
+                made[parameter] = torch.nn.Parameter(empty, parameter.requires_grad)
+            module._parameters[name] = None if parameter is None else made[parameter]
+        for name, buffer in module._buffers.items():
+            module._buffers[name] = None if buffer is None else torch.empty_like(buffer, device="cpu")
 
 
 def _images(model: MMGEMModel, args: MMGEMTrainingArguments, batch_size: int) -> dict[str, torch.Tensor]:

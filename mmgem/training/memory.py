@@ -31,6 +31,7 @@ def empty_model(config: MMGEMConfig, args: MMGEMTrainingArguments) -> tuple[MMGE
     """
     with no_init_weights():
         model = MMGEMModel(config).train()
+        model.tie_weights()  # which comes with the initialization
         parameters = model.num_parameters()
         if (lora := lora_config(args)) is not None:
             add_lora(model, lora)

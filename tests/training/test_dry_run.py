@@ -25,12 +25,12 @@ from tests.training.test_training import CAPTIONS, training_arguments
 BATCH = 32
 
 
-def real_step(processor, args):
+def real_step(processor, args, **text):
     """Most bytes of tensors alive in a step of the Trainer, its operations, tokens of the average and longest text."""
     rng = random.Random(0)
     words = " ".join(CAPTIONS).split()
     rows = [{"image": make_picture(i), "caption": " ".join(rng.choices(words, k=12))} for i in range(BATCH)]
-    model = make_model(processor)
+    model = make_model(processor, **text)
     trainer = MMGEMTrainer(model, args, processor, PairDataset(Table(rows)))
     trainer.optimizer = make_optimizer(args, model)
     if args.activation_checkpointing:  # which train() would do
@@ -70,6 +70,8 @@ def real_step(processor, args):
         ({"freeze": ["vision_model"], "optim": "lamb"}, True),
         ({"freeze": ["vision_model"], "cache_features": True}, True),
         ({"lora_rank": 4}, True),
+        ({"lora_rank": 4, "tied": True}, True),
+        ({"tied": True}, True),
         ({"logits_in_parts": True, "freeze": ["vision_model"], "objective": "caption"}, True),
     ],
 )
@@ -77,13 +79,14 @@ def test_memory_and_operations_of_a_real_step(processor, tmp_path, monkeypatch, 
     if options.pop("logits_in_parts", False):
         limit = 3 * 127 * len(processor.tokenizer)
         monkeypatch.setattr("mmgem.modeling_mmgem.losses_mmgem.MAX_LOGITS", limit)
+    text = {"tie_word_embeddings": options.pop("tied", False)}
     options |= {"per_device_train_batch_size": BATCH, "max_steps": 1, "packing": packing}
     args = training_arguments(tmp_path, **options)
-    peak, flops, tokens, longest = real_step(processor, args)
+    peak, flops, tokens, longest = real_step(processor, args, **text)
     # Padded rows count as max_length long; here they are as long as the longest caption behind its picture.
     data_args = DataArguments(dataset_name="scenes", max_length=50 if packing else longest)
-    plan = estimate(make_model(processor).config, args, data_args, DryRunArguments(dry_run_caption_tokens=tokens))
-    model = make_model(processor)
+    model = make_model(processor, **text)
+    plan = estimate(model.config, args, data_args, DryRunArguments(dry_run_caption_tokens=tokens))
     assert plan.parameters == sum(parameter.numel() for parameter in model.parameters())
     assert sum(plan.memory.values()) == pytest.approx(peak, rel=0.15)
     assert plan.flops == pytest.approx(flops, rel=0.15)
