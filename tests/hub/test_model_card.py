@@ -128,7 +128,7 @@ def test_every_example_runs_where_mmgem_is_not_installed(pushed, tmp_path):
     hub, _, home = pushed
     make_picture(2).save(tmp_path / "picture.jpg")
     blocks = re.findall(r"```python\n(.*?)```", (home / "hub/README.md").read_text(), flags=re.DOTALL)
-    assert len(blocks) == 6
+    assert len(blocks) == 7
     result = run_clean("\n".join(blocks), tmp_path, environment(hub, tmp_path / "home"))
     lines = result.stdout.splitlines()
     assert lines[0].startswith("tensor([[") and lines[1].startswith("['") and "'caption':" in result.stdout
