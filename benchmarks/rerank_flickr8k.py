@@ -80,7 +80,7 @@ def main() -> None:
     parser.add_argument("--validation_file", required=True)
     parser.add_argument("--train_images", type=int, default=300)
     parser.add_argument("--text_queries", type=int, default=1000, help="Of validation: the first ones.")
-    parser.add_argument("--image_queries", type=int, default=300)
+    parser.add_argument("--image_queries", type=int, default=300, help="0 leaves out image to text.")
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
@@ -88,9 +88,11 @@ def main() -> None:
     processor = MMGEMProcessor.from_pretrained(options.model)
     autocast = torch.autocast("cpu", torch.bfloat16) if has_bfloat16_instructions() else nullcontext()
     with autocast:
-        ways = {"text to image": options.train_images, "image to text": options.train_images}
-        train = candidates(model, processor, options.train_file, options.train_images, ways, options.batch_size)
-        ways = {"text to image": options.text_queries, "image to text": options.image_queries}
+        ways = {"text to image": options.text_queries}
+        if options.image_queries:
+            ways["image to text"] = options.image_queries
+        queries = dict.fromkeys(ways, options.train_images)
+        train = candidates(model, processor, options.train_file, options.train_images, queries, options.batch_size)
         held_out = candidates(model, processor, options.validation_file, None, ways, options.batch_size)
     lines, figures = [], {}
     for way, of in held_out.items():
