@@ -103,11 +103,10 @@ def main() -> None:
         figures[way] = {"weight": weight, "alpha": alpha, "before": before, "after": after, "default": default}
         figures[way] |= {"queries": len(of.cosines), "within 50": of.is_right.any(1).double().mean().item()}
         lines.append(f"{way}: {json.dumps(figures[way])}")
-    k, patches = (
-        processor.image_grid_size**2,
-        (model.config.vision_config.image_size // model.vision_model.config.patch_size) ** 2,
-    )
-    ids = processor.sentence_ids([row[0] for row in read_file(options.validation_file, "test")["captions"]])
+    table = read_file(options.validation_file, "test")
+    pixels = processor(images=[table[0]["image"]], return_tensors="pt")["pixel_values"]
+    k, patches = processor.image_grid_size**2, (pixels.shape[-1] // model.pool_aggregator.patch_size) ** 2
+    ids = processor.sentence_ids([row[0] for row in table["captions"]])
     words = sum(map(len, ids)) / len(ids) - 1  # without BOS, [EMB] being EOS here
     figures["tokens per query"] = {
         "ours": COUNT * (words + 2 + k),
