@@ -250,11 +250,9 @@ class MMGEMProcessor(ProcessorMixin):
             raise ValueError(f"task={task!r} needs images, but there are none: pass images.")
         if task in ("embed", "score") and texts is None:
             raise ValueError(f'task="{task}" needs texts, but there are none: pass text.')
-        if texts is None:
-            return
-        if not texts:
+        if texts is not None and not texts:
             raise ValueError("text is an empty list.")
-        for i, sample in enumerate(texts):
+        for i, sample in enumerate(texts or ()):
             if not isinstance(sample, str):
                 raise ValueError(f"text[{i}] must be a str, got {type(sample).__name__}.")
             try:
@@ -262,8 +260,8 @@ class MMGEMProcessor(ProcessorMixin):
             except ValueError as error:
                 raise ValueError(f"text[{i}] of this call: {error}") from error
             if task in (None, "embed", "score") and is_empty:
-                to_embed = images is not None and task in (None, "embed")
-                beside = ', leave text out to embed the image, or caption it: task="caption"' if to_embed else ""
+                alone = ', leave text out to embed the image, or caption it: task="caption"'
+                beside = "" if images is None or task == "score" else alone
                 raise ValueError(f"text[{i}] of this call is empty, {sample!r}: drop it{beside}.")
 
     def _check_image_kwargs(self, kwargs: dict[str, Any], has_regions: bool) -> None:

@@ -24,9 +24,10 @@ class TableArguments:
         "caption", "Column of texts, or lists of texts: one is drawn per step, all are evaluated."
     )
     regions_column: str = option("regions", "Column of lists of {box: [x0, y0, x1, y1], phrase}, in pixels.")
-
-    query_instruction: str = option("", "fused-retrieval: text in front of every query's own.")
-    target_instruction: str = option("", "fused-retrieval: the same of targets and negatives.")
+    query_instruction: str = option(
+        "", "Triplets: text in front of every query's own; a train_mixture has its own instructions."
+    )
+    target_instruction: str = option("", "Triplets: the same of targets and negatives.")
 
     def require_one_of(self, names: tuple[str, ...]) -> None:
         """Raises ValueError unless exactly one of these options is set."""

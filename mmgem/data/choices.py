@@ -15,11 +15,9 @@ from .pairs import BadDataError, PairDataset
 from .table_files import read_file
 
 
-QUESTION = re.compile(r"is there (?:an? |any )?(.+?) in the (?:image|imange|picture|photo)", re.IGNORECASE)
-
-
 logger = logging.get_logger(__name__)
 
+QUESTION = re.compile(r"is there (?:an? |any )?(.+?) in the (?:image|imange|picture|photo)", re.IGNORECASE)
 Made = tuple[list[dict[str, Any]], list[Any], str]  # images, texts, kind
 Maker = Callable[[dict[str, Any], str], Made]
 

@@ -248,19 +248,20 @@ def _regions(table: Table, arguments: DataArguments, seed: int, held_out: bool =
 
 
 def _triplets(table: Table, arguments: DataArguments, seed: int, held_out: bool = False) -> TripletDataset:
-    if not isinstance(table.rows, datasets.Dataset):  # drawn
-        return TripletDataset(table.rows, seed=seed)
-    return triplets_of_table(
-        table, arguments, arguments.max_eval_samples if held_out else arguments.max_train_samples, seed
-    )
+    limit = arguments.max_eval_samples if held_out else arguments.max_train_samples
+    return triplets_of_table(table, arguments, limit, seed)
 
 
 def triplets_of_table(table: Table, arguments: TableArguments, limit: int | None, seed: int = 0) -> TripletDataset:
     """The first `limit` triplets of a table, with the instructions and the image folder of the options."""
+    instructions = {name: getattr(arguments, name) for name in ("query_instruction", "target_instruction")}
+    if not isinstance(table.rows, datasets.Dataset):  # drawn, as many as were asked for
+        if any(instructions.values()):
+            raise ValueError("Composed scenes take no instructions. Leave out query_instruction, target_instruction.")
+        return TripletDataset(table.rows, seed=seed)
     if len(arguments.image_folders) > 1:
         raise ValueError("Triplets name their images by paths from one folder. Give one of --image_folders.")
     rows = table.rows.select(range(min(limit or len(table.rows), len(table.rows))))
-    instructions = {name: getattr(arguments, name) for name in ("query_instruction", "target_instruction")}
     return triplets_of([Table(rows, (arguments.image_folders or [table.root])[0])], seed, [instructions])
 
 

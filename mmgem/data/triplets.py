@@ -143,6 +143,8 @@ def with_triplet_columns(rows: datasets.Dataset) -> datasets.Dataset:
             for name in COLUMNS
         }
     )
+    if rows.features == features:
+        return rows
     # A column of CSV or JSON that is empty throughout is no text for pyarrow.
     present = [name for name in COLUMNS if name in rows.column_names and rows.data.column(name).null_count < len(rows)]
     rows = rows.select_columns(present)

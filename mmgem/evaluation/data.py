@@ -81,8 +81,10 @@ def load_fused(arguments: EvaluationArguments, image_size: int) -> TripletDatase
     if arguments.annotations is not None:
         raise ValueError("Annotations hold no queries of an image with a text. Give data_file or dataset_name.")
     if arguments.dataset_name == "scenes":
-        return TripletDataset(ComposedScenesDataset(arguments.split, arguments.max_samples or 500, image_size))
-    return triplets_of_table(_load_table(arguments, image_size), arguments, arguments.max_samples)
+        table = Table(ComposedScenesDataset(arguments.split, arguments.max_samples or 500, image_size))
+    else:
+        table = _load_table(arguments, image_size)
+    return triplets_of_table(table, arguments, arguments.max_samples)
 
 
 def load_choices(arguments: EvaluationArguments, image_size: int, questions: bool = False) -> ChoiceDataset:

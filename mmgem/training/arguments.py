@@ -324,10 +324,11 @@ def parse_arguments(
     model_args, data_args, args, dry_run_args = parse_options(types, "train.py", arguments, RARE)
     if args.stage != "1":
         _check_adapter(model_args, data_args, args)
-    elif data_args.train_mixture:
-        raise ValueError("train_mixture is of triplets, for --stage fused-retrieval.")
     elif model_args.region_grid_size is not None:
         raise ValueError("region_grid_size is for --stage region-caption; stage 1 has --image_grid_size.")
+    for name in ("train_mixture", "query_instruction", "target_instruction"):
+        if getattr(data_args, name) and args.stage != "fused-retrieval":
+            raise ValueError(f"{name} is of triplets, for --stage fused-retrieval.")
     if data_args.train_shards and (args.ignore_data_skip or args.train_sampling_strategy != "random"):
         raise ValueError(
             "ignore_data_skip and train_sampling_strategy are for tables: a stream goes on where it was, in its order."
@@ -341,8 +342,6 @@ def _check_adapter(model_args: ModelArguments, data_args: DataArguments, args: M
     """An adapter works beside the model that it was trained on, and beside no other."""
     if not model_args.init_from:
         raise ValueError(f"--stage {args.stage} trains an adapter of a stage-1 model: give --init_from FOLDER.")
-    if data_args.train_mixture and args.stage != "fused-retrieval":
-        raise ValueError("train_mixture is of triplets, for --stage fused-retrieval.")
     for name in ("image_size", "image_grid_size"):
         if getattr(model_args, name) is not None:
             raise ValueError(f"{name} would change the model of --init_from, and the adapter would not fit it.")

@@ -12,6 +12,7 @@ from peft import LoraConfig
 from torch.nn.functional import cross_entropy
 
 from mmgem import MMGEMModel
+from mmgem.data.loading import load_triplets
 from mmgem.data.pairs import PairDataset
 from mmgem.data.triplets import TripletDataset
 from mmgem.evaluation.__main__ import main
@@ -25,6 +26,7 @@ from mmgem.training.fused_trainer import FusedTrainer
 from tests.conftest import Table, make_model, make_picture
 
 from .test_cli import train  # noqa: F401
+from .test_region_training import arguments as adapter_arguments
 from .test_region_training import checksums
 
 
@@ -39,20 +41,7 @@ def triplets(count: int = 8) -> TripletDataset:
 
 
 def arguments(tmp_path, **options) -> MMGEMTrainingArguments:
-    defaults = {
-        "output_dir": str(tmp_path),
-        "stage": "fused-retrieval",
-        "per_device_train_batch_size": 8,
-        "learning_rate": 1e-2,
-        "weight_decay": 0.0,
-        "max_steps": 3,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "disable_tqdm": True,
-        "use_cpu": True,
-    }
-    return MMGEMTrainingArguments(**{**defaults, **options})
+    return adapter_arguments(tmp_path, "fused-retrieval", **{"per_device_train_batch_size": 8, **options})
 
 
 def state_of_lora(model):
@@ -255,6 +244,12 @@ def test_the_scale_goes_without_the_rank(tmp_path):
 def test_a_mixture_is_for_this_stage_alone(tmp_path):
     with pytest.raises(ValueError, match="train_mixture is of triplets"):
         parse_arguments(["--train_mixture", "a.yaml", "--output_dir", str(tmp_path)])
+    given = ["--dataset_name", "scenes", "--output_dir", str(tmp_path), "--query_instruction", "Find:"]
+    with pytest.raises(ValueError, match="query_instruction is of triplets"):
+        parse_arguments(given)
+    data_args = parse_arguments([*given, "--stage", "fused-retrieval", "--init_from", "base"])[1]
+    with pytest.raises(ValueError, match="Composed scenes take no instructions"):
+        load_triplets(data_args, 32, 0)
 
 
 def test_from_the_shell(processor, tmp_path, train, monkeypatch):  # noqa: F811
