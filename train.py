@@ -6,67 +6,8 @@ Trains a stage of MM-GEM, evaluates it, and saves a checkpoint or an adapter.
     python train.py --config configs/scenes-region-caption.yaml --init_from outputs/scenes
 """
 
-import sys
-from contextlib import ExitStack
-
-from huggingface_hub.errors import HTTPError
-from safetensors import SafetensorError
-
-from mmgem.data.features import FeatureCacheError
-from mmgem.data.pairs import BadDataError
-from mmgem.hub.upload import PublishError, publish
-from mmgem.output_lock import output_lock
-from mmgem.training.arguments import parse_arguments
-from mmgem.training.building import planned_config
-from mmgem.training.checkpoints import CheckpointError, TrainingStopped, checkpoint_to_resume
-from mmgem.training.dry_run import dry_run_report
-from mmgem.training.feature_cache import DiskFullError
-from mmgem.training.memory import check_memory
-from mmgem.training.run import build_trainer, evaluate_saved, save_trained
-
-
-def main(stack: ExitStack) -> None:
-    """
-    Builds, trains, saves, evaluates and publishes. Errors that the user can put right end the run with one line.
-
-    Args:
-        stack: holds the lock of `output_dir` against other runs.
-    """
-    try:
-        model_args, data_args, args, dry_run_args = parse_arguments()
-        checkpoint = checkpoint_to_resume(args.resume_from_checkpoint, args.output_dir)
-        config = planned_config(model_args, checkpoint)
-        if args.dry_run:
-            print(dry_run_report(config, args, data_args, dry_run_args))
-            return
-        check_memory(config, args)
-        if args.process_index == 0:
-            stack.enter_context(output_lock(str(args.output_dir)))
-        trainer = build_trainer(model_args, data_args, args, config, checkpoint)
-    except (ValueError, OSError, HTTPError) as error:
-        sys.exit(f"error: {error}")
-    try:
-        result = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
-    except (BadDataError, CheckpointError, DiskFullError, FeatureCacheError, TrainingStopped) as error:
-        sys.exit(f"error: {error}")
-    try:
-        save_trained(trainer, model_args, data_args, result.metrics.get("train_runtime"))
-    except (OSError, SafetensorError) as error:
-        sys.exit(f"error: the trained model could not be written to {args.output_dir}: {error}")
-    if trainer.eval_dataset is not None:
-        try:
-            evaluate_saved(trainer, model_args, data_args)
-        except (ValueError, OSError, RuntimeError) as error:
-            sys.exit(f"error: {args.output_dir} is saved, but could not be evaluated: {error}")
-    is_first = trainer.is_world_process_zero()  # outside of the process group every process is
-    trainer.leave_process_group()
-    if is_first and args.push_to_hub:
-        try:
-            print(publish(args, trainer.hub_model_id, model_args.init_from))
-        except PublishError as error:
-            sys.exit(f"error: {error}")
+from mmgem.cli.train import main
 
 
 if __name__ == "__main__":
-    with ExitStack() as stack:
-        main(stack)
+    main()

@@ -1,5 +1,6 @@
 """The image processor of a vision checkpoint, by PIL, for square images of one size."""
 
+import copy
 import math
 from typing import Any
 
@@ -50,6 +51,15 @@ def set_image_size(image_processor: Any, image_size: int) -> None:
             setattr(image_processor, name, {edge: image_size for edge, value in dict(edges).items() if value})
 
 
+def without_center_crop(image_processor: Any) -> Any:
+    """A copy that resizes whole images to the size of the crop, changing their proportions, instead of cropping."""
+    chosen = copy.deepcopy(image_processor)
+    if getattr(chosen, "do_center_crop", False):
+        chosen.do_center_crop = False
+        chosen.size = {"height": chosen.crop_size["height"], "width": chosen.crop_size["width"]}
+    return chosen
+
+
 def check_moments(image_processor: Any) -> None:
     """Raises ValueError for a mean, std or rescale factor that would make pixels NaN or infinite."""
     moments = {name: getattr(image_processor, name, None) for name in ("image_mean", "image_std", "rescale_factor")}
@@ -62,4 +72,4 @@ def check_moments(image_processor: Any) -> None:
             )
 
 
-__all__ = ["check_moments", "load_image_processor", "set_image_size"]
+__all__ = ["check_moments", "load_image_processor", "set_image_size", "without_center_crop"]

@@ -9,7 +9,10 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 # A module imports from its own layer and from those before it.
-LAYERS = ("configuration", "processing", "modeling_mmgem", "data", "evaluation", "training", "hub", "scripts")
+LAYERS = (
+    *("configuration", "processing", "modeling_mmgem", "data", "evaluation", "training", "hub"),
+    *("library", "page", "cli", "scripts"),
+)
 # Modules of mmgem/ itself, by the highest layer that they may import from.
 BESIDE = {
     "mmgem._version": "configuration",
@@ -17,6 +20,7 @@ BESIDE = {
     "mmgem.output_lock": "modeling_mmgem",
     "mmgem.loading": "modeling_mmgem",
     "mmgem": "modeling_mmgem",
+    "mmgem.__main__": "cli",
 }
 SCRIPTS = ("train", "push_to_hub")
 
@@ -62,7 +66,8 @@ def layer(name: str) -> int:
 def test_the_imports_are_found():
     assert "mmgem.data.regions" in imported_modules("mmgem.data.collator")
     assert "mmgem.evaluation.retrieval" in imported_modules("mmgem.evaluation.metrics.image_text_retrieval")
-    assert "mmgem.training.run" in imported_modules("train")
+    assert "mmgem.training.run" in imported_modules("mmgem.cli.train")
+    assert "mmgem.cli.train" in imported_modules("train")
 
 
 @pytest.mark.parametrize("name", MODULES)

@@ -28,10 +28,15 @@ from .report import Section, environment, write_report
 from .tasks import load_model, run_tasks, score_caption_files
 
 
-def main() -> None:
-    """Evaluates and writes the report. Errors that the user can put right end with one line."""
+def main(words: list[str] | None = None) -> None:
+    """
+    Evaluates and writes the report. Errors that the user can put right end it with one line.
+
+    Args:
+        words: the command line without the script; `sys.argv` by default.
+    """
     try:
-        (arguments,) = parse_options([EvaluationArguments], "python -m mmgem.evaluation")
+        (arguments,) = parse_options([EvaluationArguments], "python -m mmgem.evaluation", words)
         is_first = int(os.environ.get("RANK", "0")) == 0
         with output_lock(arguments.output_dir) if is_first else nullcontext():
             run(arguments)

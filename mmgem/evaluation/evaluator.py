@@ -244,21 +244,32 @@ def draw_captions(
         alpha: weight of the prior, see [`MMGEMModel.score`].
         **generation: of `generate`; by default samples of the most probable 90 % (`top_p`).
     """
-    options = {"do_sample": True, "top_p": 0.9, "top_k": 0, "num_return_sequences": draws, **generation}
     drawn = []
     for i in shard_range(count):
-        image = dataset.read(i)["image"]
-        inputs = processor(images=[image], task="caption", return_tensors="pt")
         with torch.random.fork_rng():
             torch.manual_seed(seed * 1_000_003 + i)
-            captions = caption_inputs(model, processor, inputs, **options)
-        embeds = embed_images(model, processor, [image]).expand(draws, -1)
-        cosines = caption_cosines(model, processor, captions, list(embeds), draws)
-        if not all(map(math.isfinite, cosines)):
-            raise ValueError(f"The embeddings of image {i} or of a caption drawn of it hold NaN.")
-        likelihoods = _likelihoods(model, processor, image, captions, alpha)
-        drawn.append(sorted(map(DrawnCaption, captions, cosines, likelihoods), key=lambda of: -of.cosine))
+            drawn.append(draw_captions_of(model, processor, dataset.read(i)["image"], draws, alpha, **generation))
     return gather_parts(drawn)
+
+
+def draw_captions_of(
+    model: MMGEMModel, processor: MMGEMProcessor, image: Any, draws: int, alpha: float = 0.0, **generation: Any
+) -> list[DrawnCaption]:
+    """
+    `draws` captions of an image, those nearest to it first; options as of [`draw_captions`].
+
+    Raises:
+        ValueError: for a model whose embeddings are not finite.
+    """
+    options = {"do_sample": True, "top_p": 0.9, "top_k": 0, "num_return_sequences": draws, **generation}
+    inputs = processor(images=[image], task="caption", return_tensors="pt")
+    captions = caption_inputs(model, processor, inputs, **options)
+    embeds = embed_images(model, processor, [image]).expand(draws, -1)
+    cosines = caption_cosines(model, processor, captions, list(embeds), draws)
+    if not all(map(math.isfinite, cosines)):
+        raise ValueError("The embeddings of an image or of a caption drawn of it hold NaN.")
+    likelihoods = _likelihoods(model, processor, image, captions, alpha)
+    return sorted(map(DrawnCaption, captions, cosines, likelihoods), key=lambda of: -of.cosine)
 
 
 def _likelihoods(

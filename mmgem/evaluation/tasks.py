@@ -6,16 +6,12 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
-import torch
-from peft import PeftConfig
-from transformers.utils.peft_utils import find_adapter_config_file
-
 from ..data.annotations import read_categories
 from ..data.choices import ChoiceDataset
 from ..data.pairs import PairDataset
-from ..loading import load_checkpoint
+from ..loading import load_with_adapters
 from ..modeling_mmgem import MMGEMModel
-from ..modeling_mmgem.adapters_mmgem import FUSED_ADAPTER, REGION_ADAPTERS, adapter_stage
+from ..modeling_mmgem.adapters_mmgem import FUSED_ADAPTER, REGION_ADAPTERS
 from ..processing import MMGEMProcessor
 from .arguments import EvaluationArguments, check_dims
 from .caption_files import read_caption_references, read_caption_results, score_captions, write_caption_results
@@ -62,33 +58,9 @@ def run_tasks(model: MMGEMModel, processor: MMGEMProcessor, arguments: Evaluatio
 
 
 def load_model(arguments: EvaluationArguments) -> tuple[MMGEMModel, MMGEMProcessor]:
-    """
-    The checkpoint with its adapters, all of them active, in eval mode.
-
-    Raises:
-        OSError: for a checkpoint or adapter that cannot be loaded.
-        ValueError: for a checkpoint with missing or NaN weights, an adapter of no stage, or two of the same stage.
-    """
+    """[`load_with_adapters`] of the checkpoint and adapters that the arguments name."""
     assert arguments.model is not None
-    if find_adapter_config_file(arguments.model) is not None:
-        raise ValueError(f"{arguments.model} is an adapter; give it to --adapters, and its base to --model.")
-    try:
-        model = load_checkpoint(arguments.model, dtype=getattr(torch, arguments.dtype)).eval()
-        processor = MMGEMProcessor.from_pretrained(arguments.model)
-    except OSError as error:
-        raise OSError(f"{arguments.model} is no checkpoint that can be loaded: {error}") from error
-    stages: list[str] = []
-    for adapter in arguments.adapters:
-        config = PeftConfig.from_pretrained(adapter)
-        stage = adapter_stage(getattr(config, "modules_to_save", None), config.auto_mapping)
-        if stage is None or stage in stages:
-            raise ValueError(f"{adapter} is {'no adapter of this model' if stage is None else f'a second {stage}'}.")
-        model.load_adapter(adapter, adapter_name=stage)
-        stages.append(stage)
-    if stages:
-        model.set_adapter(stages)
-    processor.region_grid_size = model.region_grid_size
-    return model, processor
+    return load_with_adapters(arguments.model, arguments.adapters, arguments.dtype)
 
 
 def retrieval(model: MMGEMModel, processor: MMGEMProcessor, arguments: EvaluationArguments) -> Section:

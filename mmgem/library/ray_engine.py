@@ -1,0 +1,143 @@
+"""The same index by Ray Data: many machines that share a file system, each worker writing parts of its own."""
+
+import itertools
+import logging
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+from tqdm import tqdm
+
+from ..output_lock import output_lock
+from .building import (
+    PART_ROWS,
+    BuildReport,
+    Known,
+    PartWriter,
+    embed_units,
+    next_number,
+    plan,
+    prepare,
+    write_left_out,
+)
+from .loaded import LoadedModel
+from .sources import Source, SourceOptions, open_source
+from .tables import Identity
+
+
+PARTS_PER_SHARD = 1000  # numbers of parts that a shard may use: a million images
+
+
+@dataclass
+class Work:
+    """What every worker needs: how to load the model, what to read, and where to write."""
+
+    model: dict[str, Any]  # arguments of `LoadedModel.load`
+    source: Source
+    folder: str
+    identity: Identity
+    form: str
+    batch_size: int
+    known: np.ndarray
+
+
+class PartEmbedder:
+    """A worker: embeds the units of a part, and writes them."""
+
+    def __init__(self, work: Work, threads: int):
+        torch.set_num_threads(threads)
+        self.work = work
+        self.loaded = LoadedModel.load(**work.model)
+        self.known = Known([work.known])
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Takes rows of `part` (its number) and `units`; returns the same number of reports."""
+        embedded, ids, reasons = [], [], []
+        for number, units in zip(batch["part"].tolist(), batch["units"]):
+            count, faults = self._embed(number, units)
+            embedded.append(count)
+            ids.append(list(faults))
+            reasons.append(list(faults.values()))
+        return {"embedded": embedded, "ids": ids, "reasons": reasons}
+
+    def _embed(self, number: int, units: Any) -> tuple[int, dict[str, str]]:
+        work, count, left_out = self.work, 0, {}
+
+        def own(part: int, parts: int) -> Iterator[Any]:
+            return itertools.islice(iter(units), part, None, parts)
+
+        with PartWriter(work.folder, work.identity, work.form, number) as writer:
+            for items, vectors, faults in embed_units(own, work.source, self.known, self.loaded, work.batch_size):
+                writer.add(items, vectors)
+                count += len(items)
+                left_out.update(faults)
+        return count, left_out
+
+
+def build_with_ray(
+    options: SourceOptions,
+    folder: str,
+    model: dict[str, Any],
+    form: str = "parquet",
+    batch_size: int = 32,
+    workers: int = 1,
+) -> BuildReport:
+    """
+    [`build`] by a cluster of Ray, or by processes of this machine where there is none.
+
+    Args:
+        folder: of the index, on a file system that all machines share.
+        model: arguments of [`LoadedModel.load`].
+        workers: processes that embed.
+
+    Raises:
+        ValueError, OSError: as [`build`].
+    """
+    source = open_source(options, folder)
+    with output_lock(folder, "--output"):
+        identity = LoadedModel.load(**model).identity()
+        prepare(folder, identity, form, options)
+        known, missing, removed = plan(source, folder)
+        present = len(known.sorted) if missing is None else int(known.is_met.sum())
+        report = BuildReport(present=present, removed=removed)
+        work = Work(model, source, os.path.abspath(folder), identity, form, batch_size, known.sorted)
+        parts = list(_parts(source, known, next_number(folder), workers))
+        if parts:
+            if not ray.is_initialized():
+                ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+            logging.getLogger("ray.data").setLevel(logging.WARNING)
+            ray.data.DataContext.get_current().enable_progress_bars = False
+            # Ray counts whole cores; each worker computes with its share of them.
+            cores = max(int(ray.cluster_resources().get("CPU", 1)) // workers, 1)
+            gpus = 1 if torch.cuda.is_available() else 0
+            found = ray.data.from_items(parts).map_batches(
+                PartEmbedder,
+                fn_constructor_kwargs={"work": work, "threads": cores},
+                batch_size=1,
+                concurrency=workers,
+                num_cpus=cores if not gpus else 1,
+                num_gpus=gpus,
+            )
+            for row in tqdm(found.iter_rows(), total=len(parts), unit=" parts"):
+                report.embedded += row["embedded"]
+                report.left_out.update(zip(row["ids"], row["reasons"]))
+        write_left_out(folder, report.left_out)
+    return report
+
+
+def _parts(source: Source, known: Known, number: int, workers: int) -> Iterator[dict[str, Any]]:
+    """The missing units, as many to each part as make a file; a shard of several files is a part by itself."""
+    if not source.is_counted:
+        for shard in source.units():
+            yield {"part": number, "units": [shard]}
+            number += PARTS_PER_SHARD
+        return
+    missing = [unit for unit in source.units() if not known.meet(source.fingerprint(unit))]
+    size = min(PART_ROWS, max(-(-len(missing) // workers), 1))
+    for start in range(0, len(missing), size):
+        yield {"part": number, "units": missing[start : start + size]}
+        number += 1

@@ -1,0 +1,1 @@
+"""A page to search, describe and point into a library of images."""
