@@ -5,7 +5,8 @@ import json
 import os
 import re
 import sys
-from argparse import SUPPRESS, ArgumentParser
+import textwrap
+from argparse import ArgumentParser
 from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import field
 from types import UnionType
@@ -24,7 +25,7 @@ def option(default: Any, description: str) -> Any:
 
 
 def parse_options(
-    types: Sequence[Any], script: str, arguments: list[str] | None = None, rare: Container[str] = ()
+    types: Sequence[Any], script: str, arguments: list[str] | None = None, common: Container[str] | None = None
 ) -> tuple[Any, ...]:
     """
     Fills each dataclass of `types` from `--config file.yaml` and `--option value`; the command line wins.
@@ -32,7 +33,7 @@ def parse_options(
     Args:
         script: name of the script in its help.
         arguments: the command line without the script; `sys.argv` by default.
-        rare: names of options that `--help` leaves out; `--help_all` shows them too.
+        common: names of the options that `--help` lists, a line each; `--help_all` explains all of them.
 
     Raises:
         ValueError: for an unknown option, with the nearest known one; for a list where the option takes one value, or
@@ -41,14 +42,16 @@ def parse_options(
     arguments = sys.argv[1:] if arguments is None else arguments
     for word in (os.getcwd(), *arguments):
         check_encodable(word)
-    more = ", --help_all all of them" if rare else ""
-    usage = f"{script} [--config FILE] [--option VALUE …]   (--help lists the options{more})"
+    usage = f"{script} [--config FILE] [--option VALUE …]   (--help lists the usual options, --help_all explains all)"
     parser = HfArgumentParser(list(types), usage=usage, allow_abbrev=False)  # type: ignore[arg-type]
-    if "--help_all" in arguments:
+    if "--help_all" in arguments or "-h" in arguments:
         arguments = ["--help"]
-    else:
-        for action in parser._actions:
-            action.help = SUPPRESS if action.dest in rare else action.help
+    elif "--help" in arguments:
+        print(_short_help(parser, usage, common))
+        sys.exit(0)
+    named = [word.removeprefix("--").split("=")[0] for word in arguments if word.startswith("--")]
+    options = {name.removeprefix("--") for name in parser._option_string_actions}
+    _refuse_unknown((name for name in named if name not in {*options, "config"}), options, "on the command line")
     config_parser = ArgumentParser(usage=usage, add_help=False, allow_abbrev=False)
     config_parser.add_argument("--config", action="append", default=[])
     config, words = config_parser.parse_known_args(arguments)
@@ -71,11 +74,25 @@ def parse_options(
         *parsed, remaining = parser.parse_args_into_dataclasses(words, return_remaining_strings=True)
     except RecursionError as error:  # transformers parses its own options that are mappings
         raise ValueError("An option holds JSON that is nested too deeply. Write it flatter.") from error
-    unknown = [word.removeprefix("--").split("=")[0] for word in remaining if word.startswith("--")]
-    _refuse_unknown(unknown, known | {"config"}, "on the command line")
     if remaining:
         raise ValueError(f"Unexpected arguments: {' '.join(remaining)!r}. Write options as --name value.")
     return tuple(parsed)
+
+
+def _short_help(parser: ArgumentParser, usage: str, common: Container[str] | None) -> str:
+    """A line for each of the usual options."""
+    lines = [f"usage: {usage}", ""]
+    for action in parser._actions:
+        if (
+            action.dest != "help"
+            and (common is None or action.dest in common)
+            and action.option_strings[0][2:5] != "no_"
+        ):
+            text = " ".join((action.help or "").split())
+            lines.append(
+                textwrap.shorten(f"  --{action.dest:<30} {text}", 118, placeholder=" …", drop_whitespace=False)
+            )
+    return "\n".join(lines)
 
 
 def _numbers_apart(words: list[str], options: set[str]) -> Iterator[str]:

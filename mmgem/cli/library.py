@@ -18,7 +18,7 @@ from ..library import Hit, Index, LoadedModel, SourceOptions
 from ..library.building import LEFT_OUT, BuildReport, build
 from ..library.captions import CaptionOptions, read_boxes, write_captions
 from ..library.sources import open_source
-from ..library.tables import read_index_file
+from ..library.tables import check_exists, read_index_file
 
 
 SHOWN_FAULTS = 3
@@ -96,6 +96,7 @@ def search_index(
 
 def open_index(folder: str, loading: dict[str, Any], precision: str = "float32") -> Index:
     """An index with its model, by default the one that it names."""
+    check_exists(folder)
     about = read_index_file(folder) if os.path.isdir(folder) else {}
     name = loading["name"] or about.get("model")
     if name is None:

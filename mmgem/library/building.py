@@ -87,8 +87,7 @@ def plan(source: Source, folder: str) -> tuple[Known, int | None, int]:
     What the index already holds, how many images are missing (None where only reading them tells), and how many
     rows were removed because their images are no longer there or have changed.
     """
-    files = [rows for rows, _ in part_files(folder)]
-    known = Known(_fingerprints(file) for file in files)
+    known = known_in(folder)
     if not source.is_counted:
         return known, None, 0
     missing = sum(not known.meet(source.fingerprint(unit)) for unit in source.units())
@@ -97,6 +96,11 @@ def plan(source: Source, folder: str) -> tuple[Known, int | None, int]:
         raise ValueError("The source holds no images any more, but the index does. Delete it if they are gone.")
     removed = sum(_remove(rows, vectors, stale) for rows, vectors in part_files(folder)) if len(stale) else 0
     return known, missing, removed
+
+
+def known_in(folder: str) -> Known:
+    """The fingerprints of an index."""
+    return Known(_fingerprints(rows) for rows, _ in part_files(folder))
 
 
 def _fingerprints(path: str) -> np.ndarray:

@@ -1,5 +1,6 @@
 """Embeddings of any list of texts, images and both."""
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,6 +12,9 @@ from ..modeling_mmgem import MMGEMModel
 from ..processing import MMGEMProcessor
 from ..processing.images_mmgem import read_image
 from .sources import IMAGE_EXTENSIONS
+
+
+URLS = ("http://", "https://")
 
 
 def encode(
@@ -66,10 +70,11 @@ def _parts(value: Any, place: int) -> tuple[Any, str]:
         )
     if texts and not texts[0].strip():
         raise ValueError(f"inputs[{place}] is an empty text.")
+    path = images[0] if images and isinstance(images[0], str | os.PathLike) else None
+    if path is not None and not str(path).strip().startswith(URLS) and not os.path.isfile(path):
+        raise FileNotFoundError(f"inputs[{place}]: there is no image {path}.")
     try:
         return (read_image(images[0]) if images else None), "".join(texts)
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"inputs[{place}]: there is no image {images[0]}.") from error
     except (ValueError, OSError) as error:
         raise ValueError(f"inputs[{place}] is no image that can be read: {error}") from error
 
@@ -77,4 +82,4 @@ def _parts(value: Any, place: int) -> tuple[Any, str]:
 def is_path(text: str) -> bool:
     """Whether a string names an image instead of saying something."""
     text = text.strip()
-    return "\n" not in text and (text.lower().endswith(IMAGE_EXTENSIONS) or text.startswith(("http://", "https://")))
+    return "\n" not in text and (text.lower().endswith(IMAGE_EXTENSIONS) or text.startswith(URLS))

@@ -18,7 +18,7 @@ from .loaded import LoadedModel
 from .regions import best_region
 from .sources import Source, SourceOptions, open_source
 from .store import PRECISIONS, open_store
-from .tables import INDEX_FILE, read_index_file, read_vectors
+from .tables import INDEX_FILE, check_exists, read_index_file, read_vectors
 
 
 REGION_CANDIDATES = 100  # images whose regions are compared
@@ -64,6 +64,7 @@ class Index:
     def __init__(self, folder: str, model: str | LoadedModel | None = None, precision: str = "float32"):
         if precision not in PRECISIONS:
             raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}.")
+        check_exists(folder)
         self.folder = folder
         self.about = read_index_file(folder) if os.path.isdir(folder) else {}
         self.vectors = read_vectors(folder)

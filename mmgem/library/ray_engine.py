@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import ray
 import torch
 from tqdm import tqdm
@@ -19,6 +18,7 @@ from .building import (
     Known,
     PartWriter,
     embed_units,
+    known_in,
     next_number,
     plan,
     prepare,
@@ -42,7 +42,6 @@ class Work:
     identity: Identity
     form: str
     batch_size: int
-    known: np.ndarray
 
 
 class PartEmbedder:
@@ -52,7 +51,7 @@ class PartEmbedder:
         torch.set_num_threads(threads)
         self.work = work
         self.loaded = LoadedModel.load(**work.model)
-        self.known = Known([work.known])
+        self.known = known_in(work.folder)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Takes rows of `part` (its number) and `units`; returns the same number of reports."""
@@ -104,13 +103,15 @@ def build_with_ray(
         known, missing, removed = plan(source, folder)
         present = len(known.sorted) if missing is None else int(known.is_met.sum())
         report = BuildReport(present=present, removed=removed)
-        work = Work(model, source, os.path.abspath(folder), identity, form, batch_size, known.sorted)
+        work = Work(model, source, os.path.abspath(folder), identity, form, batch_size)
         parts = list(_parts(source, known, next_number(folder), workers))
         if parts:
             if not ray.is_initialized():
+                for name, level in {"RAY_DATA_LOG_LEVEL": "ERROR", "RAY_BACKEND_LOG_LEVEL": "fatal"}.items():
+                    os.environ.setdefault(name, level)
                 ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
-            logging.getLogger("ray.data").setLevel(logging.WARNING)
-            ray.data.DataContext.get_current().enable_progress_bars = False
+            context = ray.data.DataContext.get_current()
+            context.enable_progress_bars = context.print_on_execution_start = False
             # Ray counts whole cores; each worker computes with its share of them.
             cores = max(int(ray.cluster_resources().get("CPU", 1)) // workers, 1)
             gpus = 1 if torch.cuda.is_available() else 0
@@ -118,13 +119,17 @@ def build_with_ray(
                 PartEmbedder,
                 fn_constructor_kwargs={"work": work, "threads": cores},
                 batch_size=1,
-                concurrency=workers,
+                compute=ray.data.ActorPoolStrategy(size=workers),
                 num_cpus=cores if not gpus else 1,
                 num_gpus=gpus,
             )
-            for row in tqdm(found.iter_rows(), total=len(parts), unit=" parts"):
-                report.embedded += row["embedded"]
-                report.left_out.update(zip(row["ids"], row["reasons"]))
+            try:
+                for row in tqdm(found.iter_rows(), total=len(parts), unit=" parts"):
+                    report.embedded += row["embedded"]
+                    report.left_out.update(zip(row["ids"], row["reasons"]))
+            except ray.exceptions.RayError as error:
+                cause = str(error).strip().splitlines()[-1]
+                raise OSError(f"A worker failed: {cause}. Parts that are whole stay in {folder}.") from error
         write_left_out(folder, report.left_out)
     return report
 

@@ -123,8 +123,7 @@ def read_vectors(path: str) -> Vectors:
         ValueError: for files without vectors, of different dimensions, or that cannot be read.
         FileNotFoundError: if there is nothing.
     """
-    if not os.path.exists(path):
-        raise FileNotFoundError(f"There is no index {path}. Make one: mmgem embed FOLDER -o {path}")
+    check_exists(path)
     files = part_files(path) if os.path.isdir(path) else []
     if not files:
         names = [path]
@@ -201,6 +200,12 @@ def _names(path: str, count: int, first: int) -> tuple[pa.Array, pa.Array]:
     paths = own[of_path].cast(pa.string()).fill_null("").combine_chunks() if of_path else pa.array([""] * count)
     ids = own["id"].cast(pa.string()).combine_chunks() if "id" in own.column_names else paths if of_path else numbers
     return ids, paths
+
+
+def check_exists(path: str) -> None:
+    """Raises FileNotFoundError if there is no index."""
+    if not os.path.exists(path):
+        raise FileNotFoundError(f"There is no index {path}. Make one: mmgem embed FOLDER -o {path}")
 
 
 def read_index_file(folder: str) -> dict[str, Any]:

@@ -30,14 +30,15 @@ MINIMA = {
 }
 
 
-# Of transformers' options, those that most runs set; `--help` leaves out the others.
+# The options that most runs set: `--help` lists these.
 COMMON = (
-    *("output_dir", "max_steps", "num_train_epochs", "per_device_train_batch_size", "per_device_eval_batch_size"),
-    *("gradient_accumulation_steps", "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay"),
-    *("max_grad_norm", "bf16", "use_cpu", "seed", "activation_checkpointing", "torch_compile", "optim_args"),
-    *("dataloader_num_workers", "logging_steps", "report_to", "disable_tqdm", "eval_strategy", "eval_steps"),
-    *("save_strategy", "save_steps", "save_total_limit", "resume_from_checkpoint", "load_best_model_at_end"),
-    *("metric_for_best_model", "push_to_hub", "hub_model_id", "hub_private_repo"),
+    *("init_from", "vision_model_name_or_path", "text_model_name_or_path", "image_pooling", "image_grid_size"),
+    *("dataset_name", "train_file", "validation_file", "train_shards", "train_annotations", "validation_annotations"),
+    *("image_folders", "image_column", "caption_column", "max_length", "stage", "output_dir", "max_steps"),
+    *("num_train_epochs", "per_device_train_batch_size", "learning_rate", "warmup_steps", "objective", "freeze"),
+    *("lora_rank", "mini_batch_size", "cache_features", "bf16", "use_cpu", "seed", "dataloader_num_workers"),
+    *("eval_strategy", "eval_steps", "save_steps", "resume_from_checkpoint", "report_to", "dry_run"),
+    *("push_to_hub", "hub_model_id"),
 )
 
 
@@ -303,9 +304,6 @@ class MMGEMTrainingArguments(TrainingArguments):
         self.projection_lr_multiplier = 1.0
 
 
-RARE = {f.name for f in fields(TrainingArguments)} - {*COMMON, *MMGEMTrainingArguments.__annotations__}
-
-
 def data_seed(args: TrainingArguments) -> int:
     """Returns the seed of everything random about the data: `--data_seed`, or `--seed`."""
     return args.seed if args.data_seed is None else args.data_seed
@@ -321,7 +319,7 @@ def parse_arguments(
         ValueError: for an unknown option, with the nearest known one; for options that do not go together.
     """
     types = (ModelArguments, DataArguments, MMGEMTrainingArguments, DryRunArguments)
-    model_args, data_args, args, dry_run_args = parse_options(types, "train.py", arguments, RARE)
+    model_args, data_args, args, dry_run_args = parse_options(types, "train.py", arguments, COMMON)
     if args.stage != "1":
         _check_adapter(model_args, data_args, args)
     elif model_args.region_grid_size is not None:
