@@ -8,6 +8,7 @@ import torch
 import transformers
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers.utils import logging
 
 from ..configuration.configuration_mmgem import set_fixed_image_size
 from .towers_mmgem import VISION_TOWERS
@@ -201,20 +202,31 @@ def load_vision_model(
     Raises:
         ValueError: if the checkpoint lacks weights of the tower, or `image_size` is not a multiple of its patch size.
     """
-    model, info = _model_class(config).from_pretrained(
-        vision,
-        config=config,
-        dtype=dtype,
-        output_loading_info=True,
-        key_mapping=NAMES_OF_WHOLE_CHECKPOINTS,
-        **_without_pooler(config),
-        **options,
-    )
+    reports = logging.get_logger("transformers.modeling_utils")
+    reports.addFilter(_is_of_the_tower)
+    try:
+        model, info = _model_class(config).from_pretrained(
+            vision,
+            config=config,
+            dtype=dtype,
+            output_loading_info=True,
+            key_mapping=NAMES_OF_WHOLE_CHECKPOINTS,
+            **_without_pooler(config),
+            **options,
+        )
+    finally:
+        reports.removeFilter(_is_of_the_tower)
     if missing := info["missing_keys"]:
         raise ValueError(f"{vision} lacks weights of its vision tower: {', '.join(sorted(missing)[:5])}.")
     if image_size is None or image_size == config.image_size:
         return model
     return interpolate_positions(model, image_size)
+
+
+def _is_of_the_tower(record: Any) -> bool:
+    """Whether a log record says more than that the checkpoint has weights of another tower too."""
+    text = record.getMessage()
+    return "UNEXPECTED" not in text or "MISSING" in text or "MISMATCH" in text
 
 
 def interpolate_positions(model: PreTrainedModel, image_size: int) -> PreTrainedModel:

@@ -173,11 +173,19 @@ class PairDataset(torch.utils.data.Dataset):
         except UnreadableImageError as error:  # whose message names the image already
             raise BadDataError(str(error)) from error
         except Exception as error:  # Pillow's readers raise errors of many types
-            reason = f"{type(error).__name__}: {error}"
-            value = self.table[row].get(self.image_column)
-            path = value.get("path") if isinstance(value, dict) else value
-            name = os.fspath(path) if isinstance(path, str | os.PathLike) else ""
+            reason, name = f"{type(error).__name__}: {error}", self._path(row)
             raise BadDataError(reason if name in reason else f"{reason} ({name})") from error
+
+    def _path(self, row: int) -> str:
+        """The path of a row's image, or an empty string."""
+        value = self.table[row].get(self.image_column)
+        path = value.get("path") if isinstance(value, dict) else value
+        return os.fspath(path) if isinstance(path, str | os.PathLike) else ""
+
+    def name_of(self, index: int) -> str:
+        """The file of example `index` in parentheses, where it has one."""
+        path = self._path(self.rows[index])
+        return f" ({os.path.basename(path)})" if path else ""
 
     def _read(self, row: int, cached: dict[str, Any] | None) -> dict[str, Any]:
         """The example of a row of the table; `cached` takes the place of its image."""

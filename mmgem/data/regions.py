@@ -99,6 +99,9 @@ class RegionDataset(PairDataset):
         }
         kept = [i for i, _ in regions_inside(example, self.image_processor)]
         if not kept and not captions:
+            if regions_inside(example):
+                count = f"all {len(regions)} of its regions"
+                raise ValueError(f"the centre crop cuts {count} away (--do_center_crop false keeps them)")
             raise ValueError("it has neither a caption nor a visible region with a phrase")
         boxes, phrases = ([example[name][i] for i in kept] for name in ("boxes", "phrases"))
         return {**example, "boxes": boxes, "phrases": phrases, "left_out": len(regions) - len(kept)}

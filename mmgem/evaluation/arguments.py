@@ -71,6 +71,9 @@ class EvaluationArguments(TableArguments):
     caption_subset: bool = option(False, "Score the images that caption_results has, not all of caption_references.")
     max_samples: int | None = option(None, "Number of examples to use, the first ones (scenes: 500).")
     max_length: int | None = option(None, "Tokens per text; the processor's own by default.")
+    do_center_crop: bool = option(
+        True, "false resizes whole images, where the model's image processor would cut out the middle."
+    )
     batch_size: int = option(64, "Images, or texts, at a time.")
     dtype: Literal["float32", "bfloat16", "float16"] = option("float32", "Precision of the weights.")
     seed: int = option(0, "Seed of sampled captions.")

@@ -173,7 +173,8 @@ def gather_readable(found: list[Any], faults: list[str], dataset: PairDataset, k
     if not found:
         raise BadDataError(f"None of the {len(dataset)} {kind} to evaluate on can be used; {faults[0]}.")
     if faults and is_first_process():
-        logger.warning(f"{len(faults)} of {len(dataset)} {kind} are left out, such as {faults[0]}.")
+        shown = "; ".join(faults[:3])
+        logger.warning(f"{len(faults)} of {len(dataset)} {kind} are left out, such as {shown}.")
     return found
 
 

@@ -303,7 +303,10 @@ def _batches(
     def read(index: int) -> dict[str, Any]:
         example = dataset.read(index)
         if example["left_out"]:
-            faults.append(f"{example['left_out']} regions of image {index}, outside of it or of the centre crop")
+            faults.append(
+                f"{example['left_out']} regions of image {index}{dataset.name_of(index)}, outside of it or of the "
+                "centre crop (--do_center_crop false keeps those)"
+            )
         return {**example, "index": index}
 
     for batch in readable_batches(dataset, read, batch_size, faults):

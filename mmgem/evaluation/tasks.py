@@ -13,6 +13,7 @@ from ..loading import load_with_adapters
 from ..modeling_mmgem import MMGEMModel
 from ..modeling_mmgem.adapters_mmgem import FUSED_ADAPTER, REGION_ADAPTERS
 from ..processing import MMGEMProcessor
+from ..processing.image_processors_mmgem import without_center_crop
 from .arguments import EvaluationArguments, check_dims
 from .caption_files import read_caption_references, read_caption_results, score_captions, write_caption_results
 from .choices import choices_section, evaluate_choices
@@ -60,7 +61,10 @@ def run_tasks(model: MMGEMModel, processor: MMGEMProcessor, arguments: Evaluatio
 def load_model(arguments: EvaluationArguments) -> tuple[MMGEMModel, MMGEMProcessor]:
     """[`load_with_adapters`] of the checkpoint and adapters that the arguments name."""
     assert arguments.model is not None
-    return load_with_adapters(arguments.model, arguments.adapters, arguments.dtype)
+    model, processor = load_with_adapters(arguments.model, arguments.adapters, arguments.dtype)
+    if not arguments.do_center_crop:
+        processor.image_processor = without_center_crop(processor.image_processor)
+    return model, processor
 
 
 def retrieval(model: MMGEMModel, processor: MMGEMProcessor, arguments: EvaluationArguments) -> Section:

@@ -60,6 +60,9 @@ class ModelArguments:
     attn_implementation: str | None = option(
         None, "Attention of both towers: sdpa (default), eager, flash_attention_2, …"
     )
+    do_center_crop: bool = option(
+        True, "false resizes whole images to the model's square, where its image processor would cut out the middle."
+    )
     projection_dim: int | None = option(
         None, "D, the size of the embedding space of a new model; 512 by default, or the tower's."
     )
@@ -234,6 +237,7 @@ class MMGEMTrainingArguments(TrainingArguments):
         optim = self.optim
         self.optim = "adamw_torch" if optim in PYTORCH_OPTIMIZERS else optim  # transformers refuses unknown names
         super().__post_init__()
+        self.dataloader_pin_memory = self.dataloader_pin_memory and has_gpu  # torch warns of it without one
         self.optim = optim if optim in PYTORCH_OPTIMIZERS else self.optim
         refuse_unsupported_loaders(self)
         warn_of_slow_bfloat16(self)
@@ -343,6 +347,8 @@ def _check_adapter(model_args: ModelArguments, data_args: DataArguments, args: M
     for name in ("image_size", "image_grid_size"):
         if getattr(model_args, name) is not None:
             raise ValueError(f"{name} would change the model of --init_from, and the adapter would not fit it.")
+    if not model_args.do_center_crop:
+        raise ValueError("do_center_crop is a setting of stage 1: an adapter sees images as the model of --init_from.")
     if args.stage != "region-caption" and model_args.region_grid_size is not None:
         raise ValueError("region_grid_size is for captions of regions (--stage region-caption).")
     if data_args.augmentation_scale != 1:

@@ -22,6 +22,7 @@ from ..modeling_mmgem import MMGEMModel
 from ..modeling_mmgem.conversion_mmgem import configure_generation
 from ..modeling_mmgem.vision_mmgem import interpolate_positions, tower_projection_dim, vision_config_of
 from ..processing import MMGEMProcessor, set_image_size, to_mmgem_tokenizer
+from ..processing.image_processors_mmgem import without_center_crop
 from ..processing.tokenization_mmgem import special_token_ids
 from .arguments import ModelArguments
 
@@ -48,6 +49,8 @@ def build_model_and_processor(
             not installed.
     """
     model, processor = _build(arguments, train_dataset, max_length, checkpoint)
+    if not arguments.do_center_crop:
+        processor.image_processor = without_center_crop(processor.image_processor)
     if arguments.attn_implementation is not None:
         try:
             model.set_attn_implementation(arguments.attn_implementation)

@@ -23,6 +23,7 @@ class EvaluatingTrainer(LoggingTrainer):
 
     processing_class: MMGEMProcessor
     columns: dict[str, Any]  # names of a table's columns, by option
+    evaluates_saved = False  # whether the saved files are evaluated after training, as train.py does
 
     def wrap_table(self, table: datasets.Dataset, args: MMGEMTrainingArguments, is_training: bool) -> PairDataset:
         """Wraps a plain table in the dataset class of this stage."""
@@ -37,6 +38,9 @@ class EvaluatingTrainer(LoggingTrainer):
         Raises:
             TrainingStopped: where the evaluation of any process fails, once the run is saved.
         """
+        is_last = self.state.global_step >= self.state.max_steps
+        if is_last and self.evaluates_saved and self.args.metric_for_best_model is None:
+            return {}  # the same figures come from the saved files
         self._mean_sums()
         try:
             metrics = super()._evaluate(trial, *args, **kwargs)

@@ -72,6 +72,22 @@ def _origin(model_args: ModelArguments) -> dict[str, Any]:
     return {name: record.get(name, value) for name, value in unknown.items()}
 
 
+def changed_settings(model_args: ModelArguments, data_args: DataArguments, args: MMGEMTrainingArguments) -> str:
+    """What a run changes against the training of the checkpoint that it goes on from, and how to keep it."""
+    path = os.path.join(model_args.init_from or "", RECORD_NAME)
+    if model_args.init_from is None or not os.path.isfile(path):
+        return ""
+    with open(path, encoding="utf-8") as file:
+        earlier = parse_json(file.read()).get("settings", {})
+    now = {"max_length": data_args.max_length, "caption_loss_weight": args.caption_loss_weight}
+    other = {name: earlier[name] for name, value in now.items() if name in earlier and earlier[name] != value}
+    if not other:
+        return ""
+    keep = " ".join(f"--{name} {value}" for name, value in other.items())
+    used = " and ".join(f"{name} {now[name]}" for name in other)
+    return f"{model_args.init_from} was trained with {keep}; this run has {used}."
+
+
 def _data(data_args: DataArguments) -> list[str]:
     """Returns the names of the training data, without the folders of local files."""
     if is_hub_id(data_args.dataset_name):

@@ -18,7 +18,7 @@ from ..loading import load_checkpoint
 from .arguments import DataArguments, MMGEMTrainingArguments, ModelArguments, data_seed
 from .building import build_model_and_processor
 from .fused_trainer import FusedTrainer
-from .record import write_record
+from .record import changed_settings, write_record
 from .region_trainer import RegionTrainer
 from .trainer import MMGEMTrainer
 
@@ -52,6 +52,8 @@ def build_trainer(
         checkpoint: that the run resumes from.
     """
     transformers.set_seed(args.seed)
+    if args.stage == "1" and args.process_index == 0 and (changed := changed_settings(model_args, data_args, args)):
+        print(changed)
     if args.disable_tqdm:
         transformers.utils.logging.disable_progress_bar()
     load, trainer_class, kind = STAGES[args.stage]
@@ -71,6 +73,7 @@ def build_trainer(
         eval_dataset,
         model_settings=model_settings,  # type: ignore[arg-type]
     )
+    trainer.evaluates_saved = eval_dataset is not None
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     size = f"{len(train_dataset)} {kind}" if isinstance(train_dataset, PairDataset) else "streamed pairs"
     print(f"{parameters / 1e6:.2f} M parameters, {trained / 1e6:.3g} M trained; {size}")
@@ -130,6 +133,8 @@ def evaluate_saved(trainer: MMGEMTrainer, model_args: ModelArguments, data_args:
             found["k"] = model.region_grid_size
             section = (args.stage, metrics, outputs, model, processor, eval_dataset)
             sections = [region_section(*section)] if is_first else []
+    if args.eval_strategy != "no":  # the curves' last point
+        trainer.log({f"eval_{name}": value for name, value in metrics.items()})
     if not is_first:
         return
     setting = {**_setting(trainer, data_args), **found, "unreadable": len(eval_dataset) - found["size"]}

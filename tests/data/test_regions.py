@@ -17,6 +17,7 @@ from mmgem.data.loading import load_pairs
 from mmgem.data.pairs import BadDataError, PairDataset
 from mmgem.data.regions import RegionDataset, as_regions
 from mmgem.data.scenes import ScenesDataset
+from mmgem.processing.image_processors_mmgem import without_center_crop
 from mmgem.processing.tokenization_mmgem import CAP_TOKEN, EMB_TOKEN, IMAGE_TOKEN
 from mmgem.training.arguments import DataArguments
 
@@ -288,8 +289,15 @@ def test_regions_that_the_crop_cuts_away_are_left_out(processor):
         collate(examples_of(RegionDataset(table)))
     dataset = RegionDataset(table)
     dataset.image_processor = processor.image_processor  # as the Trainer sets it: such a picture is passed over
+    with pytest.raises(BadDataError, match=r"the centre crop cuts all 1 of its regions away \(--do_center_crop false"):
+        dataset.read(0)
+    dataset.image_processor = without_center_crop(processor.image_processor)
+    assert dataset.read(0)["phrases"] == ["left"]
+    table[0]["regions"][0]["phrase"] = ""
     with pytest.raises(BadDataError, match="neither a caption nor a visible region"):
         dataset.read(0)
+    table[0]["regions"][0]["phrase"] = "left"
+    dataset.image_processor = processor.image_processor
     table[0]["caption"] = ["all of it"]
     dataset.max_regions = 3
     assert dataset.read(0)["phrases"] == ["all of it"] and dataset.read(0)["left_out"] == 1

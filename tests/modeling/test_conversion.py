@@ -12,6 +12,7 @@ from transformers import (
     AutoModelForCausalLM,
     CLIPConfig,
     CLIPModel,
+    CLIPVisionModel,
     CohereConfig,
     CohereForCausalLM,
     Gemma2Config,
@@ -173,9 +174,14 @@ def test_whole_model_generates_and_embeds(vision, base_tokenizer, tmp_path):
     assert model.generate(**inputs, max_new_tokens=4).shape[0] == 1
 
 
-def test_full_clip_checkpoint_drops_its_text_tower(vision, base_tokenizer, tmp_path):
+def test_full_clip_checkpoint_drops_its_text_tower_without_a_line_for_each_weight(
+    vision, base_tokenizer, tmp_path, caplog
+):
     save_language_model(tmp_path, "llama", base_tokenizer)
     model = MMGEMModel.from_vision_text_pretrained(vision, str(tmp_path), projection_dim=16)
+    assert "UNEXPECTED" not in caplog.text
+    CLIPVisionModel.from_pretrained(vision)  # as transformers reports it, and after ours has loaded
+    assert "UNEXPECTED" in caplog.text
     original = CLIPModel.from_pretrained(vision).vision_model
     for name, parameter in original.named_parameters():
         assert torch.equal(parameter, model.vision_model.get_parameter(name)), name

@@ -10,6 +10,7 @@ import torch
 from datasets import Dataset
 from safetensors.torch import load_file
 from transformers import BertConfig
+from transformers.trainer_callback import CallbackHandler
 from transformers.utils import logging
 
 from mmgem.evaluation.evaluator import evaluate_model
@@ -94,6 +95,40 @@ def test_own_files_from_scratch_then_on_from_that_checkpoint(train, pairs, tmp_p
     frozen = [name for name in before if name.startswith("vision_model") and name not in changed]
     assert all(torch.equal(before[name], after[name]) for name in frozen)
     assert not torch.equal(before["text_projection.weight"], after["text_projection.weight"])
+
+
+def test_what_a_run_changes_against_its_start_is_said_and_nothing_is_evaluated_twice(
+    train, pairs, tmp_path, capsys, monkeypatch
+):
+    data = ["--train_file", pairs, "--validation_file", pairs, "--caption_column", "captions", "--report_to", "none"]
+    options = ["--per_device_train_batch_size", 4, "--caption_samples", 0, "--max_steps", 2]
+    start = [*TOWERS, "--max_length", 20, "--caption_loss_weight", 4, "--do_center_crop", "false"]
+    train(*data, *options, *start, "--output_dir", "first")
+    processor = json.loads((tmp_path / "first/processor_config.json").read_text())["image_processor"]
+    assert not processor["do_center_crop"] and processor["size"] == {"height": 16, "width": 16}
+    assert "was trained with" not in capsys.readouterr().out
+    evaluated = []
+
+    def counted(*args, **options):
+        evaluated.append(args)
+        return evaluate_model(*args, **options)
+
+    for module in ("run", "evaluating_trainer"):
+        monkeypatch.setattr(f"mmgem.training.{module}.evaluate_model", counted)
+    logged, on_log = [], CallbackHandler.on_log
+
+    def recorded(handler, args, state, control, logs):
+        logged.append((state.global_step, logs))
+        return on_log(handler, args, state, control, logs)
+
+    monkeypatch.setattr(CallbackHandler, "on_log", recorded)
+    again = ["--init_from", "first", "--output_dir", "second", "--eval_strategy", "steps", "--eval_steps", 1]
+    train(*data, *options, *again)
+    printed = capsys.readouterr().out
+    line = "first was trained with --max_length 20 --caption_loss_weight 4.0; this run has max_length 50 and "
+    assert line + "caption_loss_weight 1.0." in printed
+    assert len(evaluated) == 2, "at step 1 and of the saved files"
+    assert [step for step, log in logged if "eval_text_to_image_R@1" in log] == [1, 2], "the curve has its last point"
 
 
 @pytest.mark.parametrize(
