@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-slow test-quantized test-newest test-oldest check bench-env clean
+.PHONY: demo test test-slow test-quantized test-page test-ray test-newest test-oldest check bench-env clean
 
 TRAIN := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
 	--num_cpu_threads_per_process 2 train.py
@@ -29,6 +29,16 @@ test-slow: $(READY)
 test-quantized: $(READY)
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[quantization]"
 	$(BIN)/python -m pytest tests/hub/test_quantized_weights.py
+
+# The page in a headless Chromium, and Ray's local mode.
+test-page: $(READY)
+	command -v chromium >/dev/null || (apt-get update -q && apt-get install -y -q chromium)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[page]" "playwright>=1.55"
+	$(BIN)/python -m pytest tests/page
+
+test-ray: $(READY)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[ray]"
+	$(BIN)/python -m pytest tests/library/test_ray.py
 
 # In environments of their own, made anew: the newest of everything but torch, so that we meet the next renaming first, and
 # the oldest that pyproject.toml allows of what renames things.

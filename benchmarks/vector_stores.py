@@ -5,8 +5,8 @@ Embedded vector stores side by side: time to build, bytes on disk, milliseconds 
     python benchmarks/patch_vectors.py TOWER IMAGES.parquet --count 1010000 --output vectors.npy
     python benchmarks/vector_stores.py vectors.npy --sizes 10000 100000 1000000 --output results.json
 
-The last 200 vectors are the queries, one at a time. "binary" keeps the signs and re-ranks the best 200 by float32, which are
-counted among its bytes.
+The last 200 vectors are the queries, one at a time. "binary" keeps the signs and re-ranks the best 200 by float32,
+which are counted among its bytes.
 """
 
 import argparse

@@ -1,6 +1,7 @@
 """Vision towers built, loaded and run: whole images and patch features V, by the rows of `towers_mmgem.py`."""
 
 import copy
+import logging
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,7 +9,6 @@ import torch
 import transformers
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
-from transformers.utils import logging
 
 from ..configuration.configuration_mmgem import set_fixed_image_size
 from .towers_mmgem import VISION_TOWERS
@@ -202,8 +202,8 @@ def load_vision_model(
     Raises:
         ValueError: if the checkpoint lacks weights of the tower, or `image_size` is not a multiple of its patch size.
     """
-    reports = logging.get_logger("transformers.modeling_utils")
-    reports.addFilter(_is_of_the_tower)
+    reports, of_this_tower = logging.getLogger("transformers.modeling_utils"), _ReportsOfThisTower()
+    reports.addFilter(of_this_tower)
     try:
         model, info = _model_class(config).from_pretrained(
             vision,
@@ -215,7 +215,7 @@ def load_vision_model(
             **options,
         )
     finally:
-        reports.removeFilter(_is_of_the_tower)
+        reports.removeFilter(of_this_tower)
     if missing := info["missing_keys"]:
         raise ValueError(f"{vision} lacks weights of its vision tower: {', '.join(sorted(missing)[:5])}.")
     if image_size is None or image_size == config.image_size:
@@ -223,10 +223,12 @@ def load_vision_model(
     return interpolate_positions(model, image_size)
 
 
-def _is_of_the_tower(record: Any) -> bool:
-    """Whether a log record says more than that the checkpoint has weights of another tower too."""
-    text = record.getMessage()
-    return "UNEXPECTED" not in text or "MISSING" in text or "MISMATCH" in text
+class _ReportsOfThisTower(logging.Filter):
+    """Drops reports that only say that the checkpoint has weights of another tower too, a line for each."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        text = record.getMessage()
+        return "UNEXPECTED" not in text or "MISSING" in text or "MISMATCH" in text
 
 
 def interpolate_positions(model: PreTrainedModel, image_size: int) -> PreTrainedModel:

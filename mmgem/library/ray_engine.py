@@ -1,6 +1,7 @@
 """The same index by Ray Data: many machines that share a file system, each worker writing parts of its own."""
 
 import itertools
+import json
 import logging
 import os
 from collections.abc import Iterator
@@ -54,14 +55,15 @@ class PartEmbedder:
         self.known = known_in(work.folder)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Takes rows of `part` (its number) and `units`; returns the same number of reports."""
-        embedded, ids, reasons = [], [], []
+        """Takes rows of `part` (its number) and `units`; returns a report of each, as JSON."""
+        reports = []
         for number, units in zip(batch["part"].tolist(), batch["units"]):
-            count, faults = self._embed(number, units)
-            embedded.append(count)
-            ids.append(list(faults))
-            reasons.append(list(faults.values()))
-        return {"embedded": embedded, "ids": ids, "reasons": reasons}
+            try:
+                embedded, left_out = self._embed(number, units)
+                reports.append({"embedded": embedded, "left_out": left_out, "error": None})
+            except (ValueError, OSError) as error:  # Ray would wrap it in pages of its own
+                reports.append({"embedded": 0, "left_out": {}, "error": str(error)})
+        return {"report": [json.dumps(report) for report in reports]}
 
     def _embed(self, number: int, units: Any) -> tuple[int, dict[str, str]]:
         work, count, left_out = self.work, 0, {}
@@ -119,17 +121,16 @@ def build_with_ray(
                 PartEmbedder,
                 fn_constructor_kwargs={"work": work, "threads": cores},
                 batch_size=1,
-                compute=ray.data.ActorPoolStrategy(size=workers),
+                compute=ray.data.ActorPoolStrategy(size=min(workers, len(parts))),
                 num_cpus=cores if not gpus else 1,
                 num_gpus=gpus,
             )
-            try:
-                for row in tqdm(found.iter_rows(), total=len(parts), unit=" parts"):
-                    report.embedded += row["embedded"]
-                    report.left_out.update(zip(row["ids"], row["reasons"]))
-            except ray.exceptions.RayError as error:
-                cause = str(error).strip().splitlines()[-1]
-                raise OSError(f"A worker failed: {cause}. Parts that are whole stay in {folder}.") from error
+            for row in tqdm(found.iter_rows(), total=len(parts), unit=" parts"):
+                of_part = json.loads(row["report"])
+                if of_part["error"] is not None:
+                    raise ValueError(f"A worker failed: {of_part['error']} Whole parts stay in {folder}.")
+                report.embedded += of_part["embedded"]
+                report.left_out.update(of_part["left_out"])
         write_left_out(folder, report.left_out)
     return report
 

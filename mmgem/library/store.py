@@ -5,8 +5,12 @@ from typing import Any
 
 import faiss
 import numpy as np
+from transformers.utils import logging
 
 from .tables import Vectors
+
+
+logger = logging.get_logger(__name__)
 
 
 EXACT = 100_000  # vectors that are scanned one by one: 6 ms a query
@@ -33,11 +37,12 @@ def open_store(vectors: Vectors, folder: str | None, precision: str = "float32")
         built = _build(vectors, precision)
         try:
             faiss.write_index(built, f"{path}.unfinished")
-        except RuntimeError as error:
-            raise OSError(f"{path} could not be written: {error}. Make room, and search again.") from error
-        os.replace(f"{path}.unfinished", path)
-        with open(f"{path}.state", "w", encoding="utf-8") as file:
-            file.write(state)
+            os.replace(f"{path}.unfinished", path)
+            with open(f"{path}.state", "w", encoding="utf-8") as file:
+                file.write(state)
+        except (RuntimeError, OSError) as error:  # FAISS raises RuntimeError
+            logger.warning(f"{path} cannot be written ({error}): every search builds it anew, in memory.")
+            return built
     return _probing(faiss.read_index(path, faiss.IO_FLAG_MMAP))
 
 
