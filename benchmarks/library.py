@@ -35,18 +35,18 @@ def write_jpegs(parquet: str, folder: Path, count: int) -> None:
 
 
 def bare(model: str, folder: Path, dtype: str) -> float:
-    """Seconds of the model alone, on pixels that are there already: as many batches as the folder has."""
+    """Seconds of the model alone, on pixels that are there already, as many as the folder has."""
+    from mmgem.evaluation.embedding import embed_pixels
     from mmgem.library import LoadedModel
 
     loaded = LoadedModel.load(model, device="cpu", dtype=dtype)
     files = sorted(folder.iterdir())
     images = [Image.open(file).convert("RGB") for file in files[: 8 * BATCH]]
     pixels = loaded.processor(images=images, return_tensors="pt")["pixel_values"].split(BATCH)
-    with torch.inference_mode():
-        loaded.model.get_embedding(pixel_values=pixels[0])
-        start = time.perf_counter()
-        for i in range(len(files) // BATCH):
-            loaded.model.get_embedding(pixel_values=pixels[i % len(pixels)])
+    embed_pixels(loaded.model, pixels[0])
+    start = time.perf_counter()
+    for i in range(len(files) // BATCH):
+        embed_pixels(loaded.model, pixels[i % len(pixels)])
     return time.perf_counter() - start
 
 
@@ -115,7 +115,9 @@ def search(path: str, precision: str) -> dict[str, float]:
             found = store.search(query[None], 10)[1][0]
             times.append(time.perf_counter() - start)
             hits.append(len({*found.tolist()} & {*right}) / 10)
-        size = os.path.getsize(os.path.join(folder, STORE_FILE)) / vectors[:1_000_000].nbytes
+        size = (
+            os.path.getsize(os.path.join(folder, STORE_FILE.format(precision=precision))) / vectors[:1_000_000].nbytes
+        )
     return {
         "build_s": round(built, 1),
         "ms_median": round(1000 * float(np.median(times)), 2),
@@ -140,7 +142,9 @@ def main() -> None:
     args = parser.parse_args()
     if args.part:
         seconds = PARTS[args.part](args.model, args.folder, args.dtype)
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        peak = (
+            sum(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)) / 1024
+        )
         print(json.dumps({"seconds": round(seconds, 2), "peak_mib": round(peak)}))
         return
     result: dict[str, object] = {"count": args.count, "dtype": args.dtype, "threads": torch.get_num_threads()}

@@ -44,9 +44,9 @@ def parse_options(
         check_encodable(word)
     usage = f"{script} [--config FILE] [--option VALUE …]   (--help lists the usual options, --help_all explains all)"
     parser = HfArgumentParser(list(types), usage=usage, allow_abbrev=False)  # type: ignore[arg-type]
-    if "--help_all" in arguments or "-h" in arguments:
+    if "--help_all" in arguments:
         arguments = ["--help"]
-    elif "--help" in arguments:
+    elif "--help" in arguments or "-h" in arguments:
         print(_short_help(parser, usage, common))
         sys.exit(0)
     named = [word.removeprefix("--").split("=")[0] for word in arguments if word.startswith("--")]

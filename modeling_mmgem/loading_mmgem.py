@@ -57,14 +57,16 @@ def refuse_not_finite(tensors: Mapping[str, torch.Tensor], name: str) -> None:
             )
 
 
-def weights_revision(folder: str | None) -> str | None:
+def weights_revision(folder: str | None, beginnings: tuple[str, ...] = ("",)) -> str | None:
     """
-    A digest of the weights in a model's folder, in whatever shards they are. An adapter's configuration holds it as
-    the `revision` of its base, PEFT's name for what is a commit on the Hub. None if `folder` has no weights.
+    A digest of the weights in a model's folder whose names have one of these beginnings, in whatever shards they are.
+    An adapter's configuration holds it as the `revision` of its base, PEFT's name for what is a commit on the Hub.
+    None if `folder` has no weights.
     """
     files = [safe_open(path, "pt") for path in Path(folder).glob("model*.safetensors")] if folder else []
     file_of = {key: file for file in files for key in file.keys()}  # noqa: SIM118  # not a mapping
-    return digest_of_tensors((key, file_of[key].get_tensor(key)) for key in sorted(file_of)) if files else None
+    keys = sorted(key for key in file_of if key.startswith(beginnings))
+    return digest_of_tensors((key, file_of[key].get_tensor(key)) for key in keys) if files else None
 
 
 def digest_of_tensors(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:

@@ -51,6 +51,13 @@ def set_image_size(image_processor: Any, image_size: int) -> None:
             setattr(image_processor, name, {edge: image_size for edge, value in dict(edges).items() if value})
 
 
+def least_side_of(image_processor: Any) -> int:
+    """Pixels per side that an image must have before an image processor resizes it; 0 where it does not resize."""
+    sizes = (image_processor.size, getattr(image_processor, "crop_size", None) or {})
+    sides = [size.get(name) or 0 for size in sizes for name in ("shortest_edge", "height", "width")]
+    return max(sides) if image_processor.do_resize else 0
+
+
 def without_center_crop(image_processor: Any) -> Any:
     """A copy that resizes whole images to the size of the crop, changing their proportions, instead of cropping."""
     chosen = copy.deepcopy(image_processor)
@@ -72,4 +79,4 @@ def check_moments(image_processor: Any) -> None:
             )
 
 
-__all__ = ["check_moments", "load_image_processor", "set_image_size", "without_center_crop"]
+__all__ = ["check_moments", "least_side_of", "load_image_processor", "set_image_size", "without_center_crop"]

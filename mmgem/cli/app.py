@@ -19,7 +19,7 @@ app = typer.Typer(
 
 
 class Format(StrEnum):
-    """Of an index's parts."""
+    """Format of an index's parts."""
 
     parquet = "parquet"
     npy = "npy"
@@ -33,14 +33,14 @@ class Engine(StrEnum):
 
 
 class Precision(StrEnum):
-    """Of the vectors that are searched."""
+    """Precision of the vectors that are searched."""
 
     float32 = "float32"
     int8 = "int8"
 
 
 class Dtype(StrEnum):
-    """Of the weights."""
+    """Precision of the weights."""
 
     float32 = "float32"
     bfloat16 = "bfloat16"
@@ -66,7 +66,7 @@ DtypeOption = Annotated[Dtype, typer.Option("--dtype", help="Precision of the we
 Crop = Annotated[
     bool,
     typer.Option(
-        "--do_center_crop/--no_center_crop", help="Cut out the middle, if the model does, or squeeze the whole image."
+        "--do_center_crop/--no_do_center_crop", help="Cut out the middle, if the model does; or squeeze the image."
     ),
 ]
 ImageColumn = Annotated[str, typer.Option("--image_column", help="Of a table or dataset.")]
@@ -78,16 +78,23 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard outpu
 @contextmanager
 def one_line_errors() -> Iterator[None]:
     """Ends the program with one line for what the user can put right: exit code 1; 130 where it is interrupted."""
+    import torch
     from huggingface_hub.errors import HfHubHTTPError
     from transformers.utils import logging
+
+    from ..evaluation.sharing import OtherProcessFailed
 
     logging.disable_progress_bar()  # of loading weights; ours stays
     try:
         yield
     except (ValueError, OSError, HfHubHTTPError, ImportError) as error:
         sys.exit(f"error: {error}")
+    except (RuntimeError, MemoryError) as error:
+        if not isinstance(error, OtherProcessFailed | torch.OutOfMemoryError | MemoryError):
+            raise
+        sys.exit(f"error: {str(error).splitlines()[0] if str(error) else 'out of memory'}. Lower --batch_size.")
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on where it stopped", file=sys.stderr)
+        print("interrupted; mmgem embed and mmgem caption go on where they stopped", file=sys.stderr)
         sys.exit(130)
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
@@ -10,6 +11,7 @@ from accelerate import PartialState
 from PIL import Image, ImageDraw
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from transformers.utils import logging
 
 from ..evaluation.report import BLACK, CELL, GREEN, GREY, empty_sheet, paste, write_text
@@ -18,10 +20,10 @@ from ..library import Hit, Index, LoadedModel, SourceOptions
 from ..library.building import LEFT_OUT, BuildReport, build
 from ..library.captions import CaptionOptions, read_boxes, write_captions
 from ..library.sources import open_source
-from ..library.tables import check_exists, read_index_file
 
 
 SHOWN_FAULTS = 3
+PATIENCE = timedelta(days=7)  # of a process that has embedded its share, for the others
 
 
 def embed_images(
@@ -42,7 +44,7 @@ def embed_images(
         report = build_with_ray(options, output, loading, **building)
     else:
         if "RANK" in os.environ:
-            state = PartialState(cpu=loading["device"] == "cpu")
+            state = PartialState(cpu=loading["device"] == "cpu", timeout=PATIENCE)
             loading = {**loading, "device": str(state.device)}
         loaded = LoadedModel.load(**loading)
         logging.enable_progress_bar()
@@ -79,7 +81,7 @@ def search_index(
     as_json: bool,
 ) -> None:
     """`mmgem search`."""
-    index = open_index(folder, loading, precision)
+    index = Index(folder, loading.pop("name"), precision, **loading)
     hits = index.search(**asked, boxes=None if box is None else _as_box(box))
     sheet = contact_sheet(index, hits)
     sheet.save(output)
@@ -89,20 +91,9 @@ def search_index(
     table = Table("", "score", "image", box=None, header_style="dim")
     for place, hit in enumerate(hits, 1):
         where = f"  {[round(corner) for corner in hit.box]}" if hit.box else ""
-        table.add_row(str(place), f"{hit.score:.3f}", (shown_path(hit.path) or hit.id) + where)
+        table.add_row(str(place), f"{hit.score:.3f}", Text((shown_path(hit.path) or hit.id) + where))
     Console(width=None if sys.stdout.isatty() else 200, highlight=False).print(table)
     print(f"{len(index)} images searched; contact sheet: {output}")
-
-
-def open_index(folder: str, loading: dict[str, Any], precision: str = "float32") -> Index:
-    """An index with its model, by default the one that it names."""
-    check_exists(folder)
-    about = read_index_file(folder) if os.path.isdir(folder) else {}
-    name = loading["name"] or about.get("model")
-    if name is None:
-        return Index(folder, None, precision)  # says what is missing
-    crop = about.get("do_center_crop", True)
-    return Index(folder, LoadedModel.load(**{**loading, "name": name}, do_center_crop=crop), precision)
 
 
 def _as_box(text: str) -> list[float]:
@@ -171,4 +162,4 @@ def print_report(report: dict[str, Any], as_json: bool, lines: list[str]) -> Non
 
 def shown_path(path: str) -> str:
     """The path from here where that is shorter."""
-    return min(path, os.path.relpath(path), key=len) if path else path
+    return path if not path or "://" in path else min(path, os.path.relpath(path), key=len)

@@ -19,6 +19,7 @@ from .sharing import gather_parts, is_first_process, shard_range
 logger = logging.get_logger(__name__)
 
 CPU_TOKENS = 1024  # per batch of texts; with more, activations do not fit into a CPU's caches
+CPU_PATCHES = 2048  # the same of images
 
 
 def progress(items: Sequence[Any], unit: str) -> Any:
@@ -69,7 +70,18 @@ def embed_images(
     """`(N, D)` of PIL images, unit norm, float32, on the CPU; with `whole_image_box` through h4."""
     boxes = [[[0, 0, *image.size]] for image in images] if whole_image_box else None
     inputs = processor(images=list(images), boxes=boxes, return_tensors="pt").to(model.device)
+    if boxes is None:
+        return embed_pixels(model, inputs["pixel_values"])
     return model.get_embedding(**inputs).float().cpu().view(len(images), -1)
+
+
+@torch.inference_mode()
+def embed_pixels(model: MMGEMModel, pixel_values: torch.Tensor) -> torch.Tensor:
+    """`(N, D)` of a processor's pixels, float32, on the CPU; computed there in batches that fit into its caches."""
+    size, (height, width) = model.pool_aggregator.patch_size, pixel_values.shape[-2:]
+    fitting = max(CPU_PATCHES * size**2 // (height * width), 1) if model.device.type == "cpu" else len(pixel_values)
+    parts = [model.get_embedding(pixel_values=part.to(model.device)) for part in pixel_values.split(fitting)]
+    return torch.cat(parts).float().cpu()
 
 
 @torch.inference_mode()

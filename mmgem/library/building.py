@@ -5,7 +5,7 @@ import os
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -14,13 +14,14 @@ import pyarrow.parquet as pq
 import torch
 from transformers.utils import logging
 
-from ..data.loading import BUILT_IN, is_hub_id
+from ..evaluation.embedding import embed_pixels, evaluating
 from ..evaluation.sharing import gather_parts, is_first_process, rank_and_world_size, report_failure
 from ..output_lock import output_lock
 from ..processing import MMGEMProcessor
+from ..processing.image_processors_mmgem import least_side_of
 from .loaded import LoadedModel
 from .sources import Item, Source, SourceOptions, open_source
-from .tables import FORMATS, INDEX_FILE, Identity, part_files, read_index_file, write_part
+from .tables import INDEX_FILE, Identity, part_files, part_number, read_index_file, write_part
 
 
 logger = logging.get_logger(__name__)
@@ -47,55 +48,78 @@ class Known:
 
     def __init__(self, fingerprints: Iterable[np.ndarray]):
         self.sorted = np.sort(np.concatenate([np.zeros(0, np.int64), *fingerprints]))
-        self.is_met = np.zeros(len(self.sorted), dtype=bool)
+        self.is_found = np.zeros(len(self.sorted), dtype=bool)
 
-    def meet(self, fingerprint: int) -> bool:
-        """Whether it is known; [`Known.is_met`] keeps it."""
+    def contains(self, fingerprint: int) -> bool:
+        """Whether a fingerprint is known; `is_found` notes that it was asked for."""
         place = int(np.searchsorted(self.sorted, fingerprint))
         if place == len(self.sorted) or self.sorted[place] != fingerprint:
             return False
-        self.is_met[place] = True
+        self.is_found[place] = True
         return True
 
 
-def prepare(folder: str, identity: Identity, form: str, source: SourceOptions) -> None:
+def prepare(folder: str, identity: Identity, form: str, options: SourceOptions, source: Source) -> None:
     """
     Writes index.json, or compares it with that of an earlier run.
 
     Raises:
-        ValueError: for an index of another model or format, or a folder that holds other vectors.
+        ValueError: for an index of another model, format or source, or a folder that holds other vectors.
     """
     found = read_index_file(folder)
     if not found and part_files(folder):
         raise ValueError(f"{folder} holds vectors of another program. Give another --output.")
-    for name, value in {**asdict(identity), "format": form}.items():
-        if found and name != "model" and found.get(name) != value:
+    about = {**asdict(identity), "format": form, "source": asdict(options.absolute()), "state": source.state}
+    for name, value in {**about, "state": None, "model": None}.items():
+        if found and value is not None and found.get(name) != value:
+            if name == "source":
+                raise ValueError(
+                    f"{folder} is an index of {found['source']['name']}, and would lose its images. Give another "
+                    f"--output; if the images have moved, write their new place into {INDEX_FILE}."
+                )
             raise ValueError(
-                f"{folder} is an index of {found['model']}, whose {name} is {found.get(name)}, not {value}. Give "
-                "another --output, or delete the index."
+                f"{folder} was made by {found['model']} with another value of {name}. Give another --output, or "
+                "delete the index."
             )
-    name = source.name if is_hub_id(source.name) or source.name in BUILT_IN else os.path.abspath(source.name)
-    about = {**asdict(identity), "format": form, "source": asdict(replace(source, name=name))}
     path = os.path.join(folder, INDEX_FILE)
     with open(f"{path}.unfinished", "w", encoding="utf-8") as file:
         json.dump(about, file, indent=2, ensure_ascii=False)
     os.replace(f"{path}.unfinished", path)
 
 
-def plan(source: Source, folder: str) -> tuple[Known, int | None, int]:
+@dataclass
+class Plan:
     """
-    What the index already holds, how many images are missing (None where only reading them tells), and how many
-    rows were removed because their images are no longer there or have changed.
+    What the index holds already, how many images are missing (None where only reading them tells), how many rows were
+    removed because their images are gone or have changed, and the number of the next part.
     """
-    known = known_in(folder)
-    if not source.is_counted:
-        return known, None, 0
-    missing = sum(not known.meet(source.fingerprint(unit)) for unit in source.units())
-    stale = np.unique(known.sorted[~known.is_met])
-    if len(stale) and missing + known.is_met.sum() == 0:
-        raise ValueError("The source holds no images any more, but the index does. Delete it if they are gone.")
-    removed = sum(_remove(rows, vectors, stale) for rows, vectors in part_files(folder)) if len(stale) else 0
-    return known, missing, removed
+
+    known: Known
+    missing: int | None
+    removed: int
+    number: int
+
+
+def plan(source: Source, folder: str) -> Plan:
+    """Compares the index with the source, and removes rows whose images are gone or have changed."""
+    _remove_torn_parts(folder)
+    known, missing, removed = known_in(folder), None, 0
+    if source.is_counted:
+        missing = sum(not known.contains(source.fingerprint(unit)) for unit in source.units())
+        stale = np.unique(known.sorted[~known.is_found])
+        removed = sum(_remove(rows, vectors, stale) for rows, vectors in part_files(folder)) if len(stale) else 0
+    number = max((part_number(rows) + 1 for rows, _ in part_files(folder)), default=0)
+    return Plan(known, missing, removed, number)
+
+
+def _remove_torn_parts(folder: str) -> None:
+    """Removes npy parts with other rows than vectors, which a killed process left; they are embedded again."""
+    for rows, vectors in part_files(folder):
+        is_torn = rows != vectors and (
+            not os.path.exists(rows) or pq.ParquetFile(rows).metadata.num_rows != len(np.load(vectors, mmap_mode="r"))
+        )
+        if is_torn:
+            os.remove(vectors)
 
 
 def known_in(folder: str) -> Known:
@@ -107,7 +131,7 @@ def _fingerprints(path: str) -> np.ndarray:
     try:
         return pq.read_table(path, columns=["fingerprint"]).column(0).to_numpy()
     except (OSError, pa.ArrowException) as error:
-        raise ValueError(f"{path} is no part of an index, or damaged: {error}. Delete it.") from error
+        raise ValueError(f"{path} cannot be read as a part of an index: {error}. Delete it.") from error
 
 
 def _remove(rows: str, vectors: str, stale: np.ndarray) -> int:
@@ -116,12 +140,14 @@ def _remove(rows: str, vectors: str, stale: np.ndarray) -> int:
     kept = ~np.isin(table["fingerprint"].to_numpy(), stale)
     if kept.all():
         return 0
-    number = int(os.path.basename(rows)[5:11])
-    folder = os.path.dirname(os.path.dirname(rows))
-    form = FORMATS[rows != vectors]
+    if not kept.any():
+        for file in dict.fromkeys((vectors, rows)):
+            os.remove(file)
+        return len(kept)
+    folder, form = os.path.dirname(os.path.dirname(rows)), "parquet" if rows == vectors else "npy"
     matrix = np.load(vectors) if form == "npy" else np.stack(table["vector"].to_numpy())
     columns = {name: table[name].filter(pa.array(kept)) for name in table.column_names if name != "vector"}
-    write_part(folder, number, columns, matrix[kept], form)
+    write_part(folder, part_number(rows), columns, matrix[kept], form)
     return int((~kept).sum())
 
 
@@ -131,9 +157,7 @@ class _Batches(torch.utils.data.IterableDataset):
     def __init__(self, units: Any, source: Source, known: Known, processor: MMGEMProcessor, batch_size: int):
         self.units, self.source, self.known = units, source, known
         self.processor, self.batch_size = processor, batch_size
-        size = getattr(processor.image_processor, "crop_size", None) or processor.image_processor.size or {}
-        resizes = getattr(processor.image_processor, "do_resize", False)
-        self.least_side = max([value for value in dict(size).values() if value] or [0]) if resizes else 0
+        self.least_side = least_side_of(processor.image_processor)
 
     def __iter__(self) -> Iterator[tuple[list[Item], Any, dict[str, str]]]:
         items: list[Item] = []
@@ -155,10 +179,10 @@ class _Batches(torch.utils.data.IterableDataset):
     def _missing(self) -> Iterator[Item]:
         info = torch.utils.data.get_worker_info()
         for unit in self.units(info.id, info.num_workers) if info else self.units(0, 1):
-            if self.source.is_counted and self.known.meet(self.source.fingerprint(unit)):
+            if self.source.is_counted and self.known.contains(self.source.fingerprint(unit)):
                 continue
             for item in self.source.items(unit):
-                if self.source.is_counted or not self.known.meet(item.fingerprint):
+                if self.source.is_counted or not self.known.contains(item.fingerprint):
                     yield item
 
     def _pixels(self, images: list[Any]) -> torch.Tensor:
@@ -186,7 +210,7 @@ def embed_units(
     for items, pixels, faults in torch.utils.data.DataLoader(dataset, batch_size=None, num_workers=workers):
         embeds = torch.zeros(0, model.config.projection_dim)
         if items:
-            embeds = model.get_embedding(pixel_values=pixels.to(model.device)).float().cpu()
+            embeds = embed_pixels(model, pixels)
         finite = embeds.isfinite().all(-1)
         if not finite.all():
             name = items[int(finite.int().argmin())].id
@@ -225,6 +249,9 @@ class PartWriter:
         vectors, self.vectors = self.vectors, []
         if not items:
             return
+        taken = {part_number(rows) for rows, _ in part_files(self.folder)}
+        while self.number in taken:  # by a worker that was started anew
+            self.number += self.step
         size = len(items)
         rows: dict[str, Any] = {
             "id": pa.array([item.id for item in items]),
@@ -242,11 +269,6 @@ class PartWriter:
                 "command again: it goes on behind the parts that are there."
             ) from error
         self.number += self.step
-
-
-def next_number(folder: str) -> int:
-    """Of a part that does not exist yet."""
-    return max((int(os.path.basename(rows)[5:11]) + 1 for rows, _ in part_files(folder)), default=0)
 
 
 def write_left_out(folder: str, left_out: dict[str, str]) -> None:
@@ -285,32 +307,44 @@ def build(
         OSError: where a part cannot be written; earlier parts stay.
     """
     source = open_source(options, folder)
-    with output_lock(folder, "--output") if is_first_process() else nullcontext():
-        if is_first_process():
-            prepare(folder, loaded.identity(), form, options)
-        return _build(source, folder, loaded, form, batch_size, workers)
+    with output_lock(folder, "--output") if is_first_process() else nullcontext(), evaluating(loaded.model):
+        try:
+            return _build(options, source, folder, loaded, form, batch_size, workers)
+        except Exception as error:
+            report_failure(error)
+            raise
 
 
-def _build(source: Source, folder: str, loaded: LoadedModel, form: str, batch_size: int, workers: int) -> BuildReport:
+def _build(
+    options: SourceOptions,
+    source: Source,
+    folder: str,
+    loaded: LoadedModel,
+    form: str,
+    batch_size: int,
+    workers: int,
+) -> BuildReport:
     rank, world_size = rank_and_world_size()
-    (known, missing, removed), *_ = gather_parts([plan(source, folder)] if is_first_process() else [])
-    report = BuildReport(present=len(known.sorted) if missing is None else int(known.is_met.sum()), removed=removed)
+    identity, plans = loaded.identity(), []
+    if is_first_process():
+        prepare(folder, identity, form, options, source)
+        plans = [plan(source, folder)]
+    (planned,) = gather_parts(plans)
+    known, missing = planned.known, planned.missing
+    present = len(known.sorted) if missing is None else int(known.is_found.sum())
+    report = BuildReport(present=present, removed=planned.removed)
 
     def units(part: int, parts: int) -> Iterator[Any]:
         return source.units(rank * parts + part, world_size * parts)
 
     total = None if missing is None else -(-missing // world_size)
     bar = logging.tqdm(total=total, unit=" images", disable=None if is_first_process() else True)
-    try:
-        with PartWriter(folder, loaded.identity(), form, next_number(folder) + rank, world_size) as writer, bar:
-            for items, vectors, faults in embed_units(units, source, known, loaded, batch_size, workers):
-                writer.add(items, vectors)
-                report.embedded += len(items)
-                report.left_out.update(faults)
-                bar.update(len(items) + len(faults))
-    except Exception as error:
-        report_failure(error)
-        raise
+    with PartWriter(folder, identity, form, planned.number + rank, world_size) as writer, bar:
+        for items, vectors, faults in embed_units(units, source, known, loaded, batch_size, workers):
+            writer.add(items, vectors)
+            report.embedded += len(items)
+            report.left_out.update(faults)
+            bar.update(len(items) + len(faults))
     report.embedded = sum(gather_parts([report.embedded]))
     report.left_out = dict(gather_parts(report.left_out.items()))
     if is_first_process():

@@ -3,19 +3,24 @@
 import csv
 import json
 import os
+import re
 from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from transformers.utils import logging
 
 from ..data.json_files import read_json, read_json_lines
+from ..data.pairs import digest
 from ..evaluation.caption_files import write_caption_results
 from ..evaluation.embedding import caption_inputs, evaluating
 from ..evaluation.evaluator import draw_captions_of
 from ..evaluation.likelihood import LIKELIHOOD_WEIGHT, combined
-from ..evaluation.regions import adapters_off
+from ..evaluation.regions import adapters_off, stage_1
+from ..modeling_mmgem.adapters_mmgem import active_adapters_of
 from .loaded import LoadedModel
 from .sources import FolderSource, Item, Source
 
@@ -39,15 +44,14 @@ class CaptionOptions:
 
 
 def caption_image(loaded: LoadedModel, image: Any, options: CaptionOptions) -> str:
-    """The caption of a whole image; options as of [`write_captions`]."""
+    """The caption of a whole image, by stage 1."""
     return caption_batch(loaded, [image], options)[0]
 
 
 @torch.inference_mode()
 def caption_batch(loaded: LoadedModel, images: list[Any], options: CaptionOptions) -> list[str]:
     """The captions of whole images, by stage 1."""
-    model, processor = loaded.model, loaded.processor
-    generation = {} if options.max_new_tokens is None else {"max_new_tokens": options.max_new_tokens}
+    model, processor, generation = loaded.model, loaded.processor, _length(options)
     with evaluating(model), adapters_off(model):
         if not options.draws:
             inputs = processor(images=images, task="caption", return_tensors="pt")
@@ -56,7 +60,9 @@ def caption_batch(loaded: LoadedModel, images: list[Any], options: CaptionOption
 
 
 def _best_of(loaded: LoadedModel, image: Any, draws: int, generation: dict[str, Any]) -> str:
-    drawn = draw_captions_of(loaded.model, loaded.processor, image, draws, **generation)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)  # the same captions in every run
+        drawn = draw_captions_of(loaded.model, loaded.processor, image, draws, **generation)
     cosines, likelihoods = (torch.tensor([getattr(one, name) for one in drawn]) for name in ("cosine", "likelihood"))
     both = combined(loaded.model, cosines, likelihoods, LIKELIHOOD_WEIGHT)
     return drawn[int(both.argmax())].text
@@ -64,11 +70,16 @@ def _best_of(loaded: LoadedModel, image: Any, draws: int, generation: dict[str, 
 
 @torch.inference_mode()
 def caption_boxes(loaded: LoadedModel, image: Any, boxes: list[list[float]], options: CaptionOptions) -> list[str]:
-    """The captions of boxes of one image, by the adapter region-caption, without which stage 1 does what it can."""
-    generation = {} if options.max_new_tokens is None else {"max_new_tokens": options.max_new_tokens}
-    with evaluating(loaded.model):
-        inputs = loaded.processor(images=[image], boxes=[boxes], task="region-caption", return_tensors="pt")
-        return caption_inputs(loaded.model, loaded.processor, inputs, num_beams=options.num_beams, **generation)
+    """The captions of boxes of one image, by the adapter region-caption; without it by stage 1, by its prompt."""
+    model, generation = loaded.model, {"num_beams": options.num_beams, **_length(options)}
+    has_adapter = bool(active_adapters_of(model.soft_prompts))
+    with evaluating(model), nullcontext(loaded.processor) if has_adapter else stage_1(model, loaded.processor) as own:
+        inputs = own(images=[image], boxes=[boxes], task="region-caption", return_tensors="pt")
+        return caption_inputs(model, own, inputs, **generation)
+
+
+def _length(options: CaptionOptions) -> dict[str, Any]:
+    return {} if options.max_new_tokens is None else {"max_new_tokens": options.max_new_tokens}
 
 
 def read_boxes(path: str) -> dict[str, list[list[float]]]:
@@ -80,12 +91,12 @@ def read_boxes(path: str) -> dict[str, list[list[float]]]:
         ValueError: for a file of another form.
     """
     if path.endswith(".jsonl"):
-        boxes = {}
+        boxes: dict[str, list[list[float]]] = {}
         for number, row in enumerate(read_json_lines(path), 1):
             name = next((str(row[key]) for key in NAMES if key in row), None) if isinstance(row, dict) else None
             if name is None or not isinstance(row.get("boxes"), list):
                 raise ValueError(f"Line {number} of {path} needs boxes and one of {', '.join(NAMES)}.")
-            boxes[name] = row["boxes"]
+            boxes.setdefault(name, []).extend(row["boxes"])
         return boxes
     found = read_json(path)
     if isinstance(found, dict) and isinstance(found.get("annotations"), list):
@@ -114,14 +125,14 @@ def caption_source(
     boxes: dict[str, list[list[float]]] | None = None,
     done: frozenset[str] = frozenset(),
     faults: dict[str, str] | None = None,
-) -> Iterator[dict[str, Any]]:
+) -> Iterator[list[dict[str, Any]]]:
     """
-    `{"id", "path", "caption"}` of each image, or of each of its boxes with `"box"`.
+    `{"id", "path", "caption"}` of each image in a list, or those of its boxes, with `"box"`.
 
     Args:
         boxes: by id, or by file name; images without any are left out.
         done: ids to leave out.
-        faults: gets the reason of each image that cannot be read.
+        faults: gets the reason of each image that cannot be read, or whose boxes cannot.
     """
     faults = {} if faults is None else faults
     batch: list[tuple[Item, Any]] = []
@@ -131,14 +142,16 @@ def caption_source(
             continue
         try:
             image = item.image()
-            if own is not None:
-                captions = caption_boxes(loaded, image, own, options)
         except Exception as error:  # Pillow's readers raise errors of many types
             faults[item.id] = f"{type(error).__name__}: {error}"
             continue
         if own is not None:
-            for box, caption in zip(own, captions, strict=True):
-                yield {"id": item.id, "path": item.path, "box": box, "caption": caption}
+            try:
+                captions = caption_boxes(loaded, image, own, options)
+            except ValueError as error:  # a box that is none
+                faults[item.id] = str(error)
+                continue
+            yield [_row(item, caption, box=box) for box, caption in zip(own, captions, strict=True)]
             continue
         batch.append((item, image))
         if len(batch) == options.batch_size:
@@ -150,10 +163,14 @@ def caption_source(
 
 def _captioned(
     loaded: LoadedModel, batch: list[tuple[Item, Any]], options: CaptionOptions
-) -> Iterator[dict[str, Any]]:
+) -> Iterator[list[dict[str, Any]]]:
     captions = caption_batch(loaded, [image for _, image in batch], options)
     for (item, _), caption in zip(batch, captions, strict=True):
-        yield {"id": item.id, "path": item.path, "caption": caption}
+        yield [_row(item, caption)]
+
+
+def _row(item: Item, caption: str, **more: Any) -> dict[str, Any]:
+    return {"id": item.id, "path": item.path, **more, "caption": caption}
 
 
 def write_captions(
@@ -183,6 +200,8 @@ def write_captions(
         raise ValueError(f"{output} must end in {', '.join(OUTPUTS)}, or be 'txt' for a file beside each image.")
     if output.endswith(".json") and boxes is not None:
         raise ValueError("COCO's caption results hold no boxes. Write .jsonl or .csv.")
+    if options.draws and (boxes is not None or options.num_beams > 1):
+        raise ValueError("Captions are drawn of whole images, without beams: leave out --rerank, or the others.")
     if is_sidecar and (boxes is not None or not isinstance(source, FolderSource)):
         raise ValueError("'txt' is for whole images in a folder. Write .jsonl or .csv.")
     if not is_sidecar and os.path.exists(output) and not overwrite:
@@ -190,53 +209,79 @@ def write_captions(
     folder = source.folder if isinstance(source, FolderSource) and is_sidecar else os.path.dirname(output) or "."
     os.makedirs(folder, exist_ok=True)
     partial = os.path.join(folder, ".captions.unfinished" if is_sidecar else f"{os.path.basename(output)}.unfinished")
-    setting = {"model": loaded.name, **asdict(options), "boxes": boxes is not None}
+    setting = {
+        "source": getattr(source, "folder", source.state),
+        "model": os.path.abspath(loaded.name) if os.path.isdir(loaded.name) else loaded.name,
+        "dtype": str(loaded.model.dtype),
+        "do_center_crop": loaded.do_center_crop,
+        "boxes": None if boxes is None else digest(json.dumps(boxes).encode()),
+        **asdict(options),
+    }
     del setting["batch_size"]
-    rows = _rows_of(partial, setting)
-    faults: dict[str, str] = {}
-    done = frozenset(row["id"] for row in rows)
-    found = caption_source(loaded, source, options, boxes, done, faults)
-    with open(partial, "a", encoding="utf-8") as file:
-        if not file.tell():
-            file.write(json.dumps(setting) + "\n")
-        for row in logging.tqdm(found, unit=" captions", initial=len(rows)):
-            rows.append(row)
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
-            file.flush()
-    if is_sidecar:
-        faults.update(_write_sidecars(rows, overwrite))
-    elif rows:
-        _finish(rows, output)
-    os.remove(partial)
+    with _alone(f"{partial}.lock", output):
+        rows = _rows_of(partial, setting)
+        faults: dict[str, str] = {}
+        done = frozenset(row["id"] for row in rows)
+        found = caption_source(loaded, source, options, boxes, done, faults)
+        total = sum(1 for _ in source.units()) if source.is_counted and boxes is None else None
+        with open(partial, "a", encoding="utf-8") as file:
+            if not file.tell():
+                file.write(json.dumps(setting) + "\n")
+                file.flush()
+            for of_image in logging.tqdm(found, unit=" images", initial=len(done), total=total):
+                rows += of_image
+                file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in of_image))
+                file.flush()
+        if is_sidecar:
+            faults.update(_write_sidecars(rows, overwrite))
+        elif rows:
+            _finish(rows, output)
+        os.remove(partial)
     return len(rows), faults
 
 
+@contextmanager
+def _alone(lock: str, output: str) -> Iterator[None]:
+    """Raises ValueError if another run writes the same captions."""
+    try:
+        with FileLock(lock, timeout=0):
+            yield
+    except Timeout as error:
+        raise ValueError(f"Another run writes {output}. Wait for it, or give another --output.") from error
+    finally:
+        with suppress(FileNotFoundError):
+            os.remove(lock)
+
+
 def _rows_of(partial: str, setting: dict[str, Any]) -> list[dict[str, Any]]:
-    """The rows of an interrupted run, whose last line may be torn."""
+    """The rows of an interrupted run. Its last line may be torn, and the boxes of its last image incomplete."""
     if not os.path.exists(partial):
         return []
-    with open(partial, encoding="utf-8") as file:
-        lines = file.read().split("\n")
+    with open(partial, "rb") as file:
+        lines = file.read().split(b"\n")[:-1]
     try:
-        first, *rows = [json.loads(line) for line in lines[:-1]]
+        first, *rows = [json.loads(line) for line in lines] or [setting]
     except ValueError as error:
         raise ValueError(f"{partial}, of an interrupted run, is damaged. Delete it.") from error
     if first != setting:
-        raise ValueError(
-            f"{partial} is of an interrupted run with other settings: {first}. Repeat those, or delete it."
-        )
-    if lines[-1]:
-        with open(partial, "w", encoding="utf-8") as file:
-            file.write("\n".join(lines[:-1]) + "\n")
+        changed = ", ".join(name for name in setting if first.get(name) != setting[name])
+        raise ValueError(f"{partial} is of an interrupted run with another {changed}. Repeat that run, or delete it.")
+    if setting["boxes"] is not None and rows:
+        last = rows[-1]["id"]
+        rows = [row for row in rows if row["id"] != last]
+    with open(f"{partial}.whole", "w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in (setting, *rows))
+    os.replace(f"{partial}.whole", partial)
     return rows
 
 
 def _finish(rows: list[dict[str, Any]], output: str) -> None:
     temporary = f"{output}.temporary"
     if output.endswith(".json"):
-        stems = [os.path.splitext(os.path.basename(row["id"]))[0] for row in rows]
-        is_coco = all(len(stem) == 12 and stem.isdecimal() for stem in stems)  # 000000122745.jpg is image 122745
-        names = [str(int(stem)) for stem in stems] if is_coco else [row["id"] for row in rows]
+        # 000000122745.jpg and COCO_val2014_000000122745.jpg are image 122745.
+        numbers = [re.fullmatch(r"(?:.*[/_])?0*(\d{1,12})\.\w+", row["id"]) for row in rows]
+        is_coco = all(re.fullmatch(r"(?:.*[/_])?\d{12}\.\w+", row["id"]) for row in rows)
+        names = [match[1] if is_coco and match else row["id"] for match, row in zip(numbers, rows)]
         write_caption_results(temporary, names, [row["caption"] for row in rows])
     else:
         with open(temporary, "w", encoding="utf-8", newline="") as file:

@@ -2,15 +2,17 @@
 
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 from PIL import Image
+from transformers.utils import logging
 
 from ..evaluation.embedding import evaluating
 from ..evaluation.likelihood import rerank as rerank_by_likelihood
 from ..evaluation.regions import adapters_off
+from ..processing.image_processors_mmgem import least_side_of
 from ..processing.images_mmgem import read_image
 from .building import build
 from .encoding import embed_any
@@ -21,7 +23,10 @@ from .store import PRECISIONS, open_store
 from .tables import INDEX_FILE, check_exists, read_index_file, read_vectors
 
 
+logger = logging.get_logger(__name__)
+
 REGION_CANDIDATES = 100  # images whose regions are compared
+RERANK_BATCH = 16  # images whose likelihoods are computed together
 
 
 @dataclass
@@ -55,30 +60,31 @@ class Index:
             they are, for a model whose pooling is "tower" and whose tower made them.
         model: that reads queries; by default the one that the index names.
         precision: "float32", or "int8" with a quarter of the memory.
+        **loading: `device` and `dtype` of [`LoadedModel.load`].
 
     Raises:
         FileNotFoundError: if there is no index.
         ValueError: for an index of another model or dimension, and damaged files.
     """
 
-    def __init__(self, folder: str, model: str | LoadedModel | None = None, precision: str = "float32"):
+    def __init__(
+        self, folder: str, model: str | LoadedModel | None = None, precision: str = "float32", **loading: Any
+    ):
         if precision not in PRECISIONS:
             raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}.")
         check_exists(folder)
         self.folder = folder
         self.about = read_index_file(folder) if os.path.isdir(folder) else {}
         self.vectors = read_vectors(folder)
-        if not len(self.vectors):
-            raise ValueError(f"{folder} holds no vectors. Embed images into it.")
         name = model or self.about.get("model")
         if name is None:
             raise ValueError(f"{folder} does not say which model made its vectors. Give --model.")
         if isinstance(name, str):
-            name = LoadedModel.load(name, do_center_crop=self.about.get("do_center_crop", True))
+            name = LoadedModel.load(name, do_center_crop=self.about.get("do_center_crop", True), **loading)
         self.loaded = name
         self._check_model()
         self.store = open_store(self.vectors, folder if os.path.isdir(folder) else None, precision)
-        self._source: Source | None = None
+        self._source = self._open_source()
 
     @classmethod
     def build(
@@ -172,12 +178,15 @@ class Index:
             raise ValueError("Search for a text, an image, or both.")
         if text is not None and not text.strip():
             raise ValueError("The text to search for is empty.")
-        image = None if image is None else read_image(image)
+        try:
+            image = None if image is None else read_image(image)
+        except Image.DecompressionBombError as error:
+            raise ValueError(f"The image to search with is too large: {error}.") from error
+        if boxes is not None and (image is None or text is not None):
+            raise ValueError("boxes are a part of the image to search with: give an image, and no text.")
         with evaluating(model), torch.inference_mode():
             if boxes is None:
                 return embed_any(model, processor, [image], [text or ""])[0]
-            if image is None or text is not None:
-                raise ValueError("boxes are a part of the image to search with: give an image, and no text.")
             inputs = processor(images=[image], boxes=[[list(boxes)]], return_tensors="pt").to(model.device)
             return model.get_embedding(**inputs)[0, 0].float().cpu()
 
@@ -186,32 +195,53 @@ class Index:
 
     def _by_likelihood(self, hits: list[Hit], text: str) -> list[Hit]:
         """Hits whose image is gone stay behind the others."""
-        images = [self.image(hit) for hit in hits]
-        there = [i for i, image in enumerate(images) if image is not None]
-        if not there:
-            return hits
-        with adapters_off(self.loaded.model):
-            shown = [images[i] for i in there]
-            found = rerank_by_likelihood(self.loaded.model, self.loaded.processor, text, shown)
-        ordered = [Hit(hits[there[i]].id, hits[there[i]].path, score) for i, score in found]
-        return [*ordered, *(hit for hit, image in zip(hits, images) if image is None)]
+        side = least_side_of(self.loaded.processor.image_processor)
+        scores: dict[int, float] = {}
+        for start in range(0, len(hits), RERANK_BATCH):
+            batch = range(start, min(start + RERANK_BATCH, len(hits)))
+            images = {i: image for i in batch if (image := self.image(hits[i], side)) is not None}
+            if images:
+                with adapters_off(self.loaded.model):
+                    found = rerank_by_likelihood(self.loaded.model, self.loaded.processor, text, list(images.values()))
+                scores.update({list(images)[place]: score for place, score in found})
+        ordered = sorted(scores, key=lambda i: -scores[i])
+        gone = [hit for i, hit in enumerate(hits) if i not in scores]
+        return [*(replace(hits[i], score=scores[i]) for i in ordered), *gone]
 
     def _by_region(self, hits: list[Hit], query: torch.Tensor) -> list[Hit]:
         found = []
-        for hit in hits:
-            image = self.image(hit)
-            if image is not None:
-                hit.box, hit.score = best_region(self.loaded.model, self.loaded.processor, image, query)
-                found.append(hit)
+        with evaluating(self.loaded.model):
+            for hit in hits:
+                image = self.image(hit)
+                if image is not None:
+                    box, score = best_region(self.loaded.model, self.loaded.processor, image, query)
+                    found.append(replace(hit, box=box, score=score))
         return sorted(found, key=lambda hit: -hit.score)
 
-    def image(self, hit: Hit) -> Image.Image | None:
-        """The image of a hit in RGB; None if it is no longer there."""
+    def image(self, hit: Hit, least_side: int = 0) -> Image.Image | None:
+        """
+        The image of a hit in RGB; None if it is no longer there.
+
+        Args:
+            least_side: a JPEG may be decoded at a smaller size, with so many pixels per side or more.
+        """
         try:
-            if "source" not in self.about:
-                return read_image(hit.path) if hit.path else None
-            if self._source is None:
-                self._source = open_source(SourceOptions(**self.about["source"]))
-            return self._source.item(hit.id).image()
+            if self._source is not None:
+                return self._source.item(hit.id).image(least_side)
+            return read_image(hit.path) if hit.path else None
         except Exception:  # of many types, from Pillow's readers and file systems
             return None
+
+    def _open_source(self) -> Source | None:
+        """Where the images are; None for vectors of other programs, and with a warning where they have changed."""
+        if "source" not in self.about:
+            return None
+        name, reason = self.about["source"]["name"], "it has changed since it was embedded"
+        try:
+            source = open_source(SourceOptions(**self.about["source"]))
+            if source.state == self.about.get("state"):
+                return source
+        except (ValueError, OSError, TypeError) as error:
+            reason = str(error)
+        logger.warning(f"The images of {name} cannot be shown: {reason}. Embed again, or correct {INDEX_FILE}.")
+        return None

@@ -20,7 +20,6 @@ from .building import (
     PartWriter,
     embed_units,
     known_in,
-    next_number,
     plan,
     prepare,
     write_left_out,
@@ -98,15 +97,20 @@ def build_with_ray(
     Raises:
         ValueError, OSError: as [`build`].
     """
-    source = open_source(options, folder)
+    if workers < 1:
+        raise ValueError(f"--engine ray needs one worker or more (--num_workers), got {workers}.")
+    # Workers of a cluster start in folders of their own.
+    source, name = open_source(options.absolute(), os.path.abspath(folder)), model["name"]
+    model = {**model, "name": os.path.abspath(name) if os.path.isdir(name) else name}
     with output_lock(folder, "--output"):
         identity = LoadedModel.load(**model).identity()
-        prepare(folder, identity, form, options)
-        known, missing, removed = plan(source, folder)
-        present = len(known.sorted) if missing is None else int(known.is_met.sum())
-        report = BuildReport(present=present, removed=removed)
+        prepare(folder, identity, form, options, source)
+        planned = plan(source, folder)
+        known = planned.known
+        present = len(known.sorted) if planned.missing is None else int(known.is_found.sum())
+        report = BuildReport(present=present, removed=planned.removed)
         work = Work(model, source, os.path.abspath(folder), identity, form, batch_size)
-        parts = list(_parts(source, known, next_number(folder), workers))
+        parts = list(_parts(source, known, planned.number, workers))
         if parts:
             if not ray.is_initialized():
                 for name, level in {"RAY_DATA_LOG_LEVEL": "ERROR", "RAY_BACKEND_LOG_LEVEL": "fatal"}.items():
@@ -116,7 +120,7 @@ def build_with_ray(
             context.enable_progress_bars = context.print_on_execution_start = False
             # Ray counts whole cores; each worker computes with its share of them.
             cores = max(int(ray.cluster_resources().get("CPU", 1)) // workers, 1)
-            gpus = 1 if torch.cuda.is_available() else 0
+            gpus = 1 if torch.cuda.is_available() and model.get("device") != "cpu" else 0
             found = ray.data.from_items(parts).map_batches(
                 PartEmbedder,
                 fn_constructor_kwargs={"work": work, "threads": cores},
@@ -142,7 +146,7 @@ def _parts(source: Source, known: Known, number: int, workers: int) -> Iterator[
             yield {"part": number, "units": [shard]}
             number += PARTS_PER_SHARD
         return
-    missing = [unit for unit in source.units() if not known.meet(source.fingerprint(unit))]
+    missing = [unit for unit in source.units() if not known.contains(source.fingerprint(unit))]
     size = min(PART_ROWS, max(-(-len(missing) // workers), 1))
     for start in range(0, len(missing), size):
         yield {"part": number, "units": missing[start : start + size]}

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from PIL import Image
@@ -57,9 +57,11 @@ class Source(Protocol):
 
     Args:
         is_counted: whether a unit is one image, whose fingerprint is known without reading it.
+        state: changes with a table, whose rows are then others; empty for other sources.
     """
 
     is_counted: bool
+    state: str
 
     def units(self, part: int = 0, parts: int = 1) -> Iterator[Any]:
         """All units, or one of so many disjoint parts of them."""
@@ -82,12 +84,13 @@ class FolderSource:
     """
 
     is_counted = True
+    state = ""
 
     def __init__(self, folder: str, without: str = ""):
-        self.folder, self.without = folder, os.path.realpath(without)
+        self.folder, self.without = folder, os.path.realpath(without) if without else None
 
     def units(self, part: int = 0, parts: int = 1) -> Iterator[str]:
-        for parent, folders, files in os.walk(self.folder):
+        for parent, folders, files in os.walk(self.folder, onerror=_raise):
             shown = [f for f in folders if f[0] != "." and os.path.realpath(os.path.join(parent, f)) != self.without]
             folders[:] = sorted(shown)
             for file in sorted(files):
@@ -119,9 +122,15 @@ class FolderSource:
         return next(self.items(name))
 
 
+def _raise(error: OSError) -> None:
+    """Ends a walk, which would pass over a folder that cannot be listed as if it were empty."""
+    raise error
+
+
 class TableSource:
     """
-    The images of a table's column; a unit is the number of a row.
+    The images of a table's column; a unit is the number of a row. An image that the table names has changed if its
+    file's size or time of change has.
 
     Args:
         state: changes with the table.
@@ -131,11 +140,15 @@ class TableSource:
 
     def __init__(self, table: Table, image_column: str, state: str):
         self.rows, self.root, self.image_column, self.state = table.rows, table.root, image_column, state
+        features = getattr(table.rows, "features", {})
+        self.holds_paths = getattr(features.get(image_column), "dtype", None) in ("string", "large_string")
 
     def units(self, part: int = 0, parts: int = 1) -> Iterator[int]:
         return iter(range(part, len(self.rows), parts))
 
     def fingerprint(self, unit: int) -> int:
+        if self.holds_paths:
+            return FolderSource(self.root).fingerprint(self.rows[unit][self.image_column] or "")
         return digest(f"{self.state}\0{unit}".encode())
 
     def items(self, unit: int) -> Iterator[Item]:
@@ -154,9 +167,10 @@ class ShardSource:
     """The images of tar shards, known once they are read; a unit is a shard."""
 
     is_counted = False
+    state = ""
 
     def __init__(self, shards: list[str]):
-        self.shards = shards
+        self.shards = [shard if "://" in shard else os.path.abspath(shard) for shard in shards]
 
     def units(self, part: int = 0, parts: int = 1) -> Iterator[str]:
         return iter(self.shards[part::parts])
@@ -172,10 +186,10 @@ class ShardSource:
                     value = content_of(sample)
                 except BadSampleError as error:
                     value = error
-            yield Item(sample.key, unit, digest(sample.key.encode()), value)
+            yield Item(sample.key, "", digest(sample.key.encode()), value)
 
     def item(self, name: str) -> Item:
-        shard = name[: name.index(".tar") + len(".tar")]
+        shard = name[: name.rindex(".tar/") + len(".tar")]
         return next(item for item in self.items(shard) if item.id == name)
 
 
@@ -195,6 +209,12 @@ class SourceOptions:
     split: str = "train"
     config: str | None = None
 
+    def absolute(self) -> "SourceOptions":
+        """The same from every folder."""
+        is_local = self.name not in BUILT_IN and "://" not in self.name
+        is_local = is_local and (".tar" in self.name or not is_hub_id(self.name))
+        return replace(self, name=os.path.abspath(self.name) if is_local else self.name)
+
 
 def open_source(options: SourceOptions, without: str = "") -> Source:
     """
@@ -208,16 +228,16 @@ def open_source(options: SourceOptions, without: str = "") -> Source:
     name, split, image_column = options.name, options.split, options.image_column
     if name in BUILT_IN:
         return TableSource(Table(BUILT_IN[name]("test", 500)), "image", name)
-    if ".tar" in name:
-        return ShardSource(expand_shards(name))
     if os.path.isdir(name):
         folder = FolderSource(name, without)
         if next(folder.units(), None) is not None:
             return folder
         if any(file.endswith(".tar") for file in os.listdir(name)):
             return ShardSource(expand_shards(os.path.join(name, "*.tar")))
-        if not any(os.path.splitext(file)[1] in FORMATS for _, _, files in os.walk(name) for file in files):
+        if not any(os.path.splitext(file)[1].lower() in FORMATS for _, _, files in os.walk(name) for file in files):
             raise ValueError(f"{name} holds no images: none of its files ends in .jpg, .png, .webp or the like.")
+    elif ".tar" in name:
+        return ShardSource(expand_shards(name))
     elif os.path.splitext(name)[1].lower() in FORMATS:
         status = os.stat(name) if os.path.exists(name) else None
         state = f"{os.path.abspath(name)} {status and (status.st_size, status.st_mtime_ns)}"

@@ -1,6 +1,7 @@
 """Nearest vectors, by FAISS: an exact scan of few, an inverted file of many (docs/cli.md says why FAISS)."""
 
 import os
+from contextlib import suppress
 from typing import Any
 
 import faiss
@@ -14,7 +15,7 @@ logger = logging.get_logger(__name__)
 
 
 EXACT = 100_000  # vectors that are scanned one by one: 6 ms a query
-STORE_FILE = "store.faiss"
+STORE_FILE = "store-{precision}.faiss"
 PRECISIONS = {"float32": "Flat", "int8": "SQ8"}
 TRAINED = 64  # vectors per list that its centre is found from
 PROBED = 16  # one list of so many is searched
@@ -30,20 +31,24 @@ def open_store(vectors: Vectors, folder: str | None, precision: str = "float32")
         precision: "float32", or "int8" with a quarter of the bytes.
     """
     if len(vectors) < EXACT or folder is None:
-        return _build(vectors, precision)
-    path = os.path.join(folder, STORE_FILE)
-    state = f"{precision}\n{vectors.state}"
-    if not _is_current(path, state):
-        built = _build(vectors, precision)
-        try:
-            faiss.write_index(built, f"{path}.unfinished")
-            os.replace(f"{path}.unfinished", path)
-            with open(f"{path}.state", "w", encoding="utf-8") as file:
-                file.write(state)
-        except (RuntimeError, OSError) as error:  # FAISS raises RuntimeError
-            logger.warning(f"{path} cannot be written ({error}): every search builds it anew, in memory.")
-            return built
-    return _probing(faiss.read_index(path, faiss.IO_FLAG_MMAP))
+        return _build(vectors, PRECISIONS[precision])
+    path = os.path.join(folder, STORE_FILE.format(precision=precision))
+    if _is_current(path, vectors.state):
+        with suppress(RuntimeError):  # a damaged file, which is made anew
+            return _probing(faiss.read_index(path, faiss.IO_FLAG_MMAP))
+    lists = 2 ** round(float(np.log2(4 * len(vectors) ** 0.5)))
+    built = _build(vectors, f"IVF{lists},{PRECISIONS[precision]}")
+    unfinished = f"{path}.{os.getpid()}"
+    try:
+        with suppress(FileNotFoundError):
+            os.remove(f"{path}.state")
+        faiss.write_index(built, unfinished)
+        os.replace(unfinished, path)
+        with open(f"{path}.state", "w", encoding="utf-8") as file:
+            file.write(vectors.state)
+    except (RuntimeError, OSError) as error:  # FAISS raises RuntimeError
+        logger.warning(f"{path} cannot be written ({error}): every search builds it anew, in memory.")
+    return built
 
 
 def _is_current(path: str, state: str) -> bool:
@@ -53,11 +58,8 @@ def _is_current(path: str, state: str) -> bool:
         return file.read() == state
 
 
-def _build(vectors: Vectors, precision: str) -> Any:
-    kind = PRECISIONS[precision]
-    if len(vectors) >= EXACT:
-        lists = 2 ** round(float(np.log2(4 * len(vectors) ** 0.5)))
-        kind = f"IVF{lists},{kind}"
+def _build(vectors: Vectors, kind: str) -> Any:
+    """`kind` is a word of FAISS's index factory."""
     index: Any = faiss.index_factory(vectors.dimension, kind, faiss.METRIC_INNER_PRODUCT)
     if not index.is_trained:
         index.train(_sample(vectors, TRAINED * getattr(index, "nlist", EXACT)))

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from ..data.json_files import read_json
@@ -39,7 +40,7 @@ class Vectors:
     """
     Args:
         ids, paths: of each row; a path is empty where there is no file.
-        parts: the vectors `(n, D)`, part by part: arrays, or columns of parquet that are read when they are needed.
+        parts: where the vectors are, part by part, and how many each has; they are read when they are needed.
         state: changes with the files.
     """
 
@@ -54,12 +55,12 @@ class Vectors:
 
     def __iter__(self) -> Iterator[np.ndarray]:
         """Parts of `(n, D)` in float32, normalised."""
-        for part in self.parts:
-            values = _read_part(part)
-            if values.shape[1] != self.dimension:
-                raise ValueError(f"{part} has vectors of {values.shape[1]} numbers; others have {self.dimension}.")
+        for part, count in self.parts:
+            values, file = _read_part(part), part if isinstance(part, str) else part[0]
+            if values.shape != (count, self.dimension):
+                raise ValueError(f"{file} has changed since the index was opened. Open it again.")
             if not np.isfinite(values).all():
-                raise ValueError(f"{part} holds vectors with NaN or infinity. Compute them again.")
+                raise ValueError(f"{file} holds vectors with NaN or infinity. Compute them again.")
             norms = np.linalg.norm(values, axis=1, keepdims=True)
             yield values / np.maximum(norms, 1e-12)
 
@@ -95,6 +96,11 @@ def _write(path: str, write: Any) -> None:
     finally:
         if os.path.exists(temporary):
             os.remove(temporary)
+
+
+def part_number(rows: str) -> int:
+    """The number of a part by the file of its rows."""
+    return int(os.path.splitext(os.path.basename(rows))[0].removeprefix("part-"))
 
 
 def part_files(folder: str) -> list[tuple[str, str]]:
@@ -140,15 +146,19 @@ def read_vectors(path: str) -> Vectors:
             count, dimension, part = _describe(vectors)
             own_ids, own_paths = _names(rows, count, sum(len(others) for others in ids))
         except (OSError, ValueError, pa.ArrowException) as error:
-            raise ValueError(f"{vectors} is no part of an index, or damaged: {error}") from error
+            raise ValueError(f"{vectors} cannot be read as a part of an index: {error}") from error
+        if not count:
+            continue
         dimensions[dimension] = vectors
-        parts.append(part)
+        parts.append((part, count))
         ids.append(own_ids)
         paths.append(own_paths)
         state.append((os.path.basename(vectors), count, os.path.getsize(vectors), os.stat(vectors).st_mtime_ns))
     if len(dimensions) > 1:
         (one, first), (other, second) = list(dimensions.items())[:2]
         raise ValueError(f"{first} holds vectors of {one} numbers, {second} of {other}. Keep one kind in a folder.")
+    if not parts:
+        raise ValueError(f"{path} holds no vectors. Embed images into it.")
     return Vectors(pa.chunked_array(ids), pa.chunked_array(paths), parts, min(dimensions), json.dumps(state))
 
 
@@ -165,8 +175,11 @@ def _describe(path: str) -> tuple[int, int, Any]:
     column = next((name for name in VECTOR_COLUMNS if name in lists), lists[0] if len(lists) == 1 else None)
     if column is None:
         raise ValueError(f"none of its columns ({', '.join(schema.names)}) is known to hold vectors")
-    first = next(file.iter_batches(1, columns=[column]), None)
-    return file.metadata.num_rows, 0 if first is None else len(first[0][0]), (path, column)
+    count = file.metadata.num_rows
+    first = next(file.iter_batches(1, columns=[column]))[0][0].as_py() if count else []
+    if first is None:
+        raise ValueError("its first row has no vector; drop such rows")
+    return count, len(first), (path, column)
 
 
 def _is_vector(kind: pa.DataType) -> bool:
@@ -182,7 +195,7 @@ def _read_part(part: Any) -> np.ndarray:
     if column.null_count:
         raise ValueError(f"{path} has {column.null_count} rows without a vector. Drop them.")
     values = column.flatten().to_numpy(zero_copy_only=False).astype(np.float32)
-    if values.size % max(len(column), 1):
+    if len(pc.unique(pc.list_value_length(column))) != 1:
         raise ValueError(f"{path} holds vectors of different dimensions.")
     return values.reshape(len(column), -1)
 

@@ -1,7 +1,7 @@
 """The page of `mmgem serve`, and of a Space."""
 
 import os
-from pathlib import Path
+import tempfile
 from typing import Any
 
 import gradio as gr
@@ -18,6 +18,8 @@ from .box_input import EMPTY, box_input, shown
 
 DEMO = "outputs/scenes"
 SHOWN = 24
+ONE_AT_A_TIME: dict[str, Any] = {"concurrency_id": "model", "concurrency_limit": 1}  # its adapters are switched
+THUMBNAIL = 384
 FONT = ["system-ui", "sans-serif"]
 
 
@@ -31,7 +33,6 @@ def serve(index: str | None, loading: dict[str, Any], host: str, port: int) -> N
         host, port: where.
     """
     page = build_page(open_for_page(index, loading))
-    page.queue(default_concurrency_limit=1)  # one model, whose adapters are switched
     page.launch(server_name=host, server_port=port or None, quiet=True, max_file_size="50mb", **APPEARANCE)
 
 
@@ -42,13 +43,15 @@ def open_for_page(index: str | None, loading: dict[str, Any]) -> Index:
     Raises:
         FileNotFoundError: if nothing is named and there is no demo.
     """
+    loading = dict(loading)
+    name = loading.pop("name", None)
     if index is not None:
-        name = loading.get("name")
-        return Index(index, LoadedModel.load(**loading) if name else None)
-    name = loading.get("name") or DEMO
-    if name == DEMO and not os.path.isdir(DEMO):
+        return Index(index, name, **loading)
+    if name is None and not os.path.isdir(DEMO):
         raise FileNotFoundError(f"There is no {DEMO}: run make demo, or give --index.")
-    return Index.build("scenes", str(Path(name) / "index"), LoadedModel.load(**{**loading, "name": name}))
+    loaded = LoadedModel.load(name or DEMO, **loading)
+    folder = os.path.join(loaded.name, "index") if os.path.isdir(loaded.name) else tempfile.mkdtemp(prefix="mmgem-")
+    return Index.build("scenes", folder, loaded)
 
 
 APPEARANCE: dict[str, Any] = {
@@ -60,7 +63,7 @@ APPEARANCE: dict[str, Any] = {
 def build_page(index: Index) -> gr.Blocks:
     """The page of one index."""
     functions = PageFunctions(index)
-    with gr.Blocks(title="mmgem", analytics_enabled=False, fill_width=True) as page:
+    with gr.Blocks(title="mmgem", analytics_enabled=False, fill_width=True, delete_cache=(3600, 3600)) as page:
         gr.Markdown(
             f"# mmgem\n{len(index):,} images, searched and described by one model: `{index.loaded.name}`",
             elem_id="title",
@@ -95,12 +98,12 @@ def build_page(index: Index) -> gr.Blocks:
                 )
         asked = [text, image, by_region, rerank]
         for trigger in (search.click, text.submit):
-            trigger(functions.search, asked, [gallery, found, status])
-        gallery.select(functions.choose, [found], [chosen, stage, caption, map_image])
-        describe.click(functions.describe_box, [chosen, stage], caption)
-        search_box.click(functions.search_with_box, [chosen, stage], [gallery, found, status])
+            trigger(functions.search, asked, [gallery, found, status], **ONE_AT_A_TIME)
+        gallery.select(functions.choose, [found], [chosen, stage, caption, map_image], **ONE_AT_A_TIME)
+        describe.click(functions.describe_box, [chosen, stage], caption, **ONE_AT_A_TIME)
+        search_box.click(functions.search_with_box, [chosen, stage], [gallery, found, status], **ONE_AT_A_TIME)
         for trigger in (point.click, sentence.submit):
-            trigger(functions.point, [chosen, sentence], map_image)
+            trigger(functions.point, [chosen, sentence], map_image, **ONE_AT_A_TIME)
     return page
 
 
@@ -128,16 +131,23 @@ class PageFunctions:
             hits = self.index.search(**query, top=SHOWN)
         except ValueError as error:
             raise gr.Error(str(error), print_exception=False) from error
-        shown_hits = [(image, hit) for hit in hits if (image := self.index.image(hit)) is not None]
-        cells = [
-            (_thumbnail(image, hit), f"{hit.score:.3f}  {os.path.basename(hit.path) or hit.id}")
-            for image, hit in shown_hits
-        ]
+        shown_hits = [(image, hit) for hit in hits if (image := self._thumbnail(hit)) is not None]
+        cells = [(image, f"{hit.score:.3f}  {os.path.basename(hit.path) or hit.id}") for image, hit in shown_hits]
         gone = len(hits) - len(shown_hits)
         status = f"{len(shown_hits)} of {len(self.index):,} images" + (
             f"; {gone} are not there any more" if gone else ""
         )
         return cells, [(hit.id, hit.path) for _, hit in shown_hits], status
+
+    def _thumbnail(self, hit: Hit) -> Image.Image | None:
+        """The image, or its best region in a green frame, small enough for the gallery."""
+        image = self.index.image(hit, 0 if hit.box else THUMBNAIL)  # boxes are in pixels of the whole image
+        if image is not None:
+            if hit.box is not None:
+                width = max(max(image.size) // 60, 1)
+                ImageDraw.Draw(image).rectangle(tuple(hit.box), outline=(24, 160, 88), width=width)  # type: ignore[arg-type]
+            image.thumbnail((THUMBNAIL, THUMBNAIL))
+        return image
 
     def choose(self, found: list[Any], event: gr.SelectData) -> tuple[Any, ...]:
         """Opens a result and describes it."""
@@ -174,14 +184,6 @@ def _box_of(stage: dict[str, Any]) -> list[float]:
     if not box:
         raise gr.Error("Draw a box on the image first.", print_exception=False)
     return [float(corner) for corner in box]
-
-
-def _thumbnail(image: Image.Image, hit: Hit) -> Image.Image:
-    """The image, or its best region in a frame of green, small enough for a gallery."""
-    if hit.box is not None:
-        ImageDraw.Draw(image).rectangle(hit.box, outline=(24, 160, 88), width=max(max(image.size) // 60, 1))
-    image.thumbnail((384, 384))
-    return image
 
 
 def overlay(image: Image.Image, heat: torch.Tensor, image_processor: Any) -> Image.Image:

@@ -39,7 +39,8 @@ class EvaluatingTrainer(LoggingTrainer):
             TrainingStopped: where the evaluation of any process fails, once the run is saved.
         """
         is_last = self.state.global_step >= self.state.max_steps
-        if is_last and self.evaluates_saved and self.args.metric_for_best_model is None:
+        is_only_of_the_saved = self.args.metric_for_best_model is None and not self.args.evaluation_config
+        if is_last and self.evaluates_saved and is_only_of_the_saved:
             return {}  # the same figures come from the saved files
         self._mean_sums()
         try:

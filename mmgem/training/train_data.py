@@ -12,6 +12,7 @@ from ..data.pairs import BadDataError, PairDataset
 from ..data.regions import RegionDataset
 from ..data.shards import ShardStream
 from ..modeling_mmgem import MMGEMModel
+from ..processing.image_processors_mmgem import least_side_of
 from .arguments import MMGEMTrainingArguments
 
 
@@ -39,9 +40,7 @@ def prepared_for(
     dataset = copy.copy(dataset)
     if isinstance(dataset, PairDataset):
         dataset._epoch = dataset._epoch.clone().share_memory_()
-    sizes = (image_processor.size, getattr(image_processor, "crop_size", None) or {})
-    sides = [size.get(name) or 0 for size in sizes for name in ("shortest_edge", "height", "width")]
-    dataset.least_side = max(sides) if image_processor.do_resize else 0
+    dataset.least_side = least_side_of(image_processor)
     if isinstance(dataset, RegionDataset):
         dataset.image_processor = image_processor
     batch_size = args.train_batch_size * args.world_size

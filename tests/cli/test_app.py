@@ -60,7 +60,7 @@ def test_left_out_images_are_counted_and_the_first_named(mmgem, checkpoint, phot
 
 
 def test_without_cropping(mmgem, checkpoint, photos):
-    mmgem("embed", photos, "-o", "whole", "--model", checkpoint, "--no_center_crop", "--num_workers", 0)
+    mmgem("embed", photos, "-o", "whole", "--model", checkpoint, "--no_do_center_crop", "--num_workers", 0)
     make_picture(4, (40, 60)).save("query.png")
     hits = json.loads(mmgem("search", "--image", "query.png", "--index", "whole", "--json").stdout)["hits"]
     assert hits[0]["id"] == "sub/4.PNG" and hits[0]["score"] == pytest.approx(1, abs=1e-4)
@@ -83,9 +83,17 @@ def test_without_cropping(mmgem, checkpoint, photos):
         (["search", "--image", "missing.jpg", "--index", "index"], r"error: .*missing\.jpg"),
         (["search", "a", "--index", "index", "-o", "no/folder/s.png"], "error: .*no/folder/s.png"),
         (["embed", "empty", "--model", "CHECKPOINT"], "error: empty holds no images"),
-        (["embed", "bad", "--model", "CHECKPOINT", "--num_workers", "0"], "error: No image can be read; a.jpg: "),
+        (
+            ["embed", "bad", "-o", "new", "--model", "CHECKPOINT", "--num_workers", "0"],
+            "error: No image can be read; a.jpg: ",
+        ),
         (["embed", "photos", "--model", "CHECKPOINT", "-o", "photos/0.jpg"], "error: .*photos/0.jpg"),
         (["embed", "photos", "--model", "CHECKPOINT", "-o", "/proc/index"], "error: .*/proc/index"),
+        (["embed", "photos", "--model", "CHECKPOINT", "--device", "gpu"], "error: There is no device 'gpu'"),
+        (
+            ["caption", "photos", "--model", "CHECKPOINT", "--rerank", "3", "--num_beams", "2", "-o", "d.csv"],
+            "error: Captions are drawn of whole images, without beams",
+        ),
         (["caption", "photos", "--model", "CHECKPOINT", "-o", "c.xml"], "error: c.xml must end in"),
         (["caption", "photos", "--model", "CHECKPOINT", "--boxes", "b.json"], "error: .*b.json"),
         (["serve"], "error: There is no outputs/scenes: run make demo, or give --index|error: The page needs Gradio"),
@@ -98,6 +106,23 @@ def test_errors_are_one_line(arguments, message, mmgem, index, checkpoint, tmp_p
     result = mmgem(*(checkpoint if word == "CHECKPOINT" else word for word in arguments), code=1)
     line = str(result.exception)
     assert re.match(message, line) and "\n" not in line.strip() and "Traceback" not in result.output
+
+
+def test_names_are_printed_as_they_are(mmgem, checkpoint, tmp_path):
+    (tmp_path / "odd").mkdir()
+    for i, name in enumerate(("IMG[final].jpg", "[red]b.jpg")):
+        make_picture(i).save(tmp_path / "odd" / name)
+    mmgem("embed", "odd", "--model", checkpoint, "--num_workers", 0)
+    out = mmgem("search", "a dog", "--index", "index").stdout
+    assert "odd/IMG[final].jpg" in out and "odd/[red]b.jpg" in out
+
+
+def test_an_index_is_searched_from_another_folder(mmgem, checkpoint, photos, tmp_path, monkeypatch):
+    monkeypatch.chdir(Path(checkpoint).parent)
+    folder = str(tmp_path / "index")
+    assert CliRunner().invoke(app, ["embed", str(photos), "-o", folder, "--model", "model"]).exit_code == 0
+    monkeypatch.chdir(tmp_path)
+    mmgem("search", "a dog", "--index", "index")
 
 
 def test_options_that_do_not_exist_are_corrected(mmgem):
@@ -130,4 +155,4 @@ def test_interrupted_it_says_how_to_go_on(mmgem, index, checkpoint, photos, monk
 
     monkeypatch.setattr(captions, "caption_batch", interrupted)
     result = mmgem("caption", photos, "--model", checkpoint, code=130)
-    assert "interrupted; the same command goes on where it stopped" in result.output
+    assert "interrupted; mmgem embed and mmgem caption go on where they stopped" in result.output

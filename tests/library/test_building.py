@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from mmgem.library import Index, LoadedModel, SourceOptions, building
-from mmgem.library.building import LEFT_OUT, build
+from mmgem.library.building import LEFT_OUT, PartWriter, build
+from mmgem.library.sources import open_source
 from mmgem.library.tables import part_files, read_vectors
 from mmgem.output_lock import output_lock
 
@@ -92,11 +93,11 @@ def test_another_model_format_or_crop_is_refused_and_nothing_is_lost(photos, loa
     build(SourceOptions(str(photos)), index, loaded)
     before = rows_of(index)
     other = LoadedModel("other", make_model(processor, seed=1), loaded.processor)
-    with pytest.raises(ValueError, match=r"is an index of .*model, whose weights is sha256"):
+    with pytest.raises(ValueError, match=r"was made by .*model with another value of weights"):
         build(SourceOptions(str(photos)), index, other)
-    with pytest.raises(ValueError, match="whose format is parquet, not npy"):
+    with pytest.raises(ValueError, match="with another value of format"):
         build(SourceOptions(str(photos)), index, loaded, "npy")
-    with pytest.raises(ValueError, match="whose do_center_crop is True, not False"):
+    with pytest.raises(ValueError, match="with another value of do_center_crop"):
         build(SourceOptions(str(photos)), index, LoadedModel.load(checkpoint, device="cpu", do_center_crop=False))
     (tmp_path / "foreign/vectors").mkdir(parents=True)
     pq.write_table(pq.read_table(part_files(index)[0][0]), tmp_path / "foreign/vectors/part-000000.parquet")
@@ -111,15 +112,128 @@ def test_two_runs_into_one_index(photos, loaded, tmp_path):
         build(SourceOptions(str(photos)), str(tmp_path / "index"), loaded)
 
 
+def test_another_source_does_not_wipe_the_first(photos, loaded, tmp_path):
+    build(SourceOptions(str(photos)), str(tmp_path / "index"), loaded)
+    other = tmp_path / "other"
+    other.mkdir()
+    make_picture(8).save(other / "8.jpg")
+    with pytest.raises(ValueError, match=r"is an index of .*photos, and would lose its images"):
+        build(SourceOptions(str(other)), str(tmp_path / "index"), loaded)
+    assert len(read_vectors(str(tmp_path / "index"))) == 5
+
+
 def test_an_emptied_folder_does_not_empty_the_index(photos, loaded, tmp_path):
-    table = tmp_path / "table.csv"
-    table.write_text("image\nphotos/0.jpg\nphotos/1.jpg\n")
-    build(SourceOptions(str(table)), str(tmp_path / "index"), loaded)
+    build(SourceOptions(str(photos)), str(tmp_path / "index"), loaded)
     for photo in photos.rglob("*.*"):
-        photo.unlink() if photo.is_file() else None
+        if photo.is_file():
+            photo.unlink()
     with pytest.raises(ValueError, match="photos holds no images"):
         build(SourceOptions(str(photos)), str(tmp_path / "index"), loaded)
-    assert len(read_vectors(str(tmp_path / "index"))) == 2
+    assert len(read_vectors(str(tmp_path / "index"))) == 5
+
+
+def test_a_folder_that_cannot_be_listed_ends_the_run(photos, loaded, tmp_path, monkeypatch):
+    index, real = str(tmp_path / "index"), os.scandir
+    build(SourceOptions(str(photos)), index, loaded)
+
+    def scandir(path):
+        if str(path).endswith("sub"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(PermissionError, match="sub"):
+        build(SourceOptions(str(photos)), index, loaded)
+    assert len(read_vectors(index)) == 5
+
+
+@pytest.mark.parametrize("form", ["parquet", "npy"])
+def test_a_part_of_which_nothing_is_left_goes_away(form, photos, loaded, tmp_path):
+    index = str(tmp_path / "index")
+    build(SourceOptions(str(photos)), index, loaded, form)
+    make_picture(9).save(photos / "new.jpg")
+    build(SourceOptions(str(photos)), index, loaded, form)
+    (photos / "new.jpg").unlink()
+    assert build(SourceOptions(str(photos)), index, loaded, form).removed == 1
+    assert len(read_vectors(index)) == 5 and len(part_files(index)) == 1
+
+
+def test_an_npy_part_that_was_torn_apart_is_embedded_again(photos, loaded, tmp_path):
+    """As a process leaves it that is killed between the two files of a part."""
+    index = str(tmp_path / "index")
+    build(SourceOptions(str(photos)), index, loaded, "npy")
+    rows, _ = part_files(index)[0]
+    pq.write_table(pq.read_table(rows).slice(0, 3), rows)
+    with pytest.raises(ValueError, match="has 3 rows for 5 vectors"):
+        read_vectors(index)
+    assert build(SourceOptions(str(photos)), index, loaded, "npy").embedded == 5
+    assert len(read_vectors(index)) == 5
+
+
+def test_parts_of_seven_digits_are_counted_and_no_part_is_overwritten(photos, loaded, tmp_path):
+    index = str(tmp_path / "index")
+    build(SourceOptions(str(photos)), index, loaded)
+    rows, _ = part_files(index)[0]
+    os.rename(rows, rows.replace("part-000000", "part-1000000"))
+    make_picture(9).save(photos / "new.jpg")
+    build(SourceOptions(str(photos)), index, loaded)
+    assert [os.path.basename(path) for path, _ in part_files(index)] == [
+        "part-1000000.parquet",
+        "part-1000001.parquet",
+    ]
+    with PartWriter(index, loaded.identity(), "parquet", 1000000) as writer:
+        items = list(open_source(SourceOptions(str(photos))).items("0.jpg"))
+        writer.add(items, np.ones((1, 16), np.float32))
+    assert len(part_files(index)) == 3 and len(read_vectors(index)) == 7
+
+
+def test_shards_are_the_same_by_any_path(loaded, tmp_path, monkeypatch):
+    write_shards(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    assert build(SourceOptions("{0..3}.tar"), "index", loaded).embedded == 48
+    assert build(SourceOptions(str(tmp_path / "{0..3}.tar")), "index", loaded).embedded == 0
+    monkeypatch.chdir(tmp_path.parent)
+    index = Index(str(tmp_path / "index"), loaded)
+    assert index.image(index.search(text="a dog", top=1)[0]).size == (48, 40)
+
+
+def test_a_changed_file_behind_a_path_of_a_table_is_embedded_again(photos, loaded, tmp_path):
+    (tmp_path / "table.csv").write_text("image\nphotos/0.jpg\nphotos/1.jpg\n")
+    options, index = SourceOptions(str(tmp_path / "table.csv")), str(tmp_path / "index")
+    build(options, index, loaded)
+    make_picture(11).save(photos / "1.jpg")
+    report = build(options, index, loaded)
+    assert (report.embedded, report.present, report.removed) == (1, 1, 1)
+
+
+def test_large_photographs_have_the_vectors_of_get_embedding(loaded, tmp_path):
+    """A JPEG may be decoded at a smaller size, but not below that to which it is resized."""
+    loaded.processor.image_processor.size = {"shortest_edge": 40}
+    make_picture(3, (320, 256)).save(tmp_path / "large.jpg", quality=95)
+    (tmp_path / "photos").mkdir()
+    os.rename(tmp_path / "large.jpg", tmp_path / "photos/large.jpg")
+    build(SourceOptions(str(tmp_path / "photos")), str(tmp_path / "index"), loaded)
+    inputs = loaded.processor(images=[str(tmp_path / "photos/large.jpg")], return_tensors="pt")
+    expected = loaded.model.get_embedding(**inputs)[0].detach().numpy()
+    found = rows_of(tmp_path / "index")["large.jpg"]
+    assert float(found @ expected) > 0.995
+
+
+def test_dropout_is_off_and_the_mode_stays(photos, loaded, tmp_path):
+    build(SourceOptions(str(photos)), str(tmp_path / "eval"), loaded)
+    loaded.model.language_model.train()
+    build(SourceOptions(str(photos)), str(tmp_path / "train"), loaded)
+    assert loaded.model.language_model.training
+    expected, found = rows_of(tmp_path / "eval"), rows_of(tmp_path / "train")
+    assert all(np.array_equal(expected[name], found[name]) for name in expected)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_an_index_is_searched_in_another_precision(dtype, photos, checkpoint, tmp_path):
+    low = LoadedModel.load(checkpoint, device="cpu", dtype=dtype)
+    Index.build(str(photos), str(tmp_path / "index"), low)
+    hits = Index(str(tmp_path / "index")).search(image=str(photos / "2.jpg"), top=1)
+    assert hits[0].id == "2.jpg" and hits[0].score == pytest.approx(1, abs=0.02)
 
 
 def test_a_full_disk_keeps_whole_parts_and_says_so(photos, loaded, tmp_path, monkeypatch):
@@ -146,7 +260,7 @@ def test_a_torn_part_is_no_part(photos, loaded, tmp_path):
     (tmp_path / "index/vectors/part-000007.parquet.unfinished").write_bytes(b"PAR1")
     assert len(read_vectors(str(tmp_path / "index"))) == 5
     (tmp_path / "index/vectors/part-000008.parquet").write_bytes(b"PAR1")
-    with pytest.raises(ValueError, match=r"part-000008.parquet is no part of an index, or damaged"):
+    with pytest.raises(ValueError, match=r"part-000008.parquet cannot be read as a part of an index"):
         read_vectors(str(tmp_path / "index"))
 
 

@@ -4,12 +4,19 @@ import csv
 import json
 
 import pytest
+import torch
+from filelock import FileLock
 from PIL import Image
 
 from mmgem.evaluation.caption_files import read_caption_results
-from mmgem.library import SourceOptions, captions
+from mmgem.evaluation.evaluator import draw_captions_of
+from mmgem.evaluation.likelihood import LIKELIHOOD_WEIGHT
+from mmgem.evaluation.regions import stage_1
+from mmgem.library import LoadedModel, SourceOptions, captions
 from mmgem.library.captions import CaptionOptions, read_boxes, write_captions
 from mmgem.library.sources import open_source
+
+from ..conftest import make_model
 
 
 OPTIONS = CaptionOptions(batch_size=2, max_new_tokens=5)
@@ -97,7 +104,47 @@ def test_bad_images_and_boxes_are_left_out(loaded, source, photos, tmp_path):
     assert count == 1 and "has no area" in faults["1.jpg"]
 
 
-def test_an_interrupted_run_goes_on(loaded, source, tmp_path, monkeypatch):
+def test_boxes_go_on_behind_the_last_whole_image(loaded, source, tmp_path):
+    boxes = {"0.jpg": [[0, 0, 9, 9]], "1.jpg": [[0, 0, 20, 20], [5, 5, 40, 30]]}
+    write_captions(loaded, source, str(tmp_path / "whole.jsonl"), OPTIONS, boxes)
+    whole = (tmp_path / "whole.jsonl").read_text().splitlines()
+    real, seen = captions.caption_boxes, []
+
+    def interrupted(*args):
+        seen.append(args)
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(captions, "caption_boxes", interrupted)
+        write_captions(loaded, source, str(tmp_path / "c.jsonl"), OPTIONS, boxes)
+    with open(tmp_path / "c.jsonl.unfinished", "a", encoding="utf-8") as file:
+        file.write(whole[1] + "\n")  # the first of two boxes
+    write_captions(loaded, source, str(tmp_path / "c.jsonl"), OPTIONS, boxes)
+    assert (tmp_path / "c.jsonl").read_text().splitlines() == whole
+
+
+@pytest.mark.parametrize("left", [b"", b'{"source'])
+def test_a_run_that_was_killed_before_its_first_caption(left, loaded, source, tmp_path):
+    (tmp_path / "c.jsonl.unfinished").write_bytes(left)
+    assert write_captions(loaded, source, str(tmp_path / "c.jsonl"), OPTIONS)[0] == 5
+
+
+def test_without_the_adapter_boxes_are_described_by_stage_1(processor, source, photos, tmp_path):
+    loaded = LoadedModel("plain", make_model(processor), processor)
+    boxes = {"1.jpg": [[0, 0, 20, 20]]}
+    write_captions(loaded, source, str(tmp_path / "c.jsonl"), OPTIONS, boxes)
+    with stage_1(loaded.model, processor) as own:
+        image = [Image.open(photos / "1.jpg")]
+        inputs = own(images=image, boxes=[boxes["1.jpg"]], task="region-caption", return_tensors="pt")
+        assert (inputs["input_ids"] == own.tokenizer.convert_tokens_to_ids("[CAP]")).sum() == 1
+        ids = loaded.model.generate(**inputs, max_new_tokens=5, do_sample=False)
+    caption = json.loads((tmp_path / "c.jsonl").read_text())["caption"]
+    assert caption == processor.batch_decode(ids, skip_special_tokens=True)[0].strip()
+
+
+def test_an_interrupted_run_goes_on(loaded, checkpoint, source, tmp_path, monkeypatch):
     output = str(tmp_path / "c.jsonl")
     real, seen = captions.caption_batch, []
 
@@ -114,16 +161,33 @@ def test_an_interrupted_run_goes_on(loaded, source, tmp_path, monkeypatch):
     with open(partial, "a", encoding="utf-8") as file:
         file.write('{"id": "torn')
     monkeypatch.setattr(captions, "caption_batch", real)
-    with pytest.raises(ValueError, match="is of an interrupted run with other settings"):
+    with pytest.raises(ValueError, match="is of an interrupted run with another max_new_tokens"):
         write_captions(loaded, source, output, CaptionOptions(max_new_tokens=9))
+    with pytest.raises(ValueError, match="with another dtype"):
+        write_captions(LoadedModel.load(checkpoint, "cpu", "bfloat16"), source, output, OPTIONS)
+    with FileLock(f"{partial}.lock"), pytest.raises(ValueError, match="Another run writes"):
+        write_captions(loaded, source, output, OPTIONS)
     assert write_captions(loaded, source, output, OPTIONS)[0] == 5
     continued = (tmp_path / "c.jsonl").read_text()
     write_captions(loaded, source, str(tmp_path / "whole.jsonl"), OPTIONS)
     assert continued == (tmp_path / "whole.jsonl").read_text() and not partial.exists()
 
 
-def test_drawn_captions_are_ranked(loaded, source, tmp_path):
-    assert write_captions(loaded, source, str(tmp_path / "c.jsonl"), CaptionOptions(draws=3, max_new_tokens=4))[0] == 5
+def test_the_best_of_drawn_captions_is_taken(loaded, source, photos, tmp_path):
+    options = CaptionOptions(draws=6, max_new_tokens=4)
+    for name in ("c.jsonl", "again.jsonl"):
+        assert write_captions(loaded, source, str(tmp_path / name), options)[0] == 5
+    assert (tmp_path / "c.jsonl").read_text() == (tmp_path / "again.jsonl").read_text()
+    model, processor = loaded.model, loaded.processor
+    model.disable_adapters()
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(0)
+        drawn = draw_captions_of(model, processor, Image.open(photos / "0.jpg").convert("RGB"), 6, max_new_tokens=4)
+        scale = float(model.logit_scale(torch.ones(())))
+    model.enable_adapters()
+    best = max(drawn, key=lambda one: scale * one.cosine + LIKELIHOOD_WEIGHT * one.likelihood)
+    assert json.loads((tmp_path / "c.jsonl").read_text().splitlines()[0])["caption"] == best.text
+    assert len({one.text for one in drawn}) > 1
 
 
 @pytest.mark.parametrize(

@@ -95,6 +95,20 @@ def test_images_that_are_gone_stay_in_the_list_without_an_image(index, photos):
     assert first.id not in [hit.id for hit in index.search(text="snow", regions=True)]
 
 
+def test_rows_of_a_table_that_changed_are_not_shown(photos, loaded, tmp_path, caplog):
+    content = [(photos / f"{i}.jpg").read_bytes() for i in range(3)]
+    pq.write_table(pa.table({"image": content}), tmp_path / "table.parquet")
+    Index.build(str(tmp_path / "table.parquet"), str(tmp_path / "rows"), loaded)
+    pq.write_table(pa.table({"image": content[::-1]}), tmp_path / "table.parquet")
+    index = Index(str(tmp_path / "rows"), loaded)
+    assert index.image(index.search(text="a dog")[0]) is None
+    assert "table.parquet cannot be shown: it has changed since it was embedded" in caplog.text
+
+
+def test_regions_keep_their_boxes_when_they_are_ordered_anew(index):
+    assert all(hit.box is not None for hit in index.search(text="snow", regions=True, rerank=3))
+
+
 def test_rows_of_a_table_are_found_again(photos, loaded, tmp_path):
     content = [(photos / f"{i}.jpg").read_bytes() for i in range(3)]
     pq.write_table(pa.table({"image": content}), tmp_path / "table.parquet")
@@ -184,7 +198,7 @@ def test_vectors_of_clip_need_a_model_in_its_space(processor, tmp_path):
         (np.array([["a"]]), "and no vectors"),
         (np.full((2, 16), np.nan, np.float32), "holds vectors with NaN"),
         (np.zeros((0, 16), np.float32), "holds no vectors"),
-        (np.array([{"a": 1}], dtype=object), "is no part of an index"),
+        (np.array([{"a": 1}], dtype=object), "cannot be read as a part of an index"),
     ],
 )
 def test_files_without_vectors(content, message, processor, tmp_path):
@@ -209,15 +223,19 @@ def test_many_vectors_are_kept_in_a_file_and_found(precision, processor, tmp_pat
     np.save(tmp_path / "a.npy", vectors)
     loaded = LoadedModel("tower", tower_model(processor), processor)
     index = Index(str(tmp_path), loaded, precision)
-    assert (tmp_path / store.STORE_FILE).exists()
+    file = tmp_path / store.STORE_FILE.format(precision=precision)
+    assert file.exists()
     unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
     queries = unit[:100] + 0.1 * rng.normal(size=(100, 16)).astype(np.float32)
     exact = np.argsort(-(queries @ unit.T), axis=1)[:, :10]
     found = index.store.search(queries, 10)[1]
     recall = np.mean([len({*a} & {*b}) / 10 for a, b in zip(exact.tolist(), found.tolist())])
     assert recall > (0.9 if precision == "float32" else 0.85)
-    written = (tmp_path / store.STORE_FILE).stat().st_mtime_ns
+    written = file.stat().st_mtime_ns
+    kept = Index(str(tmp_path), loaded, precision)
+    assert kept.store.ntotal == 4000 and (kept.store.search(queries, 10)[1] == found).all()
+    assert file.stat().st_mtime_ns == written
+    file.write_bytes(b"damaged")
     assert Index(str(tmp_path), loaded, precision).store.ntotal == 4000
-    assert (tmp_path / store.STORE_FILE).stat().st_mtime_ns == written
     np.save(tmp_path / "b.npy", vectors[:10])
     assert Index(str(tmp_path), loaded, precision).store.ntotal == 4010

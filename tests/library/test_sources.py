@@ -22,6 +22,16 @@ def test_a_folder_holds_its_images_and_those_of_subfolders_without_hidden_ones(p
     assert "sub/4.PNG" not in ids(without)
 
 
+def test_the_folder_that_one_stands_in_is_not_left_out(photos, monkeypatch):
+    monkeypatch.chdir(photos / "sub")
+    assert "sub/4.PNG" in ids(open_source(SourceOptions("..")))
+
+
+def test_a_folder_may_be_called_like_a_tar(photos, tmp_path):
+    os.rename(photos, tmp_path / "photos.target")
+    assert len(ids(open_source(SourceOptions(str(tmp_path / "photos.target"))))) == 5
+
+
 def test_parts_are_disjoint_and_complete(photos, tmp_path):
     write_shards(tmp_path)
     for name in (str(photos), str(tmp_path / "{0..3}.tar"), "scenes"):
