@@ -9,6 +9,7 @@ runs before and behind the others. The vectors are those of benchmarks/patch_vec
 """
 
 import argparse
+import io
 import json
 import os
 import resource
@@ -27,11 +28,18 @@ from PIL import Image
 BATCH = 32
 
 
-def write_jpegs(parquet: str, folder: Path, count: int) -> None:
+def write_jpegs(parquet: str, folder: Path, count: int, side: int = 0) -> None:
+    """The first images of a table as files; with `side` enlarged to so many pixels, as cameras write them."""
     rows = pq.read_table(parquet, columns=["image"]).slice(0, count)["image"].to_pylist()
     assert len(rows) == count, f"{parquet} has {len(rows)} images only"
     for i, row in enumerate(rows):
-        (folder / f"{i:06}.jpg").write_bytes(row["bytes"])
+        path = folder / f"{i:06}.jpg"
+        if not side:
+            path.write_bytes(row["bytes"])
+            continue
+        image = Image.open(io.BytesIO(row["bytes"])).convert("RGB")
+        scale = side / max(image.size)
+        image.resize((round(scale * image.width), round(scale * image.height)), Image.Resampling.BICUBIC).save(path)
 
 
 def bare(model: str, folder: Path, dtype: str) -> float:
@@ -134,6 +142,7 @@ def main() -> None:
     parser.add_argument("--hub", help="the model as push_to_hub.py exports it, for sentence-transformers")
     parser.add_argument("--images")
     parser.add_argument("--count", type=int, default=5000)
+    parser.add_argument("--side", type=int, help="pixels of a tenth of the images, enlarged, in a run of their own")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--vectors")
     parser.add_argument("--output")
@@ -169,6 +178,18 @@ def main() -> None:
                 ray = launched([sys.executable, "-m", *embed, "2", "--engine", "ray", "-o", f"{outputs}/ray"])
             result["seconds_of_two_processes"] = {"torchrun": round(two, 1), "ray": round(ray, 1)}
             result["ray_of_torchrun"] = round(two / ray, 3)
+            if args.side:
+                for file in folder.iterdir():
+                    file.unlink()
+                write_jpegs(args.images, folder, args.count // 10, args.side)
+                large = [
+                    run(part, args.model if part != "sentence_transformers" else args.hub, folder, args.dtype)
+                    for part in PARTS
+                ]
+                result[f"of_{args.side}_pixels"] = {
+                    "of_the_bare_model": round(large[0]["seconds"] / large[1]["seconds"], 3),
+                    "times_sentence_transformers": round(large[2]["seconds"] / large[1]["seconds"], 3),
+                }
     if args.vectors:
         result["search_of_a_million"] = {name: search(args.vectors, name) for name in ("float32", "int8")}
     print(json.dumps(result))

@@ -150,7 +150,10 @@ def search(
     dtype: DtypeOption = Dtype.float32,
     as_json: Json = False,
 ) -> None:
-    """Search an index by text, by image, or by both; print a table and write a contact sheet."""
+    """Search an index by text, image, or both.
+
+    Prints a table, and writes a contact sheet.
+    """
     with one_line_errors():
         from .library import search_index
 
@@ -205,7 +208,10 @@ def serve(
     device: Device = None,
     dtype: DtypeOption = Dtype.float32,
 ) -> None:
-    """Serve a page to search, describe and point: by default the demo's model and index."""
+    """Serve a page to search, describe and point.
+
+    Without options it shows the demo's model and scenes.
+    """
     with one_line_errors():
         from .library import serve_page
 
@@ -220,23 +226,23 @@ FORWARD: dict[str, Any] = {
 
 @app.command(**FORWARD)
 def train(context: typer.Context) -> None:
-    """Train a model or an adapter: the options of train.py."""
+    """Train a model or an adapter, as train.py does."""
     from .train import main
 
-    main(context.args)
+    main(context.args, "mmgem train")
 
 
 @app.command(**FORWARD)
 def evaluate(context: typer.Context) -> None:
-    """Evaluate a checkpoint: the options of python -m mmgem.evaluation."""
+    """Evaluate a checkpoint, as mmgem.evaluation does."""
     from ..evaluation.__main__ import main
 
-    main(context.args)
+    main(context.args, "mmgem evaluate")
 
 
 @app.command(**FORWARD)
 def push(context: typer.Context) -> None:
-    """Publish a model on the Hub: the options of push_to_hub.py."""
+    """Publish a model on the Hub, as push_to_hub.py does."""
     from .push import main
 
-    main(context.args)
+    main(context.args, "mmgem push")

@@ -38,15 +38,16 @@ class PushOptions:
             raise ValueError("A pull request is to main: --create_pr and --revision exclude each other.")
 
 
-def main(arguments: list[str] | None = None) -> None:
+def main(arguments: list[str] | None = None, script: str = "python push_to_hub.py") -> None:
     """
     Exports, lists and uploads. Errors that the user can put right end it with one line.
 
     Args:
         arguments: the command line without the script; `sys.argv` by default.
+        script: its name in the help.
     """
     try:
-        options, card = parse_options([PushOptions, CardOptions], "python push_to_hub.py", arguments)
+        options, card = parse_options([PushOptions, CardOptions], script, arguments)
         files = export(options.model, options.repo_id, options.output_dir, options.adapters, card)
         if card.license is None and card.model_card is None:
             print(

@@ -19,21 +19,22 @@ from ..training.memory import check_memory
 from ..training.run import build_trainer, evaluate_saved, save_trained
 
 
-def main(arguments: list[str] | None = None) -> None:
+def main(arguments: list[str] | None = None, script: str = "train.py") -> None:
     """
     Builds, trains, saves, evaluates and publishes. Errors that the user can put right end the run with one line.
 
     Args:
         arguments: the command line without the script; `sys.argv` by default.
+        script: its name in the help.
     """
     with ExitStack() as stack:
-        _main(arguments, stack)
+        _main(arguments, script, stack)
 
 
-def _main(arguments: list[str] | None, stack: ExitStack) -> None:
+def _main(arguments: list[str] | None, script: str, stack: ExitStack) -> None:
     """`stack` holds the lock of `output_dir` against other runs."""
     try:
-        model_args, data_args, args, dry_run_args = parse_arguments(arguments)
+        model_args, data_args, args, dry_run_args = parse_arguments(arguments, script)
         checkpoint = checkpoint_to_resume(args.resume_from_checkpoint, args.output_dir)
         config = planned_config(model_args, checkpoint)
         if args.dry_run:

@@ -28,15 +28,16 @@ from .report import Section, environment, write_report
 from .tasks import load_model, run_tasks, score_caption_files
 
 
-def main(words: list[str] | None = None) -> None:
+def main(words: list[str] | None = None, script: str = "python -m mmgem.evaluation") -> None:
     """
     Evaluates and writes the report. Errors that the user can put right end it with one line.
 
     Args:
         words: the command line without the script; `sys.argv` by default.
+        script: its name in the help.
     """
     try:
-        (arguments,) = parse_options([EvaluationArguments], "python -m mmgem.evaluation", words)
+        (arguments,) = parse_options([EvaluationArguments], script, words)
         is_first = int(os.environ.get("RANK", "0")) == 0
         with output_lock(arguments.output_dir) if is_first else nullcontext():
             run(arguments)

@@ -72,11 +72,9 @@ def build_page(index: Index) -> gr.Blocks:
         with gr.Row():
             with gr.Column(scale=1, min_width=280):
                 text = gr.Textbox(label="Sentence", placeholder="what the images show", elem_id="sentence")
-                image = gr.Image(
-                    label="Image (alone, or with a sentence that says how it differs)", type="pil", height=180
-                )
+                image = gr.Image(label="Image, alone or with the sentence", type="pil", height=180)
                 by_region = gr.Checkbox(label="By the best region", elem_id="by-region")
-                rerank = gr.Slider(0, 50, 0, step=10, label="Re-order so many by likelihood")
+                rerank = gr.Slider(0, 50, 0, step=10, label="Re-ordered by likelihood")
                 search = gr.Button("Search", variant="primary", elem_id="search")
                 status = gr.Markdown(elem_id="status")
             with gr.Column(scale=3):
@@ -84,18 +82,20 @@ def build_page(index: Index) -> gr.Blocks:
                     label="Found", columns=6, height=420, allow_preview=False, object_fit="contain", elem_id="found"
                 )
         with gr.Row():
-            with gr.Column(scale=3):
+            with gr.Column(scale=4):
                 stage = box_input()
-            with gr.Column(scale=2, min_width=280):
-                caption = gr.Textbox(label="Description", lines=2, interactive=False, elem_id="caption")
+            with gr.Column(scale=3, min_width=280):
+                map_image = gr.Image(
+                    label="Heat map", height=440, interactive=False, buttons=["download"], elem_id="map"
+                )
+            with gr.Column(scale=3, min_width=280):
+                caption = gr.Textbox(label="Description", lines=3, interactive=False, elem_id="caption")
+                gr.Markdown("Draw a box on the image to ask for a part of it.")
                 with gr.Row():
-                    describe = gr.Button("Describe the box", elem_id="describe")
-                    search_box = gr.Button("Search with the box", elem_id="search-box")
+                    describe = gr.Button("Describe it", elem_id="describe")
+                    search_box = gr.Button("Search with it", elem_id="search-box")
                 sentence = gr.Textbox(label="Where is …?", placeholder="a sentence", elem_id="where")
                 point = gr.Button("Show a heat map", elem_id="point")
-                map_image = gr.Image(
-                    label="Heat map", height=260, interactive=False, buttons=["download"], elem_id="map"
-                )
         asked = [text, image, by_region, rerank]
         for trigger in (search.click, text.submit):
             trigger(functions.search, asked, [gallery, found, status], **ONE_AT_A_TIME)

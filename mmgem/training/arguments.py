@@ -314,7 +314,7 @@ def data_seed(args: TrainingArguments) -> int:
 
 
 def parse_arguments(
-    arguments: list[str] | None = None,
+    arguments: list[str] | None = None, script: str = "train.py"
 ) -> tuple[ModelArguments, DataArguments, MMGEMTrainingArguments, DryRunArguments]:
     """
     Parses `--config file.yaml` and `--option value`; the command line wins over the file.
@@ -323,7 +323,7 @@ def parse_arguments(
         ValueError: for an unknown option, with the nearest known one; for options that do not go together.
     """
     types = (ModelArguments, DataArguments, MMGEMTrainingArguments, DryRunArguments)
-    model_args, data_args, args, dry_run_args = parse_options(types, "train.py", arguments, COMMON)
+    model_args, data_args, args, dry_run_args = parse_options(types, script, arguments, COMMON)
     if args.stage != "1":
         _check_adapter(model_args, data_args, args)
     elif model_args.region_grid_size is not None:
