@@ -2,7 +2,8 @@
 `mmgem embed` beside the bare model on tensors in memory and sentence-transformers' encode, on the same files and
 weights; memory at two sizes; Ray beside torchrun; search of a million vectors.
 
-    python benchmarks/library.py --model outputs/mine --hub outputs/hub --images train.parquet --vectors vectors.npy
+    python benchmarks/library.py --model outputs/mine --hub outputs/hub --images train.parquet --vectors vectors.npy \\
+        --output results.json
 
 The images of the parquet are written as JPEG files first. Every part runs in a process of its own, and the bare model
 runs before and behind the others. The vectors are those of benchmarks/patch_vectors.py.
@@ -26,6 +27,8 @@ from PIL import Image
 
 
 BATCH = 32
+MEASURED = ("embed", "processes", "large", "search")
+LARGE = 1600  # pixels of a tenth of the images, enlarged: files as cameras write them
 
 
 def write_jpegs(parquet: str, folder: Path, count: int, side: int = 0) -> None:
@@ -87,9 +90,11 @@ def sentence_transformers(model: str, folder: Path, dtype: str) -> float:
 PARTS = {"bare": bare, "ours": ours, "sentence_transformers": sentence_transformers}
 
 
-def run(part: str, model: str, folder: Path, dtype: str) -> dict[str, float]:
+def run(part: str, args: argparse.Namespace, folder: Path) -> dict[str, float]:
     """Seconds and peak memory of a part, in its own process."""
-    command = [sys.executable, __file__, "--part", part, "--model", model, "--folder", str(folder), "--dtype", dtype]
+    model = args.hub if part == "sentence_transformers" else args.model
+    command = [sys.executable, __file__, "--part", part, "--model", model]
+    command += ["--folder", str(folder), "--dtype", args.dtype]
     found = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1]
     result = json.loads(found)
     print(part, len(list(folder.iterdir())), result, flush=True)
@@ -136,13 +141,13 @@ def search(path: str, precision: str) -> dict[str, float]:
 
 
 def main() -> None:
-    """Measures, prints and writes."""
+    """Measures, prints, and writes into the results that are there."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model")
     parser.add_argument("--hub", help="the model as push_to_hub.py exports it, for sentence-transformers")
     parser.add_argument("--images")
     parser.add_argument("--count", type=int, default=5000)
-    parser.add_argument("--side", type=int, help="pixels of a tenth of the images, enlarged, in a run of their own")
+    parser.add_argument("--measure", nargs="+", default=[*MEASURED], choices=MEASURED)
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--vectors")
     parser.add_argument("--output")
@@ -156,45 +161,56 @@ def main() -> None:
         )
         print(json.dumps({"seconds": round(seconds, 2), "peak_mib": round(peak)}))
         return
-    result: dict[str, object] = {"count": args.count, "dtype": args.dtype, "threads": torch.get_num_threads()}
-    if args.model:
-        with tempfile.TemporaryDirectory() as all_images, tempfile.TemporaryDirectory() as few:
-            folder = Path(all_images)
-            write_jpegs(args.images, folder, args.count)
-            write_jpegs(args.images, Path(few), args.count // 10)
-            first, own = run("bare", args.model, folder, args.dtype), run("ours", args.model, folder, args.dtype)
-            peer = run("sentence_transformers", args.hub, folder, args.dtype)
-            last, small = run("bare", args.model, folder, args.dtype), run("ours", args.model, Path(few), args.dtype)
-            alone = (first["seconds"] + last["seconds"]) / 2
-            result["images_per_second"] = round(args.count / own["seconds"], 1)
-            result["of_the_bare_model"] = round(alone / own["seconds"], 3)
-            result["times_sentence_transformers"] = round(peer["seconds"] / own["seconds"], 3)
-            result["peak_mib"] = {str(args.count // 10): small["peak_mib"], str(args.count): own["peak_mib"]}
-            options = ["--model", args.model, "--dtype", args.dtype, "--num_workers"]
-            with tempfile.TemporaryDirectory() as outputs:
-                torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
-                embed = ["mmgem", "embed", all_images, *options]
-                two = launched([*torchrun, *embed, "0", "-o", f"{outputs}/torchrun"])
-                ray = launched([sys.executable, "-m", *embed, "2", "--engine", "ray", "-o", f"{outputs}/ray"])
-            result["seconds_of_two_processes"] = {"torchrun": round(two, 1), "ray": round(ray, 1)}
-            result["ray_of_torchrun"] = round(two / ray, 3)
-            if args.side:
-                for file in folder.iterdir():
-                    file.unlink()
-                write_jpegs(args.images, folder, args.count // 10, args.side)
-                large = [
-                    run(part, args.model if part != "sentence_transformers" else args.hub, folder, args.dtype)
-                    for part in PARTS
-                ]
-                result[f"of_{args.side}_pixels"] = {
-                    "of_the_bare_model": round(large[0]["seconds"] / large[1]["seconds"], 3),
-                    "times_sentence_transformers": round(large[2]["seconds"] / large[1]["seconds"], 3),
-                }
-    if args.vectors:
+    kept = json.loads(Path(args.output).read_text()) if args.output and Path(args.output).exists() else {}
+    result = {**kept, "count": args.count, "dtype": args.dtype, "threads": torch.get_num_threads()}
+    with tempfile.TemporaryDirectory() as folder:
+        if args.measure != ["search"]:
+            write_jpegs(args.images, Path(folder), args.count)
+        if "embed" in args.measure:
+            result |= measured_embedding(args, Path(folder))
+        if "processes" in args.measure:
+            result |= measured_processes(args, folder)
+    if "large" in args.measure:
+        with tempfile.TemporaryDirectory() as folder:
+            write_jpegs(args.images, Path(folder), args.count // 10, LARGE)
+            alone, own, peer = (run(part, args, Path(folder)) for part in PARTS)
+            result[f"of_{LARGE}_pixels"] = ratios(alone["seconds"], own, peer)
+    if "search" in args.measure:
         result["search_of_a_million"] = {name: search(args.vectors, name) for name in ("float32", "int8")}
     print(json.dumps(result))
     if args.output:
         Path(args.output).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+def measured_embedding(args: argparse.Namespace, folder: Path) -> dict[str, object]:
+    """Ours between two runs of the bare model, sentence-transformers, and ours with a tenth of the files."""
+    first, own, peer, last = (run(part, args, folder) for part in (*PARTS, "bare"))
+    with tempfile.TemporaryDirectory() as few:
+        write_jpegs(args.images, Path(few), args.count // 10)
+        small = run("ours", args, Path(few))
+    return {
+        "images_per_second": round(args.count / own["seconds"], 1),
+        **ratios((first["seconds"] + last["seconds"]) / 2, own, peer),
+        "peak_mib": {str(args.count // 10): small["peak_mib"], str(args.count): own["peak_mib"]},
+    }
+
+
+def ratios(alone: float, own: dict[str, float], peer: dict[str, float]) -> dict[str, float]:
+    return {
+        "of_the_bare_model": round(alone / own["seconds"], 3),
+        "times_sentence_transformers": round(peer["seconds"] / own["seconds"], 3),
+    }
+
+
+def measured_processes(args: argparse.Namespace, folder: str) -> dict[str, object]:
+    """Two processes of one thread each, by torchrun and by Ray, start included."""
+    embed = ["mmgem", "embed", folder, "--model", args.model, "--dtype", args.dtype, "--num_workers"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
+    with tempfile.TemporaryDirectory() as outputs:
+        two = launched([*torchrun, *embed, "0", "-o", f"{outputs}/torchrun"])
+        ray = launched([sys.executable, "-m", *embed, "2", "--engine", "ray", "-o", f"{outputs}/ray"])
+    seconds = {"torchrun": round(two, 1), "ray": round(ray, 1)}
+    return {"seconds_of_two_processes": seconds, "ray_of_torchrun": round(two / ray, 3)}
 
 
 if __name__ == "__main__":

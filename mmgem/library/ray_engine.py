@@ -140,14 +140,15 @@ def build_with_ray(
 
 
 def _parts(source: Source, known: Known, number: int, workers: int) -> Iterator[dict[str, Any]]:
-    """The missing units, as many to each part as make a file; a shard of several files is a part by itself."""
+    """The missing units in parts of one size, as many for each worker; each shard is a part, of several files."""
     if not source.is_counted:
         for shard in source.units():
             yield {"part": number, "units": [shard]}
             number += PARTS_PER_SHARD
         return
     missing = [unit for unit in source.units() if not known.contains(source.fingerprint(unit))]
-    size = min(PART_ROWS, max(-(-len(missing) // workers), 1))
+    rounds = max(-(-len(missing) // (PART_ROWS * workers)), 1)
+    size = max(-(-len(missing) // (rounds * workers)), 1)
     for start in range(0, len(missing), size):
         yield {"part": number, "units": missing[start : start + size]}
         number += 1
