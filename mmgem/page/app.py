@@ -64,8 +64,10 @@ def build_page(index: Index) -> gr.Blocks:
     """The page of one index."""
     functions = PageFunctions(index)
     with gr.Blocks(title="mmgem", analytics_enabled=False, fill_width=True, delete_cache=(3600, 3600)) as page:
+        name = index.loaded.name
+        name = os.path.basename(name) if os.path.isabs(name) else name  # a visitor need not know the server's folders
         gr.Markdown(
-            f"# mmgem\n{len(index):,} images, searched and described by one model: `{index.loaded.name}`",
+            f"# mmgem\n{len(index):,} images, searched and described by one model: `{name}`",
             elem_id="title",
         )
         found, chosen = gr.State([]), gr.State(None)
@@ -188,14 +190,14 @@ def _box_of(stage: dict[str, Any]) -> list[float]:
 
 def overlay(image: Image.Image, heat: torch.Tensor, image_processor: Any) -> Image.Image:
     """
-    The image with a heat map over the part of it that the model sees, red where it is highest.
+    The image with a heat map over the part of it that the model sees: red where it is highest, none below its median.
 
     Args:
         heat (`(rows, columns)`): of that part.
     """
     geometry = geometry_of(image_processor, *image.size)
-    low, high = heat.min(), heat.max()
-    strength = ((heat - low) / (high - low).clamp(min=1e-6) * 255).to(torch.uint8)
+    low, high = heat.median(), heat.max()
+    strength = ((heat - low).clamp(min=0) / (high - low).clamp(min=1e-6) * 255).to(torch.uint8)
     left, top = (round(offset / scale) for offset, scale in zip(geometry.offset, geometry.scale))
     width, height = (max(round(window / scale), 1) for window, scale in zip(geometry.window, geometry.scale))
     mask = Image.fromarray(strength.numpy()).resize((width, height), Image.Resampling.BICUBIC)
