@@ -88,10 +88,7 @@ def _short_help(parser: ArgumentParser, usage: str, common: Container[str] | Non
             and (common is None or action.dest in common)
             and action.option_strings[0][2:5] != "no_"
         ):
-            text = " ".join((action.help or "").split())
-            lines.append(
-                textwrap.shorten(f"  --{action.dest:<30} {text}", 118, placeholder=" …", drop_whitespace=False)
-            )
+            lines.append(f"  --{action.dest:<30} {textwrap.shorten(action.help or '', 80, placeholder=' …')}")
     return "\n".join(lines)
 
 

@@ -303,6 +303,8 @@ def _members(tar: tarfile.TarFile, file: Any, faults: dict[str, str]) -> Iterato
                 metadata += 1
                 faults["macOS metadata"] = f"{metadata} members without a sample, the last {member.name}"
                 continue
+            if member.isdir():  # as tar writes for `-C folder .`
+                continue
             if member.size < 0:  # tarfile would seek back and loop forever
                 raise tarfile.ReadError(f"{member.name} has {member.size} bytes")
             yield member

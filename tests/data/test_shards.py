@@ -129,6 +129,9 @@ def test_faults_are_passed_over_and_counted_by_kind(tmp_path, workers):
                 member = tarfile.TarInfo(name)
                 member.size = len(content)
                 tar.addfile(member, io.BytesIO(content))
+        folder = tarfile.TarInfo("folder")  # no fault: tar writes one for each folder
+        folder.type = tarfile.DIRTYPE
+        tar.addfile(folder)
         link = tarfile.TarInfo("link.jpg")
         link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
         tar.addfile(link)
