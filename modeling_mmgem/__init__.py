@@ -1,5 +1,6 @@
 from .losses_mmgem import caption_loss, contrastive_loss
 from .modeling_mmgem import MMGEMModel, MMGEMOutput
+from .negatives_mmgem import Negatives, relational_distillation
 from .pipelines_mmgem import RegionCaptioningPipeline
 from .pooling_mmgem import PoolAggregator
 
@@ -7,8 +8,10 @@ from .pooling_mmgem import PoolAggregator
 __all__ = [
     "MMGEMModel",
     "MMGEMOutput",
+    "Negatives",
     "PoolAggregator",
     "RegionCaptioningPipeline",
     "caption_loss",
     "contrastive_loss",
+    "relational_distillation",
 ]

@@ -8,6 +8,8 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from .negatives_mmgem import ALL_ALIKE, Negatives, cross_entropy_of_rows
+
 
 BLOCK_SIZE = 2**22  # similarities of one direction that exist at a time: 16 MiB
 MAX_LOGITS = 2**27  # next-token scores that a loss computes at a time: 512 MiB in float32
@@ -54,6 +56,7 @@ def contrastive_loss(
     dims: Sequence[int] = (),
     negative_embeds: torch.Tensor | None = None,
     negative_ids: torch.Tensor | None = None,
+    negatives: Negatives = ALL_ALIKE,
 ) -> torch.Tensor:
     """
     L_Emb = L_v2t + L_t2v (paper, equation 2): InfoNCE both ways, the plain sum. Each half is a mean over the rows.
@@ -78,6 +81,7 @@ def contrastive_loss(
             texts (or of queries that stand in their place).
         negative_ids (`torch.LongTensor` of shape `(K,)`, *optional*): one that is the last number of a row in
             `pair_ids` is no negative of it.
+        negatives (*optional*): which of the columns count as negatives, and how much.
 
     Returns:
         `torch.FloatTensor`, scalar, in nats.
@@ -91,8 +95,8 @@ def contrastive_loss(
             texts, images, all_texts, all_images = (
                 shortened(embeds, dim) for embeds in (text_embeds, image_embeds, all_text_embeds, all_image_embeds)
             )
-            negatives = None if negative_embeds is None else shortened(negative_embeds, dim)
-            columns = (all_texts, all_images, offset, pair_ids, all_pair_ids, (), negatives, negative_ids)
+            hard = None if negative_embeds is None else shortened(negative_embeds, dim)
+            columns = (all_texts, all_images, offset, pair_ids, all_pair_ids, (), hard, negative_ids, negatives)
             losses.append(contrastive_loss(texts, images, logit_scale, *columns))
         return torch.stack(losses).mean()
     rows = max(1, BLOCK_SIZE // len(all_text_embeds))
@@ -110,6 +114,7 @@ def contrastive_loss(
             all_pair_ids,
             negative_embeds,
             negative_ids,
+            negatives,
         )
         if len(text_embeds) <= rows:
             total = total + _block_loss(*block)
@@ -134,6 +139,7 @@ def _block_loss(
     all_pair_ids: torch.Tensor | None,
     negative_embeds: torch.Tensor | None,
     negative_ids: torch.Tensor | None,
+    negatives: Negatives,
 ) -> torch.Tensor:
     """Both cross-entropies, summed over a block of rows."""
     logits_per_text = similarity_logits(text_embeds, all_image_embeds, logit_scale)
@@ -151,8 +157,8 @@ def _block_loss(
         if pair_ids is not None and negative_ids is not None:
             logits = logits.masked_fill(pair_ids[:, -1:] == negative_ids, -torch.inf)
         logits_per_text = torch.cat([logits_per_text, logits], 1)
-    return F.cross_entropy(logits_per_text, targets, reduction="sum") + F.cross_entropy(
-        logits_per_image, targets, reduction="sum"
+    return cross_entropy_of_rows(logits_per_text, targets, logit_scale, negatives) + cross_entropy_of_rows(
+        logits_per_image, targets, logit_scale, negatives
     )
 
 

@@ -13,6 +13,7 @@ from ..configuration.hub_options_mmgem import checked_hub_options
 from ..data.arguments import DataArguments
 from ..data.json_files import parse_json
 from ..evaluation.arguments import EvaluationArguments, check_dims
+from ..modeling_mmgem import Negatives
 from ..options import checked_token, option, parse_options
 from .checks import PYTORCH_OPTIMIZERS, refuse_unsupported, refuse_unsupported_loaders, warn_of_slow_bfloat16
 
@@ -24,6 +25,7 @@ MINIMA = {
     "lora_alpha": 1,
     "lora_rank": 0,
     "mini_batch_size": 0,
+    "hardest_negatives": 0,
     "caption_samples": 0,
     "generation_num_beams": 1,
     "dataloader_num_workers": 0,
@@ -179,6 +181,14 @@ class MMGEMTrainingArguments(TrainingArguments):
     matryoshka_dims: list[int] = option(
         [], "Lengths below D at which embeddings work too, ascending: L_Emb is the mean over these and D."
     )
+    false_negative_margin: float | None = option(
+        None,
+        "L_Emb leaves out negatives whose cosine is above that of the positive by more than this (UniME: 0.1).",
+    )
+    hardest_negatives: int = option(0, "L_Emb sees so many of each row's negatives, the hardest (UniME: 8); 0: all.")
+    hardness_weight: float = option(
+        0.0, "Times the cosine of a negative, without a gradient, added to its logit: hard ones weigh more (LLaVE: 9)."
+    )
     mini_batch_size: int = option(
         0,
         "Gradient cache: each device's batch goes through the model in parts of this size, at their memory, with "
@@ -220,6 +230,8 @@ class MMGEMTrainingArguments(TrainingArguments):
             )
         if self.matryoshka_dims and self.objective == "caption":
             raise ValueError("matryoshka_dims are for the contrastive loss, which is not trained here.")
+        if self.negatives and self.objective == "caption":
+            raise ValueError("false_negative_margin, hardest_negatives and hardness_weight are for L_Emb alone.")
         if self.optim in PYTORCH_OPTIMIZERS and importlib.util.find_spec("pytorch_optimizer") is None:
             raise ValueError(f"--optim {self.optim} needs pytorch-optimizer: pip install 'mmgem[optimizers]'.")
         self.max_grad_norm = self.max_grad_norm or 0.0  # null in YAML
@@ -243,6 +255,11 @@ class MMGEMTrainingArguments(TrainingArguments):
         warn_of_slow_bfloat16(self)
         if self.push_to_hub and self.hub_token is not None:
             self.hub_token = checked_token(self.hub_token)
+
+    @property
+    def negatives(self) -> Negatives:
+        """What L_Emb does to its negatives."""
+        return Negatives(self.false_negative_margin, self.hardness_weight, self.hardest_negatives)
 
     def _check_numbers(self) -> None:
         if not self.caption_loss_weight > 0:

@@ -103,6 +103,7 @@ class FusedTrainer(AdapterTrainer):
             dims=self.args.matryoshka_dims,
             negative_embeds=negatives,
             negative_ids=negative_ids,
+            negatives=self.args.negatives,
         )
         loss = loss / self.current_gradient_accumulation_steps
         self._add_to_log("contrastive_loss", loss)

@@ -76,7 +76,7 @@ class RegionTrainer(AdapterTrainer):
         offset, total = sum(sizes[: dist.get_rank()]), sum(sizes)
         all_texts, all_images, all_ids = map(torch.cat, gathered)
         pairs = (texts, images, logit_scale, all_texts, all_images, offset, pair_ids, all_ids)
-        loss = contrastive_loss(*pairs, dims=self.args.matryoshka_dims)
+        loss = contrastive_loss(*pairs, dims=self.args.matryoshka_dims, negatives=self.args.negatives)
         loss = loss * (len(texts) * self.args.world_size / total) / self.current_gradient_accumulation_steps
         self._add_to_log("contrastive_loss", loss)
         return loss

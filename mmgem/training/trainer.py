@@ -239,7 +239,7 @@ class MMGEMTrainer(EvaluatingTrainer):
             all_texts, all_images, all_ids = map(GatherWithGradient.apply, (texts, images, pair_ids))
             offset = dist.get_rank() * len(texts)
         pairs = (texts, images, logit_scale, all_texts, all_images, offset, pair_ids, all_ids)
-        loss = contrastive_loss(*pairs, dims=self.args.matryoshka_dims)
+        loss = contrastive_loss(*pairs, dims=self.args.matryoshka_dims, negatives=self.args.negatives)
         loss = loss / self.current_gradient_accumulation_steps
         self._add_to_log("contrastive_loss", loss)
         return loss

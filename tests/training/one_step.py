@@ -40,12 +40,15 @@ def main(strategy: str, accumulation_steps: int, mini_batch_size: int, folder: P
     processor = MMGEMProcessor(image_processor, to_mmgem_tokenizer(train_tokenizer(CORPUS, 320)), max_length=200)
     model = make_model(processor)
     is_cached = strategy == "ddp-cached"
+    negatives = {"false_negative_margin": 0.02, "hardest_negatives": 4, "hardness_weight": 2.0}
+    negatives = negatives if strategy == "ddp-negatives" else {}
     # 1 to 4 objects: captions of very different lengths
     dataset = PairDataset(ScenesDataset("train", CACHED_PAIRS if is_cached else PAIRS, 32))
     micro_batch = PAIRS // accumulation_steps
     expected_loss = reference_loss(model, processor, dataset, micro_batch)
     args = training_arguments(
-        strategy.removesuffix("-cached"),
+        strategy.removesuffix("-cached").removesuffix("-negatives"),
+        **negatives,
         cache_features=is_cached,
         freeze=["vision_model"] if is_cached else [],
         output_dir=str(folder),

@@ -58,6 +58,18 @@ def test_gradient_cache_equals_the_whole_batch(
     torch.testing.assert_close(actual["loss"], actual["expected_loss"], atol=1e-4, rtol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("processes", "mini_batch_size"), [(2, 3), pytest.param(2, 0, marks=slow), pytest.param(4, 0, marks=slow)]
+)
+def test_hard_negatives_are_those_of_the_whole_batch(processes, mini_batch_size, tmp_path):
+    """The margin, the weights and the choice of the hardest, over processes and through the gradient cache."""
+    expected = run(1, 1, tmp_path / "one", strategy="ddp-negatives")
+    actual = run(processes, 1, tmp_path / "several", mini_batch_size, "ddp-negatives")
+    assert_equal(actual, expected)
+    torch.testing.assert_close(actual["loss"], expected["loss"], atol=1e-4, rtol=1e-5)
+    assert abs(float(expected["loss"] - expected["expected_loss"])) > 1e-2, "which is that of all negatives alike"
+
+
 @pytest.mark.parametrize("stage", [pytest.param("region-caption", marks=slow), "region-retrieval"])
 def test_stage_2_equals_the_single_process_whatever_number_of_regions_each_has(stage, tmp_path):
     """Also with the patch features in files that the processes share."""

@@ -1,0 +1,102 @@
+"""Which negatives the contrastive loss sees, how much they weigh, and what a teacher says of them."""
+
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional as F
+
+
+@dataclass(frozen=True)
+class Negatives:
+    """
+    What is done to the negatives of each row of L_Emb, in this order. By default they all count alike.
+
+    Args:
+        margin: beta of UniME (arXiv 2504.17432, section 3.2): a negative whose cosine is above that of the row's
+            positive by more than beta is taken for a false one, and left out.
+        hardness: alpha of LLaVE (arXiv 2503.04812): `alpha` times the cosine, without a gradient, is added to the
+            logits of negatives, so that hard ones weigh more.
+        hardest: k of UniME: only the k negatives of the highest logits count. Where fewer are left, they are repeated
+            in their order until there are k; a negative that was left out, or the positive, never stands in for one.
+    """
+
+    margin: float | None = None
+    hardness: float = 0.0
+    hardest: int = 0
+
+    def __bool__(self) -> bool:
+        return self.margin is not None or self.hardness > 0 or self.hardest > 0
+
+
+ALL_ALIKE = Negatives()
+
+
+def cross_entropy_of_rows(
+    logits: torch.Tensor, targets: torch.Tensor, logit_scale: torch.Tensor, negatives: Negatives
+) -> torch.Tensor:
+    """
+    The cross-entropy of each row's positive among its negatives, summed over the rows.
+
+    Args:
+        logits (`torch.FloatTensor` of shape `(N, M)`): cosines over tau; -inf for what is no negative.
+        targets (`torch.LongTensor` of shape `(N,)`): column of each row's positive.
+        logit_scale (`torch.FloatTensor`, scalar): 1 / tau.
+    """
+    if not negatives:
+        return F.cross_entropy(logits, targets, reduction="sum")
+    is_positive = torch.zeros_like(logits, dtype=torch.bool).scatter_(1, targets[:, None], True)
+    cosines = (logits / logit_scale).detach()
+    if negatives.margin is not None:
+        false = cosines > cosines.gather(1, targets[:, None]) + negatives.margin
+        logits = logits.masked_fill(false & ~is_positive, -torch.inf)
+    if negatives.hardness:
+        added = (negatives.hardness * cosines).masked_fill(is_positive | cosines.isinf(), 0.0)
+        logits = logits + added
+    if negatives.hardest:
+        positives = logits.gather(1, targets[:, None])
+        others = logits.masked_fill(is_positive, -torch.inf)
+        logits = torch.cat([positives, hardest_of_rows(others, negatives.hardest)], 1)
+        targets = torch.zeros_like(targets)
+    return F.cross_entropy(logits, targets, reduction="sum")
+
+
+def hardest_of_rows(logits: torch.Tensor, k: int) -> torch.Tensor:
+    """`(N, k)`: the k highest logits of each row; where fewer are finite, these again in turn; -inf where none is."""
+    found = logits.topk(min(k, logits.shape[1])).values
+    count = found.isfinite().sum(1, keepdim=True).clamp(min=1)
+    return found.gather(1, torch.arange(k, device=logits.device) % count)
+
+
+def relational_distillation(
+    embeds: torch.Tensor,
+    teacher_embeds: torch.Tensor,
+    logit_scale: torch.Tensor | float,
+    all_embeds: torch.Tensor | None = None,
+    all_teacher_embeds: torch.Tensor | None = None,
+    offset: int = 0,
+) -> torch.Tensor:
+    """
+    KL(teacher || student) of the row-wise softmax of their similarities (UniME's stage 1, equation 1; the dimensions
+    of both may differ). A mean over the rows; each row's similarity with itself, which says nothing, is left out.
+
+    Args:
+        embeds (`torch.FloatTensor` of shape `(N, D)`), teacher_embeds (`(N, E)`): unit norm, of the same items.
+        logit_scale: 1 / tau, of both.
+        all_embeds (`(M, D)`), all_teacher_embeds (`(M, E)`, *optional*): the columns, gathered from all processes.
+        offset: column of the first row.
+
+    Returns:
+        `torch.FloatTensor`, scalar, in nats.
+    """
+    all_embeds = embeds if all_embeds is None else all_embeds
+    all_teacher_embeds = teacher_embeds if all_teacher_embeds is None else all_teacher_embeds
+    own = torch.arange(len(embeds), device=embeds.device)[:, None] + offset
+    logits = logit_scale * (embeds @ all_embeds.T)
+    goal = logit_scale * (teacher_embeds @ all_teacher_embeds.T)
+    logits, goal = (values.scatter(1, own, -torch.inf) for values in (logits, goal))
+    log_student, log_teacher = logits.log_softmax(1), goal.log_softmax(1)
+    terms = log_teacher.exp() * (log_teacher - log_student)
+    return terms.scatter(1, own, 0.0).sum() / len(embeds)
+
+
+__all__ = ["ALL_ALIKE", "Negatives", "cross_entropy_of_rows", "hardest_of_rows", "relational_distillation"]

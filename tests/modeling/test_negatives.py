@@ -1,0 +1,144 @@
+"""Filters, weights and choices of negatives against loops over single numbers, in float64."""
+
+import math
+
+import pytest
+import torch
+
+from mmgem.modeling_mmgem import Negatives, contrastive_loss
+from mmgem.modeling_mmgem.negatives_mmgem import hardest_of_rows, relational_distillation
+
+
+SCALE = 1 / 0.02
+
+
+def embeddings(seed=0, count=12, dim=6, noise=0.6):
+    """Texts near their images, unit norm, float64."""
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randn(count, dim, generator=generator, dtype=torch.float64)
+    texts = images + noise * torch.randn(count, dim, generator=generator, dtype=torch.float64)
+    return [torch.nn.functional.normalize(x, dim=-1).requires_grad_() for x in (texts, images)]
+
+
+def looped(queries, keys, negatives, left_out=(), scale=SCALE):
+    """One direction as the papers write it: a list of negatives per row. Cosines in weights have no gradient."""
+    total = 0.0
+    for i in range(len(queries)):
+        positive = queries[i] @ keys[i]
+        kept = []
+        for j in range(len(keys)):
+            if j == i or (i, j) in left_out:
+                continue
+            cosine = queries[i] @ keys[j]
+            if negatives.margin is not None and cosine.item() > positive.item() + negatives.margin:
+                continue
+            kept.append(scale * cosine + negatives.hardness * cosine.item())
+        if negatives.hardest:
+            kept.sort(key=lambda logit: -logit.item())
+            kept = [kept[n % len(kept)] for n in range(negatives.hardest)] if kept else []
+        logits = torch.stack([scale * positive, *kept])
+        total = total + logits.logsumexp(0) - logits[0]
+    return total / len(queries)
+
+
+CASES = {
+    "margin": Negatives(margin=0.1),
+    "negative margin": Negatives(margin=-0.2),
+    "k hardest": Negatives(hardest=3),
+    "more than there are": Negatives(hardest=40),
+    "hardness": Negatives(hardness=9.0),
+    "UniME": Negatives(margin=0.1, hardest=8),
+    "all": Negatives(margin=0.0, hardness=2.0, hardest=4),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("seed", range(3))
+def test_loss_and_gradients_equal_the_loop(name, seed):
+    texts, images = embeddings(seed)
+    loss = contrastive_loss(texts, images, torch.tensor(SCALE, dtype=torch.float64), negatives=CASES[name])
+    expected = looped(texts, images, CASES[name]) + looped(images, texts, CASES[name])
+    torch.testing.assert_close(loss.double(), expected, atol=1e-8, rtol=1e-8)
+    found, right = (torch.autograd.grad(value, (texts, images)) for value in (loss, expected))
+    for one, other in zip(found, right):
+        torch.testing.assert_close(one, other, atol=1e-8, rtol=1e-6)
+    plain = contrastive_loss(texts, images, torch.tensor(SCALE, dtype=torch.float64))
+    assert abs(float(loss - plain)) > 1e-6, "the option has an effect"
+
+
+def test_a_pair_twice_is_no_negative_and_never_stands_in_for_one():
+    texts, images = embeddings(1)
+    ids = torch.arange(12)[:, None].repeat(1, 2)
+    ids[5] = ids[4]
+    left_out = {(4, 5), (5, 4)}
+    negatives = Negatives(margin=0.1, hardest=8)
+    loss = contrastive_loss(texts, images, torch.tensor(SCALE, dtype=torch.float64), pair_ids=ids, negatives=negatives)
+    expected = looped(texts, images, negatives, left_out) + looped(images, texts, negatives, left_out)
+    torch.testing.assert_close(loss.double(), expected, atol=1e-8, rtol=1e-8)
+
+
+def test_fewer_than_k_are_repeated_and_what_was_left_out_is_not_among_them():
+    """Public code takes the top k of a row that holds -inf, and so the filtered negatives, or the positive."""
+    logits = torch.tensor([[3.0, -math.inf, 1.0, -math.inf, 2.0], [-math.inf] * 5])
+    found = hardest_of_rows(logits, 7)
+    assert found[0].tolist() == [3.0, 2.0, 1.0, 3.0, 2.0, 1.0, 3.0]
+    assert found[1].isinf().all()
+
+
+def test_a_row_without_negatives_has_no_loss_and_a_finite_gradient():
+    texts, images = embeddings(2, count=3)
+    negatives = Negatives(margin=-3.0, hardest=2)  # every negative is taken for a false one
+    loss = contrastive_loss(texts, images, torch.tensor(SCALE, dtype=torch.float64), negatives=negatives)
+    assert loss.item() == 0
+    assert all(gradient.isfinite().all() for gradient in torch.autograd.grad(loss, (texts, images)))
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("processes", [2, 4])
+def test_rows_of_several_processes_add_up_to_the_whole(name, processes):
+    texts, images = embeddings(6)
+    scale, rows = torch.tensor(SCALE, dtype=torch.float64), 12 // processes
+    whole = contrastive_loss(texts, images, scale, negatives=CASES[name])
+    parts = [
+        contrastive_loss(
+            *(texts[start : start + rows], images[start : start + rows], scale, texts, images, start),
+            negatives=CASES[name],
+        )
+        for start in range(0, 12, rows)
+    ]
+    mean = torch.stack(parts).mean()
+    torch.testing.assert_close(mean, whole, atol=1e-10, rtol=1e-10)
+    found, right = (torch.autograd.grad(value, (texts, images)) for value in (mean, whole))
+    for one, other in zip(found, right):
+        torch.testing.assert_close(one, other, atol=1e-10, rtol=1e-8)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_blocks_of_rows_change_nothing(name, monkeypatch):
+    texts, images = embeddings(7)
+    scale = torch.tensor(SCALE, dtype=torch.float64)
+    whole = contrastive_loss(texts, images, scale, negatives=CASES[name])
+    monkeypatch.setattr("mmgem.modeling_mmgem.losses_mmgem.BLOCK_SIZE", 5 * 12)
+    blocks = contrastive_loss(texts, images, scale, negatives=CASES[name])
+    torch.testing.assert_close(blocks, whole, atol=1e-10, rtol=1e-10)
+
+
+@pytest.mark.parametrize("offset", [0, 4])
+def test_distillation_equals_the_definition(offset):
+    student, teacher = embeddings(3, dim=6)[0], embeddings(4, dim=9)[0].detach()
+    rows = slice(offset, offset + 4)
+    loss = relational_distillation(student[rows], teacher[rows], SCALE, student, teacher, offset)
+    expected = 0.0
+    for i in range(offset, offset + 4):
+        others = [j for j in range(12) if j != i]
+        p = (SCALE * torch.stack([teacher[i] @ teacher[j] for j in others])).softmax(0)
+        q = (SCALE * torch.stack([student[i] @ student[j] for j in others])).softmax(0)
+        expected = expected + (p * (p / q).log()).sum() / 4
+    torch.testing.assert_close(loss, expected, atol=1e-8, rtol=1e-8)
+    found, right = (torch.autograd.grad(value, student)[0] for value in (loss, expected))
+    torch.testing.assert_close(found, right, atol=1e-8, rtol=1e-6)
+
+
+def test_a_student_that_agrees_has_no_loss():
+    student = embeddings(5)[0]
+    assert relational_distillation(student, student.detach(), SCALE).item() == pytest.approx(0, abs=1e-12)
