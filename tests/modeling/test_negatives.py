@@ -9,10 +9,10 @@ from mmgem.modeling_mmgem import Negatives, contrastive_loss
 from mmgem.modeling_mmgem.negatives_mmgem import hardest_of_rows, relational_distillation
 
 
-SCALE = 1 / 0.02
+SCALE = 5.0
 
 
-def embeddings(seed=0, count=12, dim=6, noise=0.6):
+def embeddings(seed=0, count=12, dim=6, noise=1.5):
     """Texts near their images, unit norm, float64."""
     generator = torch.Generator().manual_seed(seed)
     images = torch.randn(count, dim, generator=generator, dtype=torch.float64)
