@@ -293,6 +293,17 @@ def read_samples(path: str, start: int = 0) -> Iterator[RawSample]:
             yield RawSample(path if kind == "broken shard" else f"{path}: {kind}", fault=f"{kind}: {fault}")
 
 
+def image_places(path: str) -> dict[str, tuple[int, int]]:
+    """Offset and size in bytes of each sample's image in a tar, by its key, from the headers alone."""
+    places: dict[str, tuple[int, int]] = {}
+    with fsspec.open(path, "rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
+        for member in _members(tar, file, {}):
+            extension = PurePosixPath(member.name).name.partition(".")[2].lower()
+            if member.isreg() and member.size <= MAX_MEMBER_BYTES and extension in PICTURES:
+                places.setdefault(os.path.join(path, _key(member)), (member.offset_data, member.size))
+    return places
+
+
 def _members(tar: tarfile.TarFile, file: Any, faults: dict[str, str]) -> Iterator[tarfile.TarInfo]:
     """The members in order, up to the end or a fault, without the metadata files that macOS adds."""
     metadata = 0

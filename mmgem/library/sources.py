@@ -5,12 +5,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
+import fsspec
 from PIL import Image
 
 from ..data.arguments import TableArguments
 from ..data.loading import BUILT_IN, Table, checked_table, is_hub_id, read_table
 from ..data.pairs import decoded, digest, encoded
-from ..data.shards import BadSampleError, content_of, expand_shards, read_samples
+from ..data.shards import BadSampleError, content_of, expand_shards, image_places, read_samples
 from ..data.table_files import FORMATS, load_named
 from ..processing.images_mmgem import to_rgb
 
@@ -170,6 +171,7 @@ class ShardSource:
     state = ""
 
     def __init__(self, shards: list[str]):
+        self.places: dict[str, dict[str, tuple[int, int]]] = {}  # of the images in the shards that were asked for
         self.shards = [shard if "://" in shard else os.path.abspath(shard) for shard in shards]
 
     def units(self, part: int = 0, parts: int = 1) -> Iterator[str]:
@@ -190,7 +192,12 @@ class ShardSource:
 
     def item(self, name: str) -> Item:
         shard = name[: name.rindex(".tar/") + len(".tar")]
-        return next(item for item in self.items(shard) if item.id == name)
+        if shard not in self.places:
+            self.places[shard] = image_places(shard)
+        offset, size = self.places[shard][name]
+        with fsspec.open(shard, "rb") as file:
+            file.seek(offset)
+            return Item(name, "", digest(name.encode()), file.read(size))
 
 
 @dataclass

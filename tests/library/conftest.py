@@ -1,11 +1,19 @@
 """A checkpoint with its three adapters, a folder of images, and the model loaded."""
 
+import numpy as np
 import pytest
 
 from mmgem.library import LoadedModel
+from mmgem.library.tables import read_vectors
 
 from ..conftest import make_picture
 from ..hub.conftest import save_model_and_adapters
+
+
+def rows_of(folder):
+    """The vector of each id of an index."""
+    vectors = read_vectors(str(folder))
+    return dict(zip(vectors.ids.to_pylist(), np.concatenate(list(vectors))))
 
 
 @pytest.fixture(scope="session")

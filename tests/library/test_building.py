@@ -19,15 +19,10 @@ from mmgem.library.tables import part_files, read_vectors
 from mmgem.output_lock import output_lock
 
 from ..conftest import make_model, make_picture, write_shards
+from .conftest import rows_of
 
 
 ROOT = Path(__file__).parents[2]
-
-
-def rows_of(folder):
-    """The vector of each id."""
-    vectors = read_vectors(str(folder))
-    return dict(zip(vectors.ids.to_pylist(), np.concatenate(list(vectors))))
 
 
 @pytest.mark.parametrize("form", ["parquet", "npy"])

@@ -10,6 +10,7 @@ from mmgem.library.building import LEFT_OUT, build
 from mmgem.library.tables import part_files, read_vectors
 
 from ..conftest import write_shards
+from .conftest import rows_of
 
 
 ray = pytest.importorskip("ray")
@@ -20,11 +21,6 @@ def cluster():
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
     yield
     ray.shutdown()
-
-
-def rows_of(folder):
-    vectors = read_vectors(str(folder))
-    return dict(zip(vectors.ids.to_pylist(), np.concatenate(list(vectors))))
 
 
 def test_two_workers_give_the_vectors_of_one_process(photos, loaded, checkpoint, tmp_path):
