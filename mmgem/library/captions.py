@@ -195,17 +195,8 @@ def write_captions(
     Raises:
         ValueError: for another kind of output, one that exists, or an interrupted run of other settings.
     """
+    _check_output(source, output, options, boxes is not None, overwrite)
     is_sidecar = output == SIDECAR
-    if not is_sidecar and not output.endswith(OUTPUTS):
-        raise ValueError(f"{output} must end in {', '.join(OUTPUTS)}, or be 'txt' for a file beside each image.")
-    if output.endswith(".json") and boxes is not None:
-        raise ValueError("COCO's caption results hold no boxes. Write .jsonl or .csv.")
-    if options.draws and (boxes is not None or options.num_beams > 1):
-        raise ValueError("Captions are drawn of whole images, without beams: leave out --rerank, or the others.")
-    if is_sidecar and (boxes is not None or not isinstance(source, FolderSource)):
-        raise ValueError("'txt' is for whole images in a folder. Write .jsonl or .csv.")
-    if not is_sidecar and os.path.exists(output) and not overwrite:
-        raise ValueError(f"{output} exists. Give another --output, or --overwrite.")
     folder = source.folder if isinstance(source, FolderSource) and is_sidecar else os.path.dirname(output) or "."
     os.makedirs(folder, exist_ok=True)
     partial = os.path.join(folder, ".captions.unfinished" if is_sidecar else f"{os.path.basename(output)}.unfinished")
@@ -238,6 +229,21 @@ def write_captions(
             _finish(rows, output)
         os.remove(partial)
     return len(rows), faults
+
+
+def _check_output(source: Source, output: str, options: CaptionOptions, has_boxes: bool, overwrite: bool) -> None:
+    """Raises ValueError for an output that cannot hold the captions, or is there already."""
+    is_sidecar = output == SIDECAR
+    if not is_sidecar and not output.endswith(OUTPUTS):
+        raise ValueError(f"{output} must end in {', '.join(OUTPUTS)}, or be 'txt' for a file beside each image.")
+    if output.endswith(".json") and has_boxes:
+        raise ValueError("COCO's caption results hold no boxes. Write .jsonl or .csv.")
+    if options.draws and (has_boxes or options.num_beams > 1):
+        raise ValueError("Captions are drawn of whole images, without beams: leave out --rerank, or the others.")
+    if is_sidecar and (has_boxes or not isinstance(source, FolderSource)):
+        raise ValueError("'txt' is for whole images in a folder. Write .jsonl or .csv.")
+    if not is_sidecar and os.path.exists(output) and not overwrite:
+        raise ValueError(f"{output} exists. Give another --output, or --overwrite.")
 
 
 @contextmanager
