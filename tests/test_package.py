@@ -49,9 +49,11 @@ def installed_wheel(tmp_path_factory):
 @pytest.mark.slow  # builds the wheel
 def test_wheel_puts_nothing_but_mmgem_into_site_packages(installed_wheel):
     names = {path.name for path in installed_wheel.iterdir() if not path.name.endswith(".dist-info")}
-    assert names == {"mmgem"}
+    assert names == {"mmgem", "bin"}  # pip puts the command there, for `--target`
+    assert [path.name for path in (installed_wheel / "bin").iterdir()] == ["mmgem"]
     modules = {path.parent.name for path in (installed_wheel / "mmgem").glob("*/__init__.py")}
     assert {"configuration", "modeling_mmgem", "processing", "data", "training", "evaluation"} <= modules
+    assert {"library", "page", "cli"} <= modules
 
 
 @pytest.mark.slow  # builds the wheel
