@@ -62,7 +62,7 @@ def least_side_of(image_processor: Any) -> int:
 def normalized_pixels(pixels: torch.Tensor, image_processor: Any) -> torch.Tensor:
     """
     What an image processor makes of pixels that it has resized and cropped: `(B, 3, height, width)` uint8 to float32.
-    Of a whole batch this takes a third of the time that transformers takes image by image.
+    Transformers' own does it image by image, in about twice the time.
     """
     values = pixels.float()
     if image_processor.do_rescale:

@@ -3,8 +3,7 @@
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from enum import StrEnum
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -18,35 +17,10 @@ app = typer.Typer(
 )
 
 
-class Format(StrEnum):
-    """Format of an index's parts."""
-
-    parquet = "parquet"
-    npy = "npy"
-
-
-class Engine(StrEnum):
-    """What runs `mmgem embed` in several processes."""
-
-    local = "local"
-    ray = "ray"
-
-
-class Precision(StrEnum):
-    """Precision of the vectors that are searched."""
-
-    float32 = "float32"
-    int8 = "int8"
-
-
-class Dtype(StrEnum):
-    """Precision of the weights."""
-
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
-
-
+Format = Literal["parquet", "npy"]
+Engine = Literal["local", "ray"]
+Precision = Literal["float32", "int8"]
+Dtype = Literal["float32", "bfloat16", "float16"]
 # The same option means the same in every command.
 Source = Annotated[
     str, typer.Argument(help="Folder of images, table, tar shards, Hub dataset, or 'scenes'.", show_default=False)
@@ -89,10 +63,10 @@ def one_line_errors() -> Iterator[None]:
         yield
     except (ValueError, OSError, HfHubHTTPError, ImportError) as error:
         sys.exit(f"error: {error}")
-    except (RuntimeError, MemoryError) as error:
-        if not isinstance(error, OtherProcessFailed | torch.OutOfMemoryError | MemoryError):
-            raise
-        sys.exit(f"error: {str(error).splitlines()[0] if str(error) else 'out of memory'}. Lower --batch_size.")
+    except OtherProcessFailed as error:
+        sys.exit(f"error: {error}")
+    except (torch.OutOfMemoryError, MemoryError):
+        sys.exit("error: The memory is full. Lower --batch_size.")
     except KeyboardInterrupt:
         print("interrupted; mmgem embed and mmgem caption go on where they stopped", file=sys.stderr)
         sys.exit(130)
@@ -106,14 +80,14 @@ def embed(
     image_column: ImageColumn = "image",
     split: Split = "train",
     dataset_config_name: Config = None,
-    format: Annotated[Format, typer.Option("--format", help="npy: clip-retrieval's folders.")] = Format.parquet,
-    engine: Annotated[Engine, typer.Option("--engine", help="ray: many machines.")] = Engine.local,
+    format: Annotated[Format, typer.Option("--format", help="npy: clip-retrieval's folders.")] = "parquet",
+    engine: Annotated[Engine, typer.Option("--engine", help="ray: many machines.")] = "local",
     num_workers: Annotated[
         int, typer.Option("--num_workers", min=0, help="Processes that read images; of ray, that embed.")
     ] = 1,
     batch_size: BatchSize = 32,
     device: Device = None,
-    dtype: DtypeOption = Dtype.float32,
+    dtype: DtypeOption = "float32",
     do_center_crop: Crop = True,
     as_json: Json = False,
 ) -> None:
@@ -122,9 +96,9 @@ def embed(
         from .library import embed_images
 
         source_options = {"name": source, "image_column": image_column, "split": split, "config": dataset_config_name}
-        loading = {"name": model, "device": device, "dtype": dtype.value, "do_center_crop": do_center_crop}
-        building = {"form": format.value, "batch_size": batch_size, "workers": num_workers}
-        embed_images(source_options, output, loading, building, engine.value, as_json)
+        loading = {"name": model, "device": device, "dtype": dtype, "do_center_crop": do_center_crop}
+        building = {"form": format, "batch_size": batch_size, "workers": num_workers}
+        embed_images(source_options, output, loading, building, engine, as_json)
 
 
 @app.command()
@@ -143,11 +117,11 @@ def search(
     top: Annotated[int, typer.Option("--top", min=1, help="Number of images.")] = 20,
     rerank: Annotated[int, typer.Option("--rerank", min=0, help="So many are re-ordered by likelihood.")] = 0,
     regions: Annotated[bool, typer.Option("--regions", help="Order by the best region, and show it.")] = False,
-    precision: Annotated[Precision, typer.Option("--precision", help="Of the vectors.")] = Precision.float32,
+    precision: Annotated[Precision, typer.Option("--precision", help="Of the vectors.")] = "float32",
     output: Annotated[str, typer.Option("--output", "-o", help="Contact sheet.")] = "search.png",
     model: IndexModel = None,
     device: Device = None,
-    dtype: DtypeOption = Dtype.float32,
+    dtype: DtypeOption = "float32",
     as_json: Json = False,
 ) -> None:
     """Search an index by text, image, or both.
@@ -159,9 +133,9 @@ def search(
 
         if query is not None and text is not None:
             raise ValueError("QUERY and --text are the same; give one of them.")
-        loading = {"name": model, "device": device, "dtype": dtype.value}
+        loading = {"name": model, "device": device, "dtype": dtype}
         asked = {"text": query if text is None else text, "image": image, "top": top, "rerank": rerank}
-        search_index(index, {**asked, "regions": regions}, box, loading, precision.value, output, as_json)
+        search_index(index, {**asked, "regions": regions}, box, loading, precision, output, as_json)
 
 
 @app.command()
@@ -185,7 +159,7 @@ def caption(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files that exist.")] = False,
     batch_size: BatchSize = 16,
     device: Device = None,
-    dtype: DtypeOption = Dtype.float32,
+    dtype: DtypeOption = "float32",
     do_center_crop: Crop = True,
     as_json: Json = False,
 ) -> None:
@@ -194,7 +168,7 @@ def caption(
         from .library import caption_images
 
         source_options = {"name": source, "image_column": image_column, "split": split, "config": dataset_config_name}
-        loading = {"name": model, "device": device, "dtype": dtype.value, "do_center_crop": do_center_crop}
+        loading = {"name": model, "device": device, "dtype": dtype, "do_center_crop": do_center_crop}
         how = {"batch_size": batch_size, "max_new_tokens": max_new_tokens, "num_beams": num_beams, "draws": rerank}
         caption_images(source_options, output, loading, how, boxes, overwrite, as_json)
 
@@ -206,7 +180,7 @@ def serve(
     host: Annotated[str, typer.Option("--host", help="0.0.0.0: reachable by others.")] = "127.0.0.1",
     port: Annotated[int, typer.Option("--port", min=0, max=65535, help="Of the page.")] = 7860,
     device: Device = None,
-    dtype: DtypeOption = Dtype.float32,
+    dtype: DtypeOption = "float32",
 ) -> None:
     """Serve a page to search, describe and point.
 
@@ -215,7 +189,7 @@ def serve(
     with one_line_errors():
         from .library import serve_page
 
-        serve_page(index or None, {"name": model, "device": device, "dtype": dtype.value}, host, port)
+        serve_page(index or None, {"name": model, "device": device, "dtype": dtype}, host, port)
 
 
 FORWARD: dict[str, Any] = {

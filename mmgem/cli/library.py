@@ -109,7 +109,7 @@ def contact_sheet(index: Index, hits: list[Hit], columns: int = 5) -> Image.Imag
     sheet, corners = empty_sheet(len(hits), min(columns, max(len(hits), 1)), CELL + 12, CELL + 40)
     draw = ImageDraw.Draw(sheet)
     for place, (hit, (left, top)) in enumerate(zip(hits, corners), 1):
-        image = index.image(hit)
+        image = index.image(hit, 0 if hit.box else CELL)  # boxes are in pixels of the whole image
         if image is None:
             draw.rectangle((left, top, left + CELL, top + CELL), outline=GREY)
             write_text(sheet, "not there any more", left + 20, top + CELL // 2, GREY, 26, 1)

@@ -70,17 +70,18 @@ def prepare(folder: str, identity: Identity, form: str, options: SourceOptions, 
     if not found and part_files(folder):
         raise ValueError(f"{folder} holds vectors of another program. Give another --output.")
     about = {**asdict(identity), "format": form, "source": asdict(options.absolute()), "state": source.state}
-    for name, value in {**about, "state": None, "model": None}.items():
-        if found and value is not None and found.get(name) != value:
-            if name == "source":
-                raise ValueError(
-                    f"{folder} is an index of {found['source']['name']}, and would lose its images. Give another "
-                    f"--output; if the images have moved, write their new place into {INDEX_FILE}."
-                )
-            raise ValueError(
-                f"{folder} was made by {found['model']} with another value of {name}. Give another --output, or "
-                "delete the index."
-            )
+    # A checkpoint may have moved, and a table may have changed; the vectors of other models cannot be mixed.
+    changed = [name for name in about if name not in ("model", "state") and found.get(name) != about[name]]
+    if found and "source" in changed:
+        raise ValueError(
+            f"{folder} is an index of {found['source']['name']}, and would lose its images. Give another --output; if "
+            f"the images have moved, write their new place into {INDEX_FILE}."
+        )
+    if found and changed:
+        raise ValueError(
+            f"{folder} was made by {found['model']} with another value of {changed[0]}. Give another --output, or "
+            "delete the index."
+        )
     path = os.path.join(folder, INDEX_FILE)
     with open(f"{path}.unfinished", "w", encoding="utf-8") as file:
         json.dump(about, file, indent=2, ensure_ascii=False)

@@ -21,6 +21,7 @@ from ..evaluation.evaluator import draw_captions_of
 from ..evaluation.likelihood import LIKELIHOOD_WEIGHT, combined
 from ..evaluation.regions import adapters_off, stage_1
 from ..modeling_mmgem.adapters_mmgem import active_adapters_of
+from ..processing.image_processors_mmgem import least_side_of
 from .loaded import LoadedModel
 from .sources import FolderSource, Item, Source
 
@@ -136,12 +137,13 @@ def caption_source(
     """
     faults = {} if faults is None else faults
     batch: list[tuple[Item, Any]] = []
+    side = 0 if boxes is not None else least_side_of(loaded.processor.image_processor)  # boxes are in its pixels
     for item in (item for unit in source.units() for item in source.items(unit)):
         own = None if boxes is None else boxes.get(item.id, boxes.get(os.path.basename(item.path or item.id)))
         if item.id in done or (boxes is not None and not own):
             continue
         try:
-            image = item.image()
+            image = item.image(side)
         except Exception as error:  # Pillow's readers raise errors of many types
             faults[item.id] = f"{type(error).__name__}: {error}"
             continue

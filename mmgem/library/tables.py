@@ -16,7 +16,6 @@ from ..data.json_files import read_json
 
 INDEX_FILE = "index.json"
 PARTS = "vectors"
-FORMATS = ("parquet", "npy")
 # clip-retrieval's folders, which `--format npy` writes too.
 NPY_PARTS, NPY_ROWS = "img_emb", "metadata"
 # Columns of other programs' tables, by preference.

@@ -111,8 +111,8 @@ def _settings(args: MMGEMTrainingArguments, data_args: DataArguments) -> dict[st
         "precision": "bf16" if args.bf16 else "fp16" if args.fp16 else "float32",
         "seed": args.seed,
     }
-    for name in ("false_negative_margin", "hardest_negatives", "hardness_weight"):
-        if getattr(args, name):
+    if args.negatives:
+        for name in ("false_negative_margin", "hardest_negatives", "hardness_weight"):
             settings[name] = getattr(args, name)
     if args.matryoshka_dims:
         settings["matryoshka_dims"] = args.matryoshka_dims
