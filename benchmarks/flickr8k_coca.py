@@ -38,6 +38,7 @@ import torch
 from coca import build_coca, coca_texts, fix_class_position
 from common import joint_losses, print_result
 
+from mmgem.data.arguments import DataArguments
 from mmgem.data.collator import PairCollator
 from mmgem.data.loading import load_pairs
 from mmgem.data.pairs import PairDataset
@@ -46,8 +47,8 @@ from mmgem.evaluation.embedding import embed_pairs
 from mmgem.evaluation.evaluator import generate_captions, held_out_caption_loss
 from mmgem.evaluation.retrieval import retrieval_metrics
 from mmgem.processing import MMGEMProcessor
-from mmgem.training.arguments import DataArguments, ModelArguments
 from mmgem.training.building import build_model_and_processor
+from mmgem.training.model_arguments import ModelArguments
 from mmgem.training.stages import freeze_parameters, parameter_groups
 
 

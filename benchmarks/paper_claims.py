@@ -35,8 +35,8 @@ from mmgem.data.pairs import PairDataset
 from mmgem.data.scenes import ScenesDataset
 from mmgem.evaluation.evaluator import evaluate_long_text
 from mmgem.evaluation.retrieval import retrieval_metrics
-from mmgem.training.arguments import ModelArguments
 from mmgem.training.building import build_model_and_processor
+from mmgem.training.model_arguments import ModelArguments
 from mmgem.training.stages import parameter_groups
 
 

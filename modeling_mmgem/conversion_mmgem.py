@@ -66,7 +66,7 @@ def from_vision_text_pretrained(
     old_tokenizer = AutoTokenizer.from_pretrained(text, **text_kwargs)
     old_vocabulary = old_tokenizer.get_vocab()
     tokenizer = to_mmgem_tokenizer(old_tokenizer)
-    _check_language_model(causal_lm)
+    check_language_model(causal_lm)
     # Inside a vocabulary that was padded, the new tokens take rows that no old token uses.
     known = torch.tensor(sorted(i for i in old_vocabulary.values() if i < causal_lm.config.vocab_size))
     probe = {"input_ids": known[:32][None], "attention_mask": torch.ones_like(known[:32][None])}
@@ -118,7 +118,8 @@ def configure_generation(model: Any, tokenizer: Any) -> None:
     generation.suppress_tokens = list(special_token_ids(tokenizer).values())
 
 
-def _check_language_model(causal_lm: PreTrainedModel) -> None:
+def check_language_model(causal_lm: PreTrainedModel) -> None:
+    """Raises ValueError for what is no plain causal language model with attention only."""
     name = causal_lm.config.model_type
     if causal_lm._is_stateful:
         raise ValueError(
@@ -140,4 +141,4 @@ def _add_rows(causal_lm: PreTrainedModel, vocab_size: int, known: torch.Tensor, 
             parameter.data[new_ids] = parameter.data[known].mean(0)
 
 
-__all__ = ["configure_generation", "from_vision_text_pretrained"]
+__all__ = ["check_language_model", "configure_generation", "from_vision_text_pretrained"]

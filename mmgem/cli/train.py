@@ -2,6 +2,7 @@
 
 import sys
 from contextlib import ExitStack
+from typing import Any
 
 from huggingface_hub.errors import HTTPError
 from safetensors import SafetensorError
@@ -17,6 +18,7 @@ from ..training.dry_run import dry_run_report
 from ..training.feature_cache import DiskFullError
 from ..training.memory import check_memory
 from ..training.run import build_trainer, evaluate_saved, save_trained
+from ..training.text_run import build_text_trainer, evaluate_text
 
 
 def main(arguments: list[str] | None = None, script: str = "train.py") -> None:
@@ -36,14 +38,20 @@ def _main(arguments: list[str] | None, script: str, stack: ExitStack) -> None:
     try:
         model_args, data_args, args, dry_run_args = parse_arguments(arguments, script)
         checkpoint = checkpoint_to_resume(args.resume_from_checkpoint, args.output_dir)
-        config = planned_config(model_args, checkpoint)
-        if args.dry_run:
+        is_of_texts = args.stage == "text-distillation"
+        config = None if is_of_texts else planned_config(model_args, checkpoint)
+        if config is not None and args.dry_run:
             print(dry_run_report(config, args, data_args, dry_run_args))
             return
-        check_memory(config, args)
+        if config is not None:
+            check_memory(config, args)
         if args.process_index == 0:
             stack.enter_context(output_lock(str(args.output_dir)))
-        trainer = build_trainer(model_args, data_args, args, config, checkpoint)
+        trainer: Any
+        if config is None:
+            trainer = build_text_trainer(model_args, data_args, args)
+        else:
+            trainer = build_trainer(model_args, data_args, args, config, checkpoint)
     except (ValueError, OSError, HTTPError) as error:
         sys.exit(f"error: {error}")
     try:
@@ -56,7 +64,10 @@ def _main(arguments: list[str] | None, script: str, stack: ExitStack) -> None:
         sys.exit(f"error: the trained model could not be written to {args.output_dir}: {error}")
     if trainer.eval_dataset is not None:
         try:
-            evaluate_saved(trainer, model_args, data_args)
+            if is_of_texts:
+                evaluate_text(trainer, data_args)
+            else:
+                evaluate_saved(trainer, model_args, data_args)
         except (ValueError, OSError, RuntimeError) as error:
             sys.exit(f"error: {args.output_dir} is saved, but could not be evaluated: {error}")
     is_first = trainer.is_world_process_zero()  # outside of the process group every process is

@@ -68,6 +68,13 @@ class DataArguments(TableArguments):
         None, f"Published files to train on, joined by image: {ANNOTATION_FILES}."
     )
     validation_annotations: list[str] | None = option(None, "Published files to evaluate on, as train_annotations.")
+    text_columns: list[str] = option(
+        [], "text-distillation: columns of texts, or of lists of texts; the caption_column by default."
+    )
+    teacher: str | None = option(
+        None, "text-distillation: model of sentence-transformers (folder or Hub id), which embeds the texts once."
+    )
+    teacher_column: str | None = option(None, "text-distillation: column of the teacher's vectors instead.")
     max_length: int = option(50, "Tokens per text, BOS and [EMB] included.")
     max_train_samples: int | None = option(None, "Number of training examples to use (scenes: 20,000).")
     max_eval_samples: int | None = option(None, "Number of examples to evaluate on (scenes: 500).")

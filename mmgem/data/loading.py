@@ -177,14 +177,15 @@ def _train_and_held_out(
     make: Callable[..., DatasetT],
     built_in: dict[str, Any] = BUILT_IN,
 ) -> tuple[DatasetT, DatasetT | None]:
-    train, held_out = _load_tables(arguments, image_size, seed, built_in)
+    train, held_out = load_tables(arguments, image_size, seed, built_in)
     eval_dataset = None if held_out is None else make(held_out, arguments, seed, held_out=True)
     return make(train, arguments, seed), eval_dataset
 
 
-def _load_tables(
-    arguments: DataArguments, image_size: int, seed: int, built_in: dict[str, Any]
+def load_tables(
+    arguments: DataArguments, image_size: int, seed: int, built_in: dict[str, Any] = BUILT_IN
 ) -> tuple[Table, Table | None]:
+    """The table to train on, and the one to evaluate on (None where the data has none, which is logged)."""
     if arguments.dataset_name in built_in:
         draw = built_in[arguments.dataset_name]
         train = Table(draw("train", arguments.max_train_samples or 20_000, image_size, seed))

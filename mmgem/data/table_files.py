@@ -15,7 +15,7 @@ import pyarrow as pa
 from .json_files import parse_json, read_json
 
 
-FORMATS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv"}
+FORMATS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv", ".txt": "text"}
 # Only an empty field is a missing value. pandas also takes "None", "NA" and "null" for one, and they may be captions.
 CSV_OPTIONS = {"keep_default_na": False, "na_values": [""]}
 MAX_FIELD_BYTES = 2**27
@@ -24,7 +24,7 @@ UTF_16 = (b"\xff\xfe", b"\xfe\xff")
 
 def read_file(path: str, split: str) -> datasets.Dataset:
     """
-    A table from parquet, jsonl, json or csv.
+    A table from parquet, jsonl, json or csv; of a txt, each line is a row of the column `text`.
 
     Raises:
         ValueError: for an unknown format, an invalid file (with the line, if it has lines), or one without rows.
@@ -181,4 +181,14 @@ def _check_csv(path: str) -> None:
         csv.field_size_limit(limit)
 
 
-CHECKS: dict[str, Callable[[str], None]] = {".jsonl": _check_json_rows, ".json": _check_json, ".csv": _check_csv}
+def _check_text(path: str) -> None:
+    for _ in _lines(path):
+        pass
+
+
+CHECKS: dict[str, Callable[[str], None]] = {
+    ".jsonl": _check_json_rows,
+    ".json": _check_json,
+    ".csv": _check_csv,
+    ".txt": _check_text,
+}

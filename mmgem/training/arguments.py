@@ -4,18 +4,17 @@ import importlib.util
 import math
 import os
 from dataclasses import MISSING, dataclass, fields
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from transformers import TrainingArguments, training_args
 
-from ..configuration.hub_options_mmgem import checked_hub_options
 from ..data.arguments import DataArguments
-from ..data.json_files import parse_json
 from ..evaluation.arguments import EvaluationArguments, check_dims
 from ..modeling_mmgem import Negatives
 from ..options import checked_token, option, parse_options
 from .checks import PYTORCH_OPTIMIZERS, refuse_unsupported, refuse_unsupported_loaders, warn_of_slow_bfloat16
+from .model_arguments import ModelArguments
 
 
 MINIMA = {
@@ -31,6 +30,18 @@ MINIMA = {
     "dataloader_num_workers": 0,
 }
 
+# Options that another stage than the first has no use for, and those that one of them has not.
+NOT_OF_LATER_STAGES = ("objective", "mini_batch_size", "freeze", "projection_lr_multiplier", "generation_num_beams")
+NOT_OF_STAGE = {
+    "region-caption": ("lora_rank", "temperature"),
+    "region-retrieval": ("lora_rank",),
+    "fused-retrieval": ("cache_features", "train_sampling_strategy"),
+    "text-distillation": (
+        *("cache_features", "matryoshka_dims", "false_negative_margin", "hardest_negatives", "hardness_weight"),
+        *("push_to_hub", "dry_run", "torch_compile"),
+    ),
+}
+
 
 # The options that most runs set: `--help` lists these.
 COMMON = (
@@ -42,93 +53,6 @@ COMMON = (
     *("eval_strategy", "eval_steps", "save_steps", "resume_from_checkpoint", "report_to", "dry_run"),
     *("push_to_hub", "hub_model_id"),
 )
-
-
-@dataclass
-class ModelArguments:
-    """Where the model comes from: an MM-GEM checkpoint, checkpoints of two towers, or configurations."""
-
-    init_from: str | None = option(None, "MM-GEM checkpoint (folder or Hub id) to go on from, on new data.")
-    vision_model_name_or_path: str | None = option(
-        None, "Checkpoint for the vision tower: CLIP, SigLIP, DINOv3, … (table in docs/training.md)."
-    )
-    text_model_name_or_path: str | None = option(None, "Causal language model checkpoint.")
-    vision_kwargs: dict | str | None = option(None, "Where the vision checkpoint is (JSON): revision, subfolder.")
-    text_kwargs: dict | str | None = option(None, "The same of the language model; gguf_file too.")
-    vision_config: dict | str | None = option(None, "From scratch: settings of the vision tower (JSON).")
-    text_config: dict | str | None = option(None, "From scratch: settings of the language model (JSON).")
-    vocab_size: int = option(None, "From scratch: size of the BPE trained on the captions; 4096 by default.")
-    image_size: int | None = option(None, "Pixels per side; position embeddings are interpolated where it is new.")
-    attn_implementation: str | None = option(
-        None, "Attention of both towers: sdpa (default), eager, flash_attention_2, …"
-    )
-    do_center_crop: bool = option(
-        True, "false resizes whole images to the model's square, where its image processor would cut out the middle."
-    )
-    projection_dim: int | None = option(
-        None, "D, the size of the embedding space of a new model; 512 by default, or the tower's."
-    )
-    image_pooling: Literal["mean", "cls", "cls+mean", "tower"] | None = option(
-        None,
-        "What a new model embeds images from; mean of the patches by default. tower: as CLIP or SigLIP does itself.",
-    )
-    image_grid_size: int | None = option(
-        None, "k: a whole image becomes k x k visual tokens; 1 by default, or the checkpoint's own."
-    )
-    region_grid_size: int | None = option(
-        None, "k: a region becomes k x k visual tokens; by default the checkpoint's own."
-    )
-
-    @property
-    def config_settings(self) -> dict[str, Any]:
-        """The settings of a new model's configuration that were given."""
-        names = ("projection_dim", "image_pooling", "image_grid_size")
-        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
-
-    def __post_init__(self) -> None:
-        self.vision_config = _as_mapping(self.vision_config, "vision_config")
-        self.text_config = _as_mapping(self.text_config, "text_config")
-        for name in ("vision_kwargs", "text_kwargs"):
-            options = checked_hub_options(_as_mapping(getattr(self, name), name), name)
-            if options and not self.vision_model_name_or_path:
-                raise ValueError(f"{name} is for --vision_model_name_or_path and its pair. Leave out --{name}.")
-            if "token" in options:
-                raise ValueError(f"{name} is written into checkpoints. Set HF_TOKEN instead of its token.")
-            setattr(self, name, options)
-        if bool(self.vision_model_name_or_path) != bool(self.text_model_name_or_path):
-            raise ValueError(
-                "vision_model_name_or_path and text_model_name_or_path go together. Give both or neither."
-            )
-        if self.init_from and self.vision_model_name_or_path:
-            raise ValueError("init_from brings its own towers. Leave out --vision_model_name_or_path and its pair.")
-        if self.init_from and self.projection_dim is not None:
-            raise ValueError("projection_dim of the checkpoint of --init_from is kept. Leave out --projection_dim.")
-        if self.init_from and self.image_pooling is not None:
-            raise ValueError("image_pooling of the checkpoint of --init_from is kept. Leave out --image_pooling.")
-        for name in ("vocab_size", "vision_config", "text_config"):
-            if getattr(self, name) and (self.init_from or self.vision_model_name_or_path):
-                raise ValueError(
-                    f"{name} is for a model from scratch: pretrained towers and --init_from bring their own. Leave "
-                    f"out --{name}."
-                )
-        self.vocab_size = 4096 if self.vocab_size is None else self.vocab_size
-        if self.projection_dim is None and self.image_pooling != "tower":  # which has a size of its own
-            self.projection_dim = 512
-        for name in ("projection_dim", "vocab_size", "image_grid_size", "region_grid_size"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be 1 or more, got {value}.")
-
-
-def _as_mapping(value: dict | str | None, name: str) -> dict:
-    """Returns a mapping from YAML as it is, and parses JSON from the command line."""
-    try:
-        mapping = parse_json(value) if isinstance(value, str) else value or {}
-    except ValueError as error:
-        raise ValueError(f"{name} is no JSON: {error}.") from error
-    if not isinstance(mapping, dict):
-        raise ValueError(f"{name} must be a mapping, got {value!r}.")
-    return mapping
 
 
 @dataclass
@@ -150,9 +74,10 @@ class MMGEMTrainingArguments(TrainingArguments):
     stage 1, and of the adapter in stage 2.
     """
 
-    stage: Literal["1", "region-caption", "region-retrieval", "fused-retrieval"] = option(
+    stage: Literal["1", "region-caption", "region-retrieval", "fused-retrieval", "text-distillation"] = option(
         "1",
-        "1 trains everything on images with captions. The others train an adapter beside the frozen model of "
+        "1 trains everything on images with captions. text-distillation prepares the language model of "
+        "--text_model_name_or_path for it, on texts alone. The others train an adapter beside the frozen model of "
         "--init_from: h3 and soft prompts (region-caption) or h4 (region-retrieval) on regions, or LoRA "
         "(fused-retrieval) on queries of an image with a text.",
     )
@@ -161,7 +86,9 @@ class MMGEMTrainingArguments(TrainingArguments):
         False, "Run the frozen vision tower once over all images, and read its features from files."
     )
     feature_cache_dir: str | None = option(
-        None, "Folder of --cache_features, which later runs may share; OUTPUT_DIR/features by default."
+        None,
+        "Folder of --cache_features, and of what --teacher embedded, which later runs may share; OUTPUT_DIR/features "
+        "by default.",
     )
     packing: bool = option(True, "Stage 1: pack sequences into rows without padding; false gives each a padded row.")
     pack_length: int = option(128, "Length of the packed rows.")
@@ -188,6 +115,15 @@ class MMGEMTrainingArguments(TrainingArguments):
     hardest_negatives: int = option(0, "L_Emb sees so many of each row's negatives, the hardest (UniME: 8); 0: all.")
     hardness_weight: float = option(
         0.0, "Times the cosine of a negative, without a gradient, added to its logit: hard ones weigh more (LLaVE: 9)."
+    )
+    temperature: float | None = option(
+        None,
+        "tau where it is not learned: of text-distillation (0.05 by default), and of adapters that embed (by default "
+        "the model's own; UniME: 0.02).",
+    )
+    distillation_prompt: str = option(
+        "Summary above sentence in one word:",
+        "text-distillation: what stands behind each text; at its last token the text is embedded.",
     )
     mini_batch_size: int = option(
         0,
@@ -220,9 +156,12 @@ class MMGEMTrainingArguments(TrainingArguments):
         self._check_numbers()
         self._set_metric_for_best_model()
         self._read_evaluation_config()
-        if self.stage != "1":
-            self._set_up_adapter()
-        if self.feature_cache_dir is not None and not self.cache_features:
+        if self.stage == "1":
+            if self.temperature is not None:
+                raise ValueError("temperature is learned in stage 1. Leave out --temperature.")
+        else:
+            self._set_up_later_stage()
+        if self.feature_cache_dir is not None and not self.cache_features and self.stage != "text-distillation":
             raise ValueError("feature_cache_dir is the folder of cached features: pass --cache_features true too.")
         if self.mini_batch_size and self.objective == "caption":
             raise ValueError(
@@ -310,19 +249,18 @@ class MMGEMTrainingArguments(TrainingArguments):
         if self.evaluation.adapters:
             raise ValueError(f"{self.evaluation_config}: a model in training has no adapters.")
 
-    def _set_up_adapter(self) -> None:
+    def _set_up_later_stage(self) -> None:
         """The objective follows from the stage, and there is one learning rate."""
         defaults = {f.name: f.default if f.default is not MISSING else [] for f in fields(self)}
-        stage_1 = ["objective", "mini_batch_size", "freeze", "projection_lr_multiplier", "generation_num_beams"]
-        if self.stage == "fused-retrieval":
-            stage_1 += ["cache_features", "train_sampling_strategy"]
-        else:
-            stage_1.append("lora_rank")
-        for name in stage_1:
+        for name in (*NOT_OF_LATER_STAGES, *NOT_OF_STAGE.get(self.stage, ())):
             if getattr(self, name) != defaults[name]:
-                raise ValueError(f"{name} is for stage 1; --stage {self.stage} trains its adapter and nothing else.")
+                raise ValueError(f"{name} is for other stages, and has no effect in --stage {self.stage}.")
         self.objective = "caption" if self.stage == "region-caption" else "contrastive"
         self.projection_lr_multiplier = 1.0
+        if self.stage == "text-distillation":
+            self.temperature = 0.05 if self.temperature is None else self.temperature
+        if self.temperature is not None and not self.temperature > 0:
+            raise ValueError(f"temperature must be above 0, got {self.temperature}.")
 
 
 def data_seed(args: TrainingArguments) -> int:
@@ -341,10 +279,17 @@ def parse_arguments(
     """
     types = (ModelArguments, DataArguments, MMGEMTrainingArguments, DryRunArguments)
     model_args, data_args, args, dry_run_args = parse_options(types, script, arguments, COMMON)
-    if args.stage != "1":
+    if args.stage == "text-distillation":
+        _check_text_distillation(model_args, data_args)
+    elif bool(model_args.vision_model_name_or_path) != bool(model_args.text_model_name_or_path):
+        raise ValueError("vision_model_name_or_path and text_model_name_or_path go together. Give both or neither.")
+    elif args.stage != "1":
         _check_adapter(model_args, data_args, args)
     elif model_args.region_grid_size is not None:
         raise ValueError("region_grid_size is for --stage region-caption; stage 1 has --image_grid_size.")
+    for name in ("text_columns", "teacher", "teacher_column"):
+        if getattr(data_args, name) and args.stage != "text-distillation":
+            raise ValueError(f"{name} is of texts, for --stage text-distillation.")
     for name in ("train_mixture", "query_instruction", "target_instruction"):
         if getattr(data_args, name) and args.stage != "fused-retrieval":
             raise ValueError(f"{name} is of triplets, for --stage fused-retrieval.")
@@ -355,6 +300,18 @@ def parse_arguments(
     if args.lora_rank and model_args.text_config:
         raise ValueError("lora_rank trains matrices beside a pretrained language model; text_config makes a new one.")
     return model_args, data_args, args, dry_run_args
+
+
+def _check_text_distillation(model_args: ModelArguments, data_args: DataArguments) -> None:
+    """It trains a language model on texts with a teacher, and nothing else."""
+    defaults = ModelArguments()
+    for name in vars(model_args).keys() - {"text_model_name_or_path", "text_kwargs", "attn_implementation"}:
+        if getattr(model_args, name) != getattr(defaults, name):
+            raise ValueError(f"{name} has no effect in --stage text-distillation, which has no images. Leave it out.")
+    if not model_args.text_model_name_or_path:
+        raise ValueError("--stage text-distillation trains a language model: give --text_model_name_or_path.")
+    if (data_args.teacher is None) == (data_args.teacher_column is None):
+        raise ValueError("Give exactly one of teacher, teacher_column: what the language model learns from.")
 
 
 def _check_adapter(model_args: ModelArguments, data_args: DataArguments, args: MMGEMTrainingArguments) -> None:

@@ -24,7 +24,7 @@ from ..modeling_mmgem.vision_mmgem import interpolate_positions, tower_projectio
 from ..processing import MMGEMProcessor, set_image_size, to_mmgem_tokenizer
 from ..processing.image_processors_mmgem import without_center_crop
 from ..processing.tokenization_mmgem import special_token_ids
-from .arguments import ModelArguments
+from .model_arguments import ModelArguments
 
 
 IMAGES = 256  # that the start of a new vision tower is computed from

@@ -25,7 +25,7 @@ logger = logging.get_logger(__name__)
 # The loss, the optimizer's state and the data order depend on these: with another value the run would be another one.
 SETTINGS = (
     *("stage", "objective", "caption_loss_weight", "matryoshka_dims", "freeze", "lora_rank", "lora_alpha"),
-    *("false_negative_margin", "hardest_negatives", "hardness_weight"),
+    *("false_negative_margin", "hardest_negatives", "hardness_weight", "temperature", "distillation_prompt"),
     *("optim", "optim_args", "seed", "data_seed"),
     *("learning_rate", "projection_lr_multiplier", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon"),
 )

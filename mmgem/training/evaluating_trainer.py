@@ -13,12 +13,12 @@ from ..evaluation.sharing import gather_parts, report_failure
 from ..evaluation.tasks import run_tasks
 from ..processing import MMGEMProcessor
 from .arguments import MMGEMTrainingArguments, data_seed
+from .base_trainer import BaseTrainer
 from .checkpoints import TrainingStopped
-from .logging_trainer import LoggingTrainer
 from .train_data import check_dataset
 
 
-class EvaluatingTrainer(LoggingTrainer):
+class EvaluatingTrainer(BaseTrainer):
     """A Trainer that evaluates retrieval and L_Gen, and whose run can go on after an evaluation that failed."""
 
     processing_class: MMGEMProcessor

@@ -7,20 +7,22 @@ from typing import Any
 
 import torch
 
+from ..data.arguments import DataArguments
 from ..data.json_files import parse_json
 from ..data.loading import is_hub_id
 from ..evaluation.report import environment
 from .adapters import lora_config
-from .arguments import DataArguments, MMGEMTrainingArguments, ModelArguments
+from .arguments import MMGEMTrainingArguments
+from .base_trainer import BaseTrainer
 from .checks import PYTORCH_OPTIMIZERS
+from .model_arguments import ModelArguments
 from .stages import option_value
-from .trainer import MMGEMTrainer
 
 
 RECORD_NAME = "training.json"
 
 
-def write_record(trainer: MMGEMTrainer, model_args: ModelArguments, data_args: DataArguments, seconds: float) -> None:
+def write_record(trainer: BaseTrainer, model_args: ModelArguments, data_args: DataArguments, seconds: float) -> None:
     """
     Writes `training.json` beside the model: stage, data, towers, settings, time and hardware.
 
@@ -114,6 +116,10 @@ def _settings(args: MMGEMTrainingArguments, data_args: DataArguments) -> dict[st
     if args.negatives:
         for name in ("false_negative_margin", "hardest_negatives", "hardness_weight"):
             settings[name] = getattr(args, name)
+    if args.temperature is not None:
+        settings["temperature"] = args.temperature
+    if args.stage == "text-distillation":
+        settings |= {"teacher": data_args.teacher, "distillation_prompt": args.distillation_prompt}
     if args.matryoshka_dims:
         settings["matryoshka_dims"] = args.matryoshka_dims
     if args.stage == "1":
@@ -121,7 +127,7 @@ def _settings(args: MMGEMTrainingArguments, data_args: DataArguments) -> dict[st
         settings["projection_lr_multiplier"] = args.projection_lr_multiplier
         settings["lora_rank"] = args.lora_rank
         settings["augmentation_scale"] = data_args.augmentation_scale
-    elif args.stage == "fused-retrieval":
+    elif args.stage in ("fused-retrieval", "text-distillation"):
         settings |= {"lora_rank": lora.r, "lora_alpha": lora.lora_alpha} if (lora := lora_config(args)) else {}
     else:
         settings["max_regions"] = data_args.max_regions

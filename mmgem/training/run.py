@@ -7,6 +7,7 @@ from typing import Any
 import transformers
 
 from ..configuration import MMGEMConfig
+from ..data.arguments import DataArguments
 from ..data.loading import is_hub_id, load_pairs, load_regions, load_triplets
 from ..data.pairs import PairDataset
 from ..evaluation.evaluator import evaluate_model
@@ -15,9 +16,11 @@ from ..evaluation.region_report import add_to_report_of_base, region_section
 from ..evaluation.regions import evaluate_adapter
 from ..evaluation.report import environment, pair_sections, write_report
 from ..loading import load_checkpoint
-from .arguments import DataArguments, MMGEMTrainingArguments, ModelArguments, data_seed
+from .arguments import MMGEMTrainingArguments, data_seed
+from .base_trainer import BaseTrainer
 from .building import build_model_and_processor
 from .fused_trainer import FusedTrainer
+from .model_arguments import ModelArguments
 from .record import changed_settings, write_record
 from .region_trainer import RegionTrainer
 from .trainer import MMGEMTrainer
@@ -81,7 +84,7 @@ def build_trainer(
 
 
 def save_trained(
-    trainer: MMGEMTrainer, model_args: ModelArguments, data_args: DataArguments, seconds: float | None
+    trainer: BaseTrainer, model_args: ModelArguments, data_args: DataArguments, seconds: float | None
 ) -> None:
     """
     Saves the model or adapter with a record of the run; every process returns once it is there.

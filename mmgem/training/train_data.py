@@ -2,7 +2,6 @@
 
 import copy
 from collections import Counter
-from collections.abc import Callable
 from typing import Any
 
 from transformers import TrainerCallback
@@ -137,15 +136,11 @@ class ExampleCounts:
 
 
 class TrainingCallback(TrainerCallback):
-    """Resumes the log, tells the data which epoch it is, and clamps the temperature after each step."""
+    """Tells the data which epoch it is, and clamps the temperature after each step."""
 
-    def __init__(self, model: MMGEMModel, train_dataset: PairDataset | ShardStream, resume_log: Callable[[], None]):
+    def __init__(self, model: MMGEMModel, train_dataset: PairDataset | ShardStream):
         self.model = model
         self.train_dataset = train_dataset
-        self.resume_log = resume_log
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.resume_log()
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if isinstance(self.train_dataset, PairDataset):

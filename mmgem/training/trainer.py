@@ -1,18 +1,14 @@
 """The Trainer of stage 1: transformers' own, with the joint loss over all processes. Stage 2 builds on it."""
 
 import copy
-import os
-import time
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import datasets
 import torch
 import torch.distributed as dist
 from peft import LoraConfig, PeftModel
-from transformers import TrainerState
-from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 from transformers.utils import logging
 
 from ..data.collator import CACHED_FEATURES, MODEL_INPUTS, PairCollator
@@ -23,19 +19,13 @@ from ..modeling_mmgem import MMGEMModel, contrastive_loss
 from ..processing import MMGEMProcessor
 from .adapters import add_lora, held_in_bfloat16, lora_config
 from .arguments import MMGEMTrainingArguments
-from .checkpoints import (
-    RunSettings,
-    atomic_checkpoint,
-    check_settings,
-    checkpoint_to_resume,
-    run_settings,
-)
+from .checkpoints import run_settings
 from .checks import check_cached_features, check_packing, check_parallelism, check_precision, check_processor
 from .distributed import GatherWithGradient, keep_temperature_in_float32, on_device
 from .evaluating_trainer import EvaluatingTrainer
 from .feature_cache import cache_features
 from .gradient_cache import Embeddings, cached_backward, refuse_dropout
-from .stages import check_optimizer, freeze_parameters, make_optimizer
+from .stages import check_optimizer, freeze_parameters
 from .start import start_projections
 from .stream_progress import StreamProgress
 from .train_data import ExampleCounts, TrainingCallback, check_dataset, prepared_for
@@ -134,6 +124,7 @@ class MMGEMTrainer(EvaluatingTrainer):
             train_dataset=train_data,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
+            settings=run_settings(args, model_settings or {}, self.peft_config),
             **kwargs,
         )
         fsdp = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None
@@ -142,12 +133,9 @@ class MMGEMTrainer(EvaluatingTrainer):
             keep_temperature_in_float32(model, self.accelerator)
         if args.stage == "1" and args.packing:
             check_packing(model, self.accelerator)
-        self.loss_is_scaled_for_ga = True
         self.progress = StreamProgress(train_data, args) if isinstance(train_data, ShardStream) else None
         self.counts = ExampleCounts(train_data, args, processing_class.max_length)
-        self._settings = run_settings(args, model_settings or {}, self.peft_config)
-        self.add_callback(TrainingCallback(model, train_data, self._resume_log))
-        self.add_callback(RunSettings(self._settings))
+        self.add_callback(TrainingCallback(model, train_data))
 
     def make_trainable(self, model: MMGEMModel, args: MMGEMTrainingArguments) -> MMGEMModel | PeftModel:
         """Freezes what this stage does not train; returns the model, or PEFT's around it."""
@@ -158,11 +146,6 @@ class MMGEMTrainer(EvaluatingTrainer):
     def make_collator(self, args: MMGEMTrainingArguments) -> PairCollator:
         pack_length = args.pack_length if args.packing else 0
         return PairCollator(self.processing_class, args.objective, pack_length, args.mini_batch_size)
-
-    def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
-        if self.optimizer is None:
-            self.optimizer = make_optimizer(self.args, self.model if model is None else model)
-        return self.optimizer
 
     def get_train_dataloader(self) -> torch.utils.data.DataLoader:
         """Returns a loader that accelerate does not divide among processes if the data is a stream."""
@@ -192,9 +175,6 @@ class MMGEMTrainer(EvaluatingTrainer):
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor | int | None:
         parts = [part for batch in batch_samples for part in batch.get("mini_batches", [batch])]
         return super()._get_num_items_in_batch(parts, device)
-
-    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        return 0  # Trainer's formula counts neither images nor packed rows
 
     def compute_loss(
         self,
@@ -281,35 +261,31 @@ class MMGEMTrainer(EvaluatingTrainer):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """
-        [`Trainer.train`], which resumes from the last whole checkpoint and reports the examples that it did not use.
+        [`BaseTrainer.train`], which reports the examples that it did not use.
 
         Raises:
-            CheckpointError: for a checkpoint of a run with other settings.
-            TrainingStopped: where training diverged, or an evaluation failed.
             BadDataError: for too many unreadable examples.
             FeatureCacheError, DiskFullError: with `cache_features`, see [`FeatureCache.compute`].
         """
-        checkpoint = self._resumed_from = checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir)
-        if checkpoint is not None:
-            self.base.has_new_projections = False
-            check_settings(checkpoint, self._settings)
-            if self.progress is not None:
-                self.progress.resume(checkpoint)
-            state = TrainerState.load_from_json(os.path.join(checkpoint, TRAINER_STATE_NAME))
-            if state.global_step >= self.set_initial_training_values(self.args, self.get_train_dataloader())[-1]:
-                return self._load_finished(state, checkpoint)
+        result = super().train(resume_from_checkpoint, *args, **kwargs)
+        self.counts.report()
+        return result
+
+    def _before_resuming(self, checkpoint: str) -> None:
+        self.base.has_new_projections = False
+        if self.progress is not None:
+            self.progress.resume(checkpoint)
+
+    @contextmanager
+    def _around_training(self) -> Iterator[None]:
+        """Prepares what is computed from the data, and holds a frozen language model in bfloat16."""
         starts = self.args.stage == "1" and self.base.has_new_projections
         if self.args.cache_features or starts:
             with on_device(self.base, self.accelerator.device):
                 self._prepare_from_data(starts)
-        self._started = time.perf_counter()
-        self._start_interval()
         is_frozen_lm = self.peft_config is not None and self.args.bf16
         with held_in_bfloat16(self.base.language_model) if is_frozen_lm else nullcontext():
-            result = super().train(checkpoint, *args, **kwargs)
-        self._refuse_diverged()
-        self.counts.report()
-        return result
+            yield
 
     def _prepare_from_data(self, starts: bool) -> None:
         """Caches features, and starts new projections."""
@@ -323,22 +299,6 @@ class MMGEMTrainer(EvaluatingTrainer):
                 start_projections(self.base, self.processing_class, self.train_dataset, batch_size)
             self.base.has_new_projections = False
 
-    def _load_finished(self, state: TrainerState, checkpoint: str) -> TrainOutput:
-        """Loads the weights that a finished run ended with. Trainer would train one more step."""
-        logger.warning(f"{checkpoint} has all steps of this run: nothing is left to train.")
-        self.state = state
-        self._load_from_checkpoint(checkpoint)
-        if self.args.load_best_model_at_end and state.best_model_checkpoint is not None:
-            self._load_best_model()
-        self._refuse_diverged()
-        return TrainOutput(state.global_step, 0.0, {})
-
-    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
-        self._refuse_diverged()
-        name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        with atomic_checkpoint(os.path.join(str(self.args.output_dir), name)):
-            super()._save_checkpoint(model, trial)
-
     def _save_rng_state(self, output_dir: str) -> None:
         """Saves the position in the stream beside each process's random state."""
         super()._save_rng_state(output_dir)
@@ -346,17 +306,3 @@ class MMGEMTrainer(EvaluatingTrainer):
             self.progress.save(output_dir)
         # trainer_state.json, which makes a checkpoint whole, is written next: all processes must be done.
         self.accelerator.wait_for_everyone()
-
-    def merge_lora(self) -> None:
-        """Merges LoRA's matrices into the language model, which leaves one plain model."""
-        if self.peft_config is not None and isinstance(self.model, PeftModel):
-            self.model = self.model.merge_and_unload()  # type: ignore[assignment,operator]
-
-    def leave_process_group(self) -> None:
-        """Ends the process group. Call it when all is trained and saved."""
-        self.accelerator.wait_for_everyone()
-        # DistributedDataParallel must go first. Where it holds the last reference to the process group, it waits for
-        # gloo's threads while these wait for the interpreter's lock.
-        self.model_wrapped = self.callback_handler.model = self.model
-        self.accelerator.free_memory()
-        self.accelerator.end_training()

@@ -13,8 +13,8 @@ from mmgem.hub import export as export_module
 from mmgem.hub.export import export
 from mmgem.hub.remote_code import FOLDERS, remote_code
 from mmgem.training.adapters import add_region_adapter
-from mmgem.training.arguments import ModelArguments
 from mmgem.training.building import build_model_and_processor
+from mmgem.training.model_arguments import ModelArguments
 
 from ..conftest import make_model
 from .conftest import LEFT_BEHIND, REPO_ID, ROOT

@@ -33,8 +33,8 @@ from transformers import (
 from transformers.models.clip import CLIPImageProcessorPil
 
 from mmgem import MMGEMModel, MMGEMProcessor
-from mmgem.training.arguments import ModelArguments
 from mmgem.training.building import planned_config
+from mmgem.training.model_arguments import ModelArguments
 from tests.conftest import TOWER, make_picture
 
 

@@ -6,8 +6,8 @@ import torch
 
 from mmgem.data.pairs import PairDataset
 from mmgem.data.scenes import ScenesDataset
-from mmgem.training.arguments import ModelArguments
 from mmgem.training.building import build_model_and_processor
+from mmgem.training.model_arguments import ModelArguments
 from tests.conftest import make_model
 
 

@@ -10,11 +10,12 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 
 from mmgem.data.arguments import DataArguments
 from mmgem.data.pairs import PairDataset
-from mmgem.training.arguments import DryRunArguments, MMGEMTrainingArguments, ModelArguments
+from mmgem.training.arguments import DryRunArguments, MMGEMTrainingArguments
 from mmgem.training.building import planned_config
 from mmgem.training.dry_run import LiveTensors, dry_run_report, estimate
 from mmgem.training.feature_cache import cache_features
 from mmgem.training.memory import check_memory, container_memory
+from mmgem.training.model_arguments import ModelArguments
 from mmgem.training.stages import make_optimizer
 from mmgem.training.trainer import MMGEMTrainer
 from tests.conftest import TEXT, VISION, Table, make_model, make_picture

@@ -7,8 +7,9 @@ from mmgem import MMGEMModel
 from mmgem.data.pairs import PairDataset
 from mmgem.data.scenes import ScenesDataset
 from mmgem.evaluation.evaluator import evaluate_model, held_out_caption_loss
-from mmgem.training.arguments import MMGEMTrainingArguments, ModelArguments
+from mmgem.training.arguments import MMGEMTrainingArguments
 from mmgem.training.building import build_model_and_processor
+from mmgem.training.model_arguments import ModelArguments
 from mmgem.training.trainer import MMGEMTrainer
 from tests.conftest import make_model, make_picture
 

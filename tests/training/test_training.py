@@ -278,7 +278,7 @@ def test_unreadable_pictures_are_skipped_counted_and_limited(processor, tmp_path
 
 @pytest.mark.parametrize("bound", [0, 2])
 def test_the_log_says_when_data_is_the_bottleneck(processor, tmp_path, monkeypatch, caplog, bound):
-    monkeypatch.setattr("mmgem.training.logging_trainer.DATA_BOUND", bound)
+    monkeypatch.setattr("mmgem.training.base_trainer.DATA_BOUND", bound)
     logging.get_logger().warning_once.cache_clear()
     args = training_arguments(tmp_path, max_steps=3, logging_steps=1)
     trainer = MMGEMTrainer(make_model(processor), args, processor, eight_pictures())

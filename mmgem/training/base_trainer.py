@@ -1,18 +1,24 @@
-"""The Trainer's log: losses, temperature and speed, and the end of a run that diverged."""
+"""What every stage's Trainer does: its log, whole checkpoints to resume from, the end of a run that diverged."""
 
 import json
 import math
 import os
 import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch.distributed.tensor import DTensor
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback, TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 from transformers.utils import logging
 
 from .arguments import MMGEMTrainingArguments
-from .checkpoints import TrainingStopped
+from .checkpoints import RunSettings, TrainingStopped, atomic_checkpoint, check_settings, checkpoint_to_resume
+from .stages import make_optimizer
 
 
 logger = logging.get_logger(__name__)
@@ -20,23 +26,99 @@ logger = logging.get_logger(__name__)
 DATA_BOUND = 1 / 3  # share of the time spent waiting for data, above which the log says so
 
 
-class LoggingTrainer(Trainer):
+class BaseTrainer(Trainer):
     """
     A Trainer that logs the mean of each loss, tau, samples per second and the share of time spent waiting for data.
-    A resumed run logs what the uninterrupted run would have, and a run whose losses or weights are not finite stops.
+    A resumed run must have the settings of its checkpoint, and logs what the uninterrupted run would have. A run whose
+    losses or weights are not finite stops.
+
+    Args:
+        settings: names and values that a resumed run must share with this one.
+        others: of [`Trainer`].
     """
 
     args: MMGEMTrainingArguments
     model: torch.nn.Module
 
-    def __init__(self, *args: Any, **kwargs: Any):
+    def __init__(self, *args: Any, settings: dict[str, Any], **kwargs: Any):
         super().__init__(*args, **kwargs)
+        self.loss_is_scaled_for_ga = True
+        self._settings = settings
+        self.add_callback(RunSettings(settings))
+        self.add_callback(_OnTrainBegin(self._resume_log))
         self._sums: dict[str, torch.Tensor] = {}
         self._logit_scale: torch.Tensor | None = None
         self._steps_since_log = 0
         self._resumed_from: str | None = None
         self._started = time.perf_counter()  # of training
         self._start_interval()
+
+    def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
+        if self.optimizer is None:
+            self.optimizer = make_optimizer(self.args, self.model if model is None else model)
+        return self.optimizer
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        return 0  # Trainer's formula counts neither images nor packed rows
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
+        """
+        [`Trainer.train`], which resumes from the last whole checkpoint.
+
+        Raises:
+            CheckpointError: for a checkpoint of a run with other settings.
+            TrainingStopped: where training diverged, or an evaluation failed.
+        """
+        checkpoint = self._resumed_from = checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir)
+        if checkpoint is not None:
+            check_settings(checkpoint, self._settings)
+            self._before_resuming(checkpoint)
+            state = TrainerState.load_from_json(os.path.join(checkpoint, TRAINER_STATE_NAME))
+            if state.global_step >= self.set_initial_training_values(self.args, self.get_train_dataloader())[-1]:
+                return self._load_finished(state, checkpoint)
+        with self._around_training():
+            self._started = time.perf_counter()
+            self._start_interval()
+            result = super().train(checkpoint, *args, **kwargs)
+        self._refuse_diverged()
+        return result
+
+    def _before_resuming(self, checkpoint: str) -> None:
+        """What a stage does with the checkpoint that it resumes from, beside loading it."""
+
+    def _around_training(self) -> AbstractContextManager:
+        """What a stage does before the first step, and undoes after the last."""
+        return nullcontext()
+
+    def _load_finished(self, state: TrainerState, checkpoint: str) -> TrainOutput:
+        """Loads the weights that a finished run ended with. Trainer would train one more step."""
+        logger.warning(f"{checkpoint} has all steps of this run: nothing is left to train.")
+        self.state = state
+        self._load_from_checkpoint(checkpoint)
+        if self.args.load_best_model_at_end and state.best_model_checkpoint is not None:
+            self._load_best_model()
+        self._refuse_diverged()
+        return TrainOutput(state.global_step, 0.0, {})
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        self._refuse_diverged()
+        name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        with atomic_checkpoint(os.path.join(str(self.args.output_dir), name)):
+            super()._save_checkpoint(model, trial)
+
+    def merge_lora(self) -> None:
+        """Merges LoRA's matrices into the weights beside which they were trained, which leaves one plain model."""
+        if isinstance(self.model, PeftModel):
+            self.model = self.model.merge_and_unload()  # type: ignore[assignment,operator]
+
+    def leave_process_group(self) -> None:
+        """Ends the process group. Call it when all is trained and saved."""
+        self.accelerator.wait_for_everyone()
+        # DistributedDataParallel must go first. Where it holds the last reference to the process group, it waits for
+        # gloo's threads while these wait for the interpreter's lock.
+        self.model_wrapped = self.callback_handler.model = self.model
+        self.accelerator.free_memory()
+        self.accelerator.end_training()
 
     def _start_interval(self) -> None:
         self._interval = {"start": time.perf_counter(), "data": 0.0, "samples": 0}
@@ -146,3 +228,13 @@ class LoggingTrainer(Trainer):
 
     def _log_state(self, checkpoint: str) -> str:
         return os.path.join(checkpoint, f"log_{self.args.process_index}.json")
+
+
+class _OnTrainBegin(TrainerCallback):
+    """Calls a function when Trainer has set up its loop, which is when its log can be resumed."""
+
+    def __init__(self, function: Callable[[], None]):
+        self.function = function
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.function()

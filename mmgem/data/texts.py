@@ -1,0 +1,120 @@
+"""Texts alone, with what a teacher makes of them, for the stage text-distillation."""
+
+import functools
+import importlib.util
+import os
+from typing import Any
+
+import datasets
+import numpy as np
+
+from ..modeling_mmgem.loading_mmgem import weights_revision
+from .arguments import DataArguments
+from .loading import BUILT_IN, Table, load_tables
+from .pairs import as_captions, digest
+
+
+TEXT, TEACHER_EMBEDS = "text", "teacher_embeds"
+TEACHER_BATCH = 256  # texts that the teacher embeds at a time
+
+
+def load_texts(arguments: DataArguments, seed: int) -> tuple[datasets.Dataset, datasets.Dataset | None]:
+    """
+    The distinct texts of the training data in a column `text`, and those of the data to evaluate on (None where there
+    is none). Every text of `arguments.text_columns` is one; with `arguments.teacher_column` a row's one text has a
+    vector `teacher_embeds`.
+
+    Raises:
+        ValueError: for a missing column; for one that holds neither texts nor lists of texts; for a teacher's column
+            without a vector of the same length in each row.
+    """
+    if arguments.train_shards:
+        raise ValueError("Shards are streamed with their images. Give text-distillation a table of texts.")
+    if arguments.dataset_name in BUILT_IN:
+        raise ValueError(f"{arguments.dataset_name} are drawn, for images. Give text-distillation a table of texts.")
+    train, held_out = load_tables(arguments, image_size=0, seed=seed)
+    return (
+        _texts_of(train, arguments, arguments.max_train_samples),
+        None if held_out is None else _texts_of(held_out, arguments, arguments.max_eval_samples),
+    )
+
+
+def _texts_of(table: Table, arguments: DataArguments, limit: int | None) -> datasets.Dataset:
+    rows, columns = table.rows, arguments.text_columns or [arguments.caption_column]
+    vectors = [] if arguments.teacher_column is None else [arguments.teacher_column]
+    if missing := [name for name in (*columns, *vectors) if name not in rows.column_names]:
+        raise ValueError(
+            f"The dataset has no column {missing[0]!r}; its columns are {', '.join(rows.column_names)}. Set "
+            "--text_columns."
+        )
+    found: dict[str, Any] = {}  # the vector of each text, in the order of the rows
+    for i, row in enumerate(rows.select_columns([*columns, *vectors])):
+        if limit is not None and len(found) >= limit:
+            break
+        try:
+            texts = [text for name in columns for text in as_captions(row[name])]
+        except ValueError as error:
+            raise ValueError(f"Row {i}: {error}. Set --text_columns.") from error
+        if vectors and len(texts) != 1:
+            raise ValueError(
+                f"Row {i} has {len(texts)} texts for one vector of {vectors[0]!r}. Give each its own row."
+            )
+        found.update((text, row[vectors[0]] if vectors else None) for text in texts if text not in found)
+    if not found:
+        raise ValueError(f"The dataset has no text in {', '.join(columns)}.")
+    texts = list(found)[:limit]
+    data: dict[str, Any] = {TEXT: texts}
+    if vectors:
+        data[TEACHER_EMBEDS] = _unit_rows([found[text] for text in texts], vectors[0])
+    return _as_tensors(datasets.Dataset.from_dict(data))
+
+
+def _unit_rows(vectors: list[Any], name: str) -> np.ndarray:
+    try:
+        rows = np.asarray(vectors, dtype=np.float32)
+        assert rows.ndim == 2 and np.isfinite(rows).all()
+    except (AssertionError, TypeError, ValueError) as error:
+        raise ValueError(f"Column {name!r} must hold a vector of finite numbers in each row, all as long.") from error
+    return rows / np.linalg.norm(rows, axis=1, keepdims=True).clip(min=1e-12)
+
+
+def _as_tensors(texts: datasets.Dataset) -> datasets.Dataset:
+    """Vectors as tensors, since a list of Python's numbers for each row takes longer than a step of a small model."""
+    columns = [TEACHER_EMBEDS] if TEACHER_EMBEDS in texts.column_names else []
+    return texts.with_format("torch", columns=columns, output_all_columns=True) if columns else texts
+
+
+def with_teacher(texts: datasets.Dataset, teacher: str, folder: str) -> datasets.Dataset:
+    """
+    The texts with a column `teacher_embeds`: unit vectors of a sentence-transformers model, computed once for these
+    texts and kept in `folder`.
+
+    Args:
+        teacher: folder or Hub id.
+
+    Raises:
+        ValueError: without sentence-transformers, or for a model that it cannot load.
+    """
+    if importlib.util.find_spec("sentence_transformers") is None:
+        raise ValueError("--teacher needs sentence-transformers: pip install 'mmgem[sentence-transformers]'.")
+    name = weights_revision(teacher) if os.path.isdir(teacher) else teacher
+    known = f"{digest(chr(0).join([str(name), *texts[TEXT]]).encode()) % 2**64:016x}"
+
+    @functools.cache
+    def model() -> Any:
+        from sentence_transformers import SentenceTransformer
+
+        try:
+            return SentenceTransformer(teacher)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"--teacher {teacher} is no model of sentence-transformers: {error}") from error
+
+    def embed(batch: dict[str, Any]) -> dict[str, Any]:
+        return {TEACHER_EMBEDS: model().encode(batch[TEXT], batch_size=TEACHER_BATCH, normalize_embeddings=True)}
+
+    os.makedirs(folder, exist_ok=True)
+    path = os.path.join(folder, f"teacher-{known}.arrow")
+    size = 4 * TEACHER_BATCH
+    return _as_tensors(
+        texts.map(embed, batched=True, batch_size=size, cache_file_name=path, new_fingerprint=known, desc="Teacher")
+    )

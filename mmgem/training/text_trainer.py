@@ -1,0 +1,201 @@
+"""The Trainer of the stage text-distillation: a language model learns how alike a teacher finds texts."""
+
+import copy
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import datasets
+import pandas as pd
+import torch
+import torch.distributed as dist
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch.nn import functional as F
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..data.texts import TEACHER_EMBEDS, TEXT
+from ..modeling_mmgem import relational_distillation
+from ..modeling_mmgem.conversion_mmgem import check_language_model
+from ..modeling_mmgem.inputs_mmgem import batches_by_length
+from .adapters import held_in_bfloat16, lora_config
+from .arguments import MMGEMTrainingArguments
+from .base_trainer import BaseTrainer
+from .checkpoints import run_settings
+from .checks import check_parallelism, check_precision
+from .distributed import GatherWithGradient
+from .stages import check_optimizer
+
+
+EVALUATED_TEXTS = 2000  # whose pairs are compared, two million
+
+
+class TextCollator:
+    """
+    Tokenises texts, each with the prompt behind it, on the right of which is padding; a text that is too long for both
+    is cut. `teacher_embeds` `(B, E)` are the teacher's.
+
+    Raises:
+        ValueError: for a `max_length` that the prompt fills.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt: str, max_length: int):
+        self.tokenizer = tokenizer
+        self.prompt_ids = tokenizer(f" {prompt}".rstrip(), add_special_tokens=False)["input_ids"] if prompt else []
+        self.text_length = max_length - len(self.prompt_ids)
+        if self.text_length < 2:
+            raise ValueError(
+                f"max_length {max_length} leaves no room for texts: the prompt {prompt!r} has {len(self.prompt_ids)} "
+                "tokens. Raise --max_length."
+            )
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+
+    def __call__(self, examples: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        batch = self.tokens([example[TEXT] for example in examples])
+        return {**batch, TEACHER_EMBEDS: torch.stack([example[TEACHER_EMBEDS] for example in examples])}
+
+    def tokens(self, texts: Sequence[str]) -> dict[str, torch.Tensor]:
+        """`input_ids` and `attention_mask`, both `(B, T)`."""
+        rows = self.tokenizer(list(texts), truncation=True, max_length=self.text_length)["input_ids"]
+        rows = [[*row, *self.prompt_ids] for row in rows]
+        return dict(self.tokenizer.pad({"input_ids": rows}, padding_side="right", return_tensors="pt"))
+
+
+class TextDistillationTrainer(BaseTrainer):
+    """
+    Trains a language model alone, without images (stage 1 of UniME, arXiv 2504.17432): the last token's hidden state
+    of "text prompt" is the text's embedding, and the similarities of a batch's texts become those of a teacher, by
+    [`relational_distillation`]. Each text is compared with those of all processes.
+
+    Args:
+        model: a causal language model, with float32 weights; its head is kept as it is.
+        processing_class: its tokenizer.
+        train_dataset, eval_dataset: columns `text` and `teacher_embeds`, of unit norm.
+        max_length: tokens of a text, the prompt included.
+        peft_config: trains LoRA matrices instead of all weights.
+        model_settings: names and values, beside those of `args`, that a resumed run must share with this one.
+    """
+
+    base: Any  # without the head, and without PEFT's or DistributedDataParallel's wrapper
+    data_collator: TextCollator
+    processing_class: PreTrainedTokenizerBase
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        args: MMGEMTrainingArguments,
+        processing_class: PreTrainedTokenizerBase,
+        train_dataset: datasets.Dataset,
+        eval_dataset: datasets.Dataset | None = None,
+        *,
+        max_length: int = 50,
+        peft_config: LoraConfig | None = None,
+        model_settings: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ):
+        check_optimizer(args)
+        batch_size = args.train_batch_size * args.world_size
+        if len(train_dataset) < batch_size:
+            raise ValueError(
+                f"{len(train_dataset)} distinct texts do not fill one batch of {batch_size}; lower "
+                "--per_device_train_batch_size."
+            )
+        check_language_model(model)
+        self.causal_lm, self.base = model, model.base_model
+        self.peft_config = lora_config(args) if peft_config is None else peft_config
+        trained: Any = self.base if self.peft_config is None else self._with_lora(self.peft_config)
+        check_precision(trained)
+        super().__init__(
+            model=trained,
+            args=args,
+            data_collator=TextCollator(processing_class, args.distillation_prompt, max_length),
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            settings=run_settings(args, model_settings or {}, self.peft_config),
+            **kwargs,
+        )
+        if self.is_fsdp_enabled:
+            raise ValueError("text-distillation saves a language model whole: train it without FSDP.")
+        check_parallelism(args, deepspeed=self.is_deepspeed_enabled)
+        self.untrained_metrics = {} if eval_dataset is None else self.evaluate(metric_key_prefix="untrained")
+
+    def _with_lora(self, config: LoraConfig) -> PeftModel:
+        """Matrices beside every linear map, unless the configuration names others."""
+        config = copy.copy(config)
+        config.target_modules = config.target_modules or "all-linear"
+        return get_peft_model(self.base, config)  # type: ignore[return-value,arg-type]
+
+    def _around_training(self) -> AbstractContextManager:
+        return held_in_bfloat16(self.base) if self.peft_config is not None and self.args.bf16 else nullcontext()
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        """KL divergence of the rows of this process, against the texts of all."""
+        embeds, goals = embeds_of_last_tokens(model, inputs), inputs[TEACHER_EMBEDS]
+        all_embeds, all_goals, offset = embeds, goals, 0
+        if self.args.world_size > 1:
+            all_embeds, all_goals = map(GatherWithGradient.apply, (embeds, goals))
+            offset = dist.get_rank() * len(embeds)
+        assert self.args.temperature is not None
+        loss = relational_distillation(embeds, goals, 1 / self.args.temperature, all_embeds, all_goals, offset)
+        loss = loss / self.current_gradient_accumulation_steps
+        self._add_to_log("distillation_loss", loss)
+        self._interval["samples"] += len(all_embeds)
+        return (loss, {}) if return_outputs else loss
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Computes and logs how well student and teacher agree on held-out texts, the first ones if there are many."""
+        dataset: Any = self.eval_dataset if eval_dataset is None else eval_dataset
+        dataset = dataset.select(range(min(len(dataset), EVALUATED_TEXTS)))
+        agreement = spearman(self.embed(dataset[TEXT]), torch.stack(list(dataset[TEACHER_EMBEDS])))
+        logs = {f"{metric_key_prefix}_teacher_spearman": agreement}
+        self.log(logs)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, logs)
+        self._start_interval()
+        return logs
+
+    @torch.no_grad()
+    def embed(self, texts: Sequence[str]) -> torch.Tensor:
+        """The embeddings `(N, H)` of texts, float32 on the CPU."""
+        model: Any = self.accelerator.unwrap_model(self.model)
+        was_training = model.training
+        model.eval()
+        embeds = torch.empty(len(texts), self.base.config.hidden_size)
+        lengths = [len(text) for text in texts]
+        for batch in batches_by_length(lengths, self.args.per_device_eval_batch_size, None):
+            inputs = self._prepare_inputs(self.data_collator.tokens([texts[i] for i in batch]))
+            with self.accelerator.autocast():
+                embeds[batch] = embeds_of_last_tokens(model, inputs).float().cpu()
+        model.train(was_training)
+        return embeds
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Saves what is trained for a checkpoint; without `output_dir`, the whole language model with its head."""
+        if output_dir is not None:
+            super().save_model(output_dir, _internal_call)
+        elif self.is_world_process_zero():
+            self.causal_lm.save_pretrained(str(self.args.output_dir))
+            self.processing_class.save_pretrained(str(self.args.output_dir))
+
+
+def embeds_of_last_tokens(model: torch.nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
+    """The hidden states `(B, H)` at the last token of each row, which is padded on the right, with unit norm."""
+    mask = inputs["attention_mask"]
+    states = model(input_ids=inputs["input_ids"], attention_mask=mask, use_cache=False).last_hidden_state
+    last = states[torch.arange(len(states), device=states.device), mask.sum(1) - 1]
+    return F.normalize(last.float(), dim=-1)
+
+
+def spearman(embeds: torch.Tensor, other: torch.Tensor) -> float:
+    """Spearman's rank correlation of the cosines of all pairs of N texts, in two spaces of unit vectors."""
+    pairs = torch.triu_indices(len(embeds), len(embeds), 1).unbind()
+    cosines = [(vectors @ vectors.T)[pairs].numpy() for vectors in (embeds, other)]
+    return float(pd.DataFrame(cosines).T.corr(method="spearman").iloc[0, 1])
