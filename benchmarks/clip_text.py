@@ -107,7 +107,7 @@ class ClipTextSide(LanguageModelSide):
 
     def loss(self, batch: dict[str, Any]) -> torch.Tensor:
         images = normalize(self.model.get_image_features(batch["pixel_values"]).pooler_output, dim=-1)
-        scale = self.model.logit_scale(torch.ones(()))
+        scale = self.model.logit_scale.scale
         return contrastive_loss(self._embed(batch), images, scale, pair_ids=batch["pair_ids"])
 
     @torch.inference_mode()

@@ -45,6 +45,8 @@ class MMGEMConfig(PreTrainedConfig):
             Start of the learned log of 1/tau.
         logit_scale_max_value (`float`, *optional*, defaults to ln(1 / 0.01)):
             Upper bound of it: tau never falls below 0.01.
+        logit_bias_init_value (`float`, *optional*):
+            Start of the learned bias of SigLIP's loss (there -10), which then is L_Emb; without it, InfoNCE is.
         initializer_range (`float`, *optional*, defaults to 0.02):
             Standard deviation of what the two towers do not initialise themselves.
 
@@ -83,6 +85,7 @@ class MMGEMConfig(PreTrainedConfig):
     lm_head_bias: bool = False
     logit_scale_init_value: float | int = math.log(1 / 0.07)
     logit_scale_max_value: float | int = math.log(1 / 0.01)
+    logit_bias_init_value: float | int | None = None
     initializer_range: float | int = 0.02
     tie_word_embeddings: bool = False
 

@@ -7,8 +7,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
+from transformers import initialization as init
 
-from .negatives_mmgem import ALL_ALIKE, Negatives, cross_entropy_of_rows
+from .negatives_mmgem import ALL_ALIKE, Negatives, choose_negatives, sigmoid_loss
 
 
 BLOCK_SIZE = 2**22  # similarities of one direction that exist at a time: 16 MiB
@@ -17,31 +18,46 @@ MAX_LOGITS = 2**27  # next-token scores that a loss computes at a time: 512 MiB 
 
 class LogitScale(nn.Module):
     """
-    Multiplies by 1 / tau, which is learned as its logarithm and clamped. A module with a weight of one element, not a
-    scalar of the model, because PEFT trains and saves modules, and FSDP shards vectors.
+    Makes logits of cosines: times 1 / tau, which is learned as its logarithm and clamped, plus the learned bias of a
+    model that has one. A module with weights of one element, not scalars of the model, because PEFT trains and saves
+    modules, and FSDP shards vectors.
     """
 
-    def __init__(self, init_value: float, max_value: float):
+    def __init__(self, init_value: float, max_value: float, bias_init_value: float | None = None):
         super().__init__()
-        self.init_value, self.max_value = init_value, max_value
-        self.weight = nn.Parameter(torch.tensor([init_value]))
+        self.init_value, self.max_value, self.bias_init_value = init_value, max_value, bias_init_value
+        self.weight = nn.Parameter(torch.tensor([float(init_value)]))
+        self.bias = None if bias_init_value is None else nn.Parameter(torch.tensor([float(bias_init_value)]))
+
+    def init_weights(self) -> None:
+        """Sets what no checkpoint has set."""
+        init.constant_(self.weight, self.init_value)
+        if self.bias is not None and self.bias_init_value is not None:
+            init.constant_(self.bias, self.bias_init_value)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "LogitScale":
-        """Moves to a device; `.to(torch.bfloat16)` leaves the weight float32, or 1 / tau = 14.29 would be 14.24."""
-        exact = self.weight.detach()
+        """Moves to a device; `.to(torch.bfloat16)` leaves weights float32, or 1 / tau = 14.29 would be 14.24."""
+        exact = {name: weight.detach() for name, weight in self.named_parameters()}
         super()._apply(fn, recurse)
-        if exact.dtype == torch.float32 and self.weight.dtype in (torch.bfloat16, torch.float16):
-            self.weight.data = exact.to(self.weight.device)
+        for name, weight in self.named_parameters():
+            if exact[name].dtype == torch.float32 and weight.dtype in (torch.bfloat16, torch.float16):
+                weight.data = exact[name].to(weight.device)
         return self
 
     @torch.no_grad()
     def clamp_(self) -> None:
-        """Clamps the weight itself. Above the limit `forward` has no gradient, so the weight could not come back."""
+        """Clamps the weight itself. Above the limit it has no gradient, so it could not come back."""
         self.weight.clamp_(max=self.max_value)
 
-    def forward(self, similarities: torch.Tensor) -> torch.Tensor:
-        """Scales similarities of any shape; returns float32."""
-        return similarities * self.weight[0].float().clamp(max=self.max_value).exp()
+    @property
+    def scale(self) -> torch.Tensor:
+        """1 / tau, a float32 scalar."""
+        return self.weight[0].float().clamp(max=self.max_value).exp()
+
+    def forward(self, cosines: torch.Tensor) -> torch.Tensor:
+        """Logits of cosines of any shape, float32."""
+        logits = cosines * self.scale
+        return logits if self.bias is None else logits + self.bias[0].float()
 
 
 def contrastive_loss(
@@ -57,9 +73,11 @@ def contrastive_loss(
     negative_embeds: torch.Tensor | None = None,
     negative_ids: torch.Tensor | None = None,
     negatives: Negatives = ALL_ALIKE,
+    logit_bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """
     L_Emb = L_v2t + L_t2v (paper, equation 2): InfoNCE both ways, the plain sum. Each half is a mean over the rows.
+    With `logit_bias` it is SigLIP's loss instead (Zhai et al., 2023, equation 1): every pair is a yes or a no.
 
     With the embeddings gathered from all processes (with gradient) as `all_*`, the local rows stand against all
     columns; averaged over processes of equal batch size this is the loss, and its gradient, of one process that holds
@@ -77,11 +95,13 @@ def contrastive_loss(
         all_pair_ids (`torch.LongTensor` of shape `(M, K)`, *optional*): those of the columns.
         dims (*optional*): shorter lengths, for Matryoshka embeddings (Kusupati et al., 2022): the loss is then the
             mean of those at each length and at D.
-        negative_embeds (`torch.FloatTensor` of shape `(K, D)`, *optional*): hard negatives, as more columns of the
-            texts (or of queries that stand in their place).
-        negative_ids (`torch.LongTensor` of shape `(K,)`, *optional*): one that is the last number of a row in
-            `pair_ids` is no negative of it.
-        negatives (*optional*): which of the columns count as negatives, and how much.
+        negative_embeds (`torch.FloatTensor` of shape `(K, D)`, *optional*): hard negatives, as more columns of
+            `text_embeds` (in whose place images, regions or queries may stand).
+        negative_ids (`torch.LongTensor` of shape `(K,)`, *optional*): one that is among a row's `pair_ids` is no
+            negative of it.
+        negatives (*optional*): which of the columns count as negatives, and how much. In SigLIP's loss this goes by
+            the rows of `text_embeds`.
+        logit_bias (`torch.FloatTensor`, scalar, *optional*): b, added to the scaled cosines.
 
     Returns:
         `torch.FloatTensor`, scalar, in nats.
@@ -96,8 +116,8 @@ def contrastive_loss(
                 shortened(embeds, dim) for embeds in (text_embeds, image_embeds, all_text_embeds, all_image_embeds)
             )
             hard = None if negative_embeds is None else shortened(negative_embeds, dim)
-            columns = (all_texts, all_images, offset, pair_ids, all_pair_ids, (), hard, negative_ids, negatives)
-            losses.append(contrastive_loss(texts, images, logit_scale, *columns))
+            columns = (all_texts, all_images, offset, pair_ids, all_pair_ids, (), hard, negative_ids)
+            losses.append(contrastive_loss(texts, images, logit_scale, *columns, negatives, logit_bias))
         return torch.stack(losses).mean()
     rows = max(1, BLOCK_SIZE // len(all_text_embeds))
     total = text_embeds.new_zeros((), dtype=torch.float32)
@@ -115,6 +135,7 @@ def contrastive_loss(
             negative_embeds,
             negative_ids,
             negatives,
+            logit_bias,
         )
         if len(text_embeds) <= rows:
             total = total + _block_loss(*block)
@@ -140,26 +161,30 @@ def _block_loss(
     negative_embeds: torch.Tensor | None,
     negative_ids: torch.Tensor | None,
     negatives: Negatives,
+    logit_bias: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Both cross-entropies, summed over a block of rows."""
-    logits_per_text = similarity_logits(text_embeds, all_image_embeds, logit_scale)
-    logits_per_image = similarity_logits(image_embeds, all_text_embeds, logit_scale)
+    """Both cross-entropies, or SigLIP's loss, summed over a block of rows."""
     targets = torch.arange(len(text_embeds), device=text_embeds.device) + offset
+    duplicates = None
     if pair_ids is not None and all_pair_ids is not None:
-        duplicates = torch.zeros_like(logits_per_text, dtype=torch.bool)
-        for ids, all_ids in zip(pair_ids.unbind(-1), all_pair_ids.unbind(-1)):
-            duplicates |= ids[:, None] == all_ids
-        duplicates.scatter_(1, targets[:, None], False)
-        logits_per_text = logits_per_text.masked_fill(duplicates, -torch.inf)
-        logits_per_image = logits_per_image.masked_fill(duplicates, -torch.inf)
+        duplicates = (pair_ids[:, None] == all_pair_ids[None]).any(-1).scatter_(1, targets[:, None], False)
+
+    def logits_of(rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+        logits = similarity_logits(rows, columns, logit_scale)
+        return logits if duplicates is None else logits.masked_fill(duplicates, -torch.inf)
+
+    per_text = logits_of(text_embeds, all_image_embeds)
     if negative_embeds is not None:
         logits = similarity_logits(text_embeds, negative_embeds, logit_scale)
         if pair_ids is not None and negative_ids is not None:
-            logits = logits.masked_fill(pair_ids[:, -1:] == negative_ids, -torch.inf)
-        logits_per_text = torch.cat([logits_per_text, logits], 1)
-    return cross_entropy_of_rows(logits_per_text, targets, logit_scale, negatives) + cross_entropy_of_rows(
-        logits_per_image, targets, logit_scale, negatives
-    )
+            logits = logits.masked_fill((pair_ids[:, :, None] == negative_ids).any(1), -torch.inf)
+        per_text = torch.cat([per_text, logits], 1)
+    per_text_and_targets = choose_negatives(per_text, targets, logit_scale, negatives)
+    if logit_bias is not None:
+        return sigmoid_loss(*per_text_and_targets, logit_bias)
+    per_image = logits_of(image_embeds, all_text_embeds)
+    directions = (per_text_and_targets, choose_negatives(per_image, targets, logit_scale, negatives))
+    return sum(F.cross_entropy(*direction, reduction="sum") for direction in directions)  # type: ignore[return-value]
 
 
 def similarity_logits(queries: torch.Tensor, keys: torch.Tensor, logit_scale: torch.Tensor) -> torch.Tensor:

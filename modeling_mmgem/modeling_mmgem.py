@@ -103,7 +103,9 @@ class MMGEMModel(CheckedLoadingMixin, AdapterMixin, EmbeddingMixin, CaptionGener
         self.region_projection = nn.Linear(dim, dim)  # h4
         # [CAP_i] minus [CAP]: zero is "a copy of [CAP]", whatever [CAP] has become.
         self.soft_prompts = nn.Embedding(config.num_soft_prompts, text_config.hidden_size)
-        self.logit_scale = LogitScale(float(config.logit_scale_init_value), config.logit_scale_max_value)
+        self.logit_scale = LogitScale(
+            config.logit_scale_init_value, config.logit_scale_max_value, config.logit_bias_init_value
+        )
         embeddings = self.language_model.get_input_embeddings()
         # Rotary positions have no end; a table of positions has.
         has_table = any(isinstance(m, nn.Embedding) and m is not embeddings for m in self.language_model.modules())
@@ -131,7 +133,7 @@ class MMGEMModel(CheckedLoadingMixin, AdapterMixin, EmbeddingMixin, CaptionGener
         elif module is self.soft_prompts:
             init.zeros_(module.weight)
         elif isinstance(module, LogitScale):
-            init.constant_(module.weight, module.init_value)
+            module.init_weights()
         else:
             super()._init_weights(module)
 
@@ -350,27 +352,25 @@ class MMGEMModel(CheckedLoadingMixin, AdapterMixin, EmbeddingMixin, CaptionGener
         """If there are texts and images: 1 / tau, their similarities, and L_Emb (equation 2)."""
         if text_embeds is None or image_embeds is None:
             return {}
-        logit_scale = self.logit_scale(torch.ones((), device=self.logit_scale.weight.device))
+        # By its forward, around which FSDP gathers weights
+        origin, one = self.logit_scale(torch.arange(2.0, device=self.logit_scale.weight.device)).to(text_embeds.device)
+        output = {"logit_scale": one - origin, **({} if self.logit_scale.bias is None else {"logit_bias": origin})}
         if return_loss is False:
-            return {"logit_scale": logit_scale}
+            return output
         if region_mask is not None:
             image_embeds = image_embeds[region_mask.to(image_embeds.device)]
         elif image_embeds.ndim == 3:
             image_embeds = image_embeds.flatten(0, 1)
-        embeds = (text_embeds, image_embeds.to(text_embeds.device), logit_scale.to(text_embeds.device))
-        logits_per_text = similarity_logits(*embeds)
-        output = {
-            "logit_scale": logit_scale,
-            "logits_per_text": logits_per_text,
-            "logits_per_image": logits_per_text.T,
-        }
+        embeds = (text_embeds, image_embeds.to(text_embeds.device), output["logit_scale"])
+        logits_per_text = similarity_logits(*embeds) + origin
+        output |= {"logits_per_text": logits_per_text, "logits_per_image": logits_per_text.T}
         if return_loss:
             texts, images = len(text_embeds), len(image_embeds)
             if texts != images:
                 raise ValueError(
                     f"return_loss pairs text i with image i, but there are {texts} texts and {images} images."
                 )
-            output["contrastive_loss"] = contrastive_loss(*embeds)
+            output["contrastive_loss"] = contrastive_loss(*embeds, logit_bias=output.get("logit_bias"))
         return output
 
     def _caption_heads(

@@ -31,11 +31,11 @@ class Negatives:
 ALL_ALIKE = Negatives()
 
 
-def cross_entropy_of_rows(
+def choose_negatives(
     logits: torch.Tensor, targets: torch.Tensor, logit_scale: torch.Tensor, negatives: Negatives
-) -> torch.Tensor:
+) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    The cross-entropy of each row's positive among its negatives, summed over the rows.
+    Logits with the negatives that count, and the column of each row's positive among them.
 
     Args:
         logits (`torch.FloatTensor` of shape `(N, M)`): cosines over tau; -inf for what is no negative.
@@ -43,7 +43,7 @@ def cross_entropy_of_rows(
         logit_scale (`torch.FloatTensor`, scalar): 1 / tau.
     """
     if not negatives:
-        return F.cross_entropy(logits, targets, reduction="sum")
+        return logits, targets
     is_positive = torch.zeros_like(logits, dtype=torch.bool).scatter_(1, targets[:, None], True)
     cosines = (logits / logit_scale).detach()
     if negatives.margin is not None:
@@ -57,7 +57,20 @@ def cross_entropy_of_rows(
         others = logits.masked_fill(is_positive, -torch.inf)
         logits = torch.cat([positives, hardest_of_rows(others, negatives.hardest)], 1)
         targets = torch.zeros_like(targets)
-    return F.cross_entropy(logits, targets, reduction="sum")
+    return logits, targets
+
+
+def sigmoid_loss(logits: torch.Tensor, targets: torch.Tensor, logit_bias: torch.Tensor) -> torch.Tensor:
+    """
+    SigLIP's loss (Zhai et al., 2023, arXiv 2303.15343, equation 1), summed over the rows: -log sigmoid(x + b) of each
+    row's positive, -log sigmoid(-(x + b)) of every other column, of which -inf is none.
+
+    Args:
+        logits, targets: see [`choose_negatives`].
+        logit_bias (`torch.FloatTensor`, scalar): b.
+    """
+    signs = torch.full_like(logits, -1.0).scatter_(1, targets[:, None], 1.0)
+    return -F.logsigmoid(signs * (logits + logit_bias.to(logits.dtype))).sum()
 
 
 def hardest_of_rows(logits: torch.Tensor, k: int) -> torch.Tensor:
@@ -99,4 +112,4 @@ def relational_distillation(
     return terms.scatter(1, own, 0.0).sum() / len(embeds)
 
 
-__all__ = ["ALL_ALIKE", "Negatives", "cross_entropy_of_rows", "hardest_of_rows", "relational_distillation"]
+__all__ = ["ALL_ALIKE", "Negatives", "choose_negatives", "hardest_of_rows", "relational_distillation", "sigmoid_loss"]

@@ -24,12 +24,13 @@ class MMGEMOutput(CausalLMOutputWithPast):
             `output_hidden_states=True` and `output_attentions=True`.
         contrastive_loss (`torch.FloatTensor`, scalar): L_Emb, with `return_loss=True`.
         caption_loss (`torch.FloatTensor`, scalar): L_Gen in nats per caption token, with `labels`.
-        logits_per_image (`torch.FloatTensor` of shape `(M, N)`): scaled cosine similarities.
+        logits_per_image (`torch.FloatTensor` of shape `(M, N)`): scaled cosine similarities (plus the bias).
         logits_per_text (`torch.FloatTensor` of shape `(N, M)`): the same, transposed.
         image_embeds (`torch.FloatTensor` of shape `(M, D)`): unit norm, float32 or wider; `(B, R, D)` with boxes or
             masks.
         text_embeds (`torch.FloatTensor` of shape `(N, D)`): unit norm, float32 or wider, in row-major order of [EMB].
         logit_scale (`torch.FloatTensor`, scalar): 1 / tau, if there are texts and images.
+        logit_bias (`torch.FloatTensor`, scalar): that of SigLIP's loss, of a model that has one.
     """
 
     contrastive_loss: torch.Tensor | None = None
@@ -39,6 +40,7 @@ class MMGEMOutput(CausalLMOutputWithPast):
     image_embeds: torch.Tensor | None = None
     text_embeds: torch.Tensor | None = None
     logit_scale: torch.Tensor | None = None
+    logit_bias: torch.Tensor | None = None
 
 
 class TrainingInputs(TypedDict, total=False):

@@ -68,6 +68,11 @@ class DataArguments(TableArguments):
         None, f"Published files to train on, joined by image: {ANNOTATION_FILES}."
     )
     validation_annotations: list[str] | None = option(None, "Published files to evaluate on, as train_annotations.")
+    negative_caption_column: str | None = option(
+        None,
+        "Stage 1: column of captions that do not fit the image (a text, or a list of which one is drawn per step): "
+        "hard negatives of L_Emb, as `python -m mmgem.mining` finds them.",
+    )
     text_columns: list[str] = option(
         [], "text-distillation: columns of texts, or of lists of texts; the caption_column by default."
     )
@@ -103,6 +108,8 @@ class DataArguments(TableArguments):
                 "max_train_samples and image_column are for tables: a stream ends with --max_steps, and its images "
                 "are the files named jpg, png or webp."
             )
+        if self.negative_caption_column is not None and (self.train_shards or self.dataset_name == "scenes"):
+            raise ValueError("negative_caption_column is of tables. Leave it out.")
         self.require_at_least(1, "max_regions", "max_train_samples", "max_eval_samples", "shuffle_window")
         if not 0 <= self.whole_image_weight <= 1:
             raise ValueError(f"whole_image_weight must lie in [0, 1], got {self.whole_image_weight}.")

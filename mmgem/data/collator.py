@@ -39,8 +39,10 @@ class PairCollator:
     Packing puts sequences where they fit. Images come in the order of their captions. `text_positions` `(B,)` are the
     indices of [EMB] in `input_ids.flatten()`, and `label_positions` those of all labels: the model need not search for
     them. `text_index` `(B,)` is the index of each image's sentence in this order. `pair_ids` `(B, 2)`, in the order of
-    the images, are hashes of each pair's caption and image, to recognise equal ones. With `mini_batch_size`, the list
-    `mini_batches` holds the parts, in which `sentences` are the inputs that embed the texts alone.
+    the images, are hashes of each pair's caption and image, to recognise equal ones. If the examples hold hard
+    negatives, K more sentences stand behind the others in `text_positions` and `text_index`, whose hashes are
+    `negative_ids` `(K,)`. With `mini_batch_size`, the list `mini_batches` holds the parts, in which `sentences` are
+    the inputs that embed the texts alone.
 
     A batch also holds what the Trainer reports: `truncated` (number of captions over `max_length`), `bad` (index and
     reason of unreadable examples), and for a stream the `position` after its last example.
@@ -85,20 +87,29 @@ class PairCollator:
     def _batch(self, examples: Sequence[dict[str, Any]], ids: list[list[int]]) -> dict[str, Any]:
         sentences = [] if self.objective == "caption" else self._sentences(ids)
         captions = [] if self.objective == "contrastive" else self._captions(ids, self.processor.image_prompt)
-        sequences = sentences + captions
+        hard = [example["negative"] for example in examples if example.get("negative")] if sentences else []
+        negatives = self._sentences(self.processor.sentence_ids(hard)) if hard else []
+        sequences = [*sentences, *captions, *negatives]
         rows = pack([len(tokens) for tokens, _ in sequences], self.pack_length)
-        order = [i for row in rows for i in row]
-        images = [i - len(sentences) for i in order if i >= len(sentences)] or order
-        texts = images if sentences else []
-        batch = self._tensors(sequences, rows, texts)
+        first = len(sentences) if captions else 0  # of the sequences with whose order that of the images goes
+        images = [i - first for row in rows for i in row if first <= i < first + len(examples)]
+        batch = self._tensors(sequences, rows, self._texts(images, sequences, negatives) if sentences else [])
         batch.update(self.images([examples[i] for i in images]))
         if sentences:
             pair_ids = [[digest(examples[i]["caption"].encode()), examples[i]["image_id"]] for i in images]
             batch["pair_ids"] = torch.tensor(pair_ids)
+        if "negative" in examples[0] and sentences:
+            batch["negative_ids"] = torch.tensor([digest(text.encode()) for text in hard], dtype=torch.long)
         if sentences and self.mini_batch_size:
-            rows = pack([len(tokens) for tokens, _ in sentences], self.pack_length)
-            batch["sentences"] = self._tensors(sentences, rows, texts)
+            sequences = [*sentences, *negatives]
+            rows = pack([len(tokens) for tokens, _ in sequences], self.pack_length)
+            batch["sentences"] = self._tensors(sequences, rows, self._texts(images, sequences, negatives))
         return batch
+
+    @staticmethod
+    def _texts(images: list[int], sequences: list[TokenSequence], negatives: list[TokenSequence]) -> list[int]:
+        """The sequences to embed: the sentences of the images, which are the first ones, and the last ones."""
+        return [*images, *range(len(sequences) - len(negatives), len(sequences))]
 
     def images(self, examples: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """Their pixels, or what is cached of them."""
@@ -212,14 +223,23 @@ class FusedCollator(PairCollator):
     """
     Collates examples of a [`TripletDataset`]. `input_ids`, `attention_mask` and `pixel_values` hold the items with
     both an image and a text; `texts` and `images` the inputs of those with one of them. In their order, `queries`
-    `(B,)` are the indices of the queries, `answers` `(B + K,)` those of the targets and of the K negatives, and
-    `pair_ids` `(2 B + K,)` the hashes of queries and answers.
+    `(B,)` are the indices of the queries, and `answers` `(B + K,)` those of the targets and of the K negatives.
+    `pair_ids` `(B, 2)` are the hashes of queries and targets, `negative_ids` `(K,)` those of negatives.
     """
 
-    def __init__(self, processor: MMGEMProcessor):
-        super().__init__(processor, "contrastive")
+    def __init__(self, processor: MMGEMProcessor, mini_batch_size: int = 0):
+        super().__init__(processor, "contrastive", mini_batch_size=mini_batch_size)
 
     def __call__(self, examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        size = self.mini_batch_size or len(examples)
+        parts = [self._items(examples[start : start + size]) for start in range(0, len(examples), size)]
+        counts = {
+            "truncated": sum(part.pop("truncated") for part in parts),
+            "bad": {index: reason for example in examples for index, reason in example["bad"].items()},
+        }
+        return {**({"mini_batches": parts} if self.mini_batch_size else parts[0]), **counts}
+
+    def _items(self, examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
         queries, targets = ([example[side] for example in examples] for side in ("query", "target"))
         negatives = [example["negative"] for example in examples if example["negative"] is not None]
         items: list[Item] = [*queries, *targets, *negatives]
@@ -235,9 +255,9 @@ class FusedCollator(PairCollator):
             "pixel_values": self.pixel_values([items[i].image for i in fused]),
             "queries": places[: len(queries)],
             "answers": places[len(queries) :],
-            "pair_ids": torch.tensor([item.id for item in items]),
+            "pair_ids": torch.tensor([[query.id, target.id] for query, target in zip(queries, targets)]),
+            "negative_ids": torch.tensor([item.id for item in negatives], dtype=torch.long),
             "truncated": sum(len(row) > self.processor.max_length for row in ids),
-            "bad": {index: reason for example in examples for index, reason in example["bad"].items()},
         }
         if texts:
             padded = self.processor.tokenizer.pad({"input_ids": [sentences[i] for i in texts]}, return_tensors="pt")

@@ -221,8 +221,10 @@ def _read_held_out(arguments: DataArguments) -> Table | None:
 
 def _pairs(table: Table, arguments: DataArguments, seed: int, held_out: bool = False) -> PairDataset:
     limit = arguments.max_eval_samples if held_out else arguments.max_train_samples
-    rows = checked_table(table, arguments, ("image_column", "caption_column"), limit).rows
-    columns = {arguments.image_column, arguments.caption_column}
+    negatives = None if held_out else arguments.negative_caption_column
+    names = ["image_column", "caption_column", *([] if negatives is None else ["negative_caption_column"])]
+    rows = checked_table(table, arguments, names, limit).rows
+    columns = {getattr(arguments, name) for name in names}
     rows = rows.select_columns(sorted(columns))  # others would be read in vain
     if arguments.validation_annotations if held_out else arguments.train_annotations:
         # Annotations also list images that have regions only.
@@ -231,7 +233,7 @@ def _pairs(table: Table, arguments: DataArguments, seed: int, held_out: bool = F
             raise ValueError("These annotations hold no captions of whole images; add COCO's captions_*.json.")
         rows = rows.select(captioned)
     scale = 1.0 if held_out else arguments.augmentation_scale
-    return PairDataset(rows, arguments.image_column, arguments.caption_column, scale, seed, root=table.root)
+    return PairDataset(rows, arguments.image_column, arguments.caption_column, scale, seed, table.root, negatives)
 
 
 def _regions(table: Table, arguments: DataArguments, seed: int, held_out: bool = False) -> RegionDataset:

@@ -48,6 +48,8 @@ class PairDataset(torch.utils.data.Dataset):
         augmentation_scale: smallest fraction of the image's area that a random crop keeps; 1 takes the whole image.
         seed: of the draws and the augmentation.
         root: folder of relative image paths.
+        negative_column: texts that do not belong to the image, as `caption_column`; each example has one of them too,
+            `"negative"`, or None where there is none.
     """
 
     def __init__(
@@ -58,6 +60,7 @@ class PairDataset(torch.utils.data.Dataset):
         augmentation_scale: float = 1.0,
         seed: int = 0,
         root: str = "",
+        negative_column: str | None = None,
     ):
         self.table = table
         self.rows: Sequence[int] = range(len(table))
@@ -66,6 +69,7 @@ class PairDataset(torch.utils.data.Dataset):
         self.augmentation_scale = augmentation_scale
         self.seed = seed
         self.root = root
+        self.negative_column = negative_column
         self.max_captions: int | None = None  # of each image, the first ones
         self.missing = 0  # number of images that annotations name but that do not exist
         self.least_side = 0  # pixels per side that the image processor needs; 0 decodes at full size
@@ -198,8 +202,11 @@ class PairDataset(torch.utils.data.Dataset):
             content = encoded(columns[self.image_column], self.root)
             image = augmented_image(content, self.augmentation_scale, self.least_side, rng)
             cached = {"image": image, "image_id": image_id_of(content)}
-        caption = captions[rng.integers(len(captions))]
-        return {**cached, "caption": caption, "captions": captions}
+        example = {**cached, "caption": captions[rng.integers(len(captions))], "captions": captions}
+        if self.negative_column is not None:
+            negatives = as_captions(columns[self.negative_column])
+            example["negative"] = negatives[rng.integers(len(negatives))] if negatives else None
+        return example
 
 
 def digest(content: bytes) -> int:

@@ -58,7 +58,7 @@ def combined(model: MMGEMModel, cosines: torch.Tensor, likelihoods: torch.Tensor
 @torch.no_grad()
 def logit_scale_of(model: MMGEMModel) -> float:
     """1 / tau."""
-    return float(model.logit_scale(torch.ones((), device=model.logit_scale.weight.device)))
+    return float(model.logit_scale.scale)
 
 
 @torch.inference_mode()

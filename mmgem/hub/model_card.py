@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..data import json_files
@@ -92,7 +91,7 @@ def model_card(
         repo_id=repo_id,
         name=repo_id.rpartition("/")[2],
         config=model.config,
-        tau=f"{1 / model.logit_scale(torch.ones(())).item():.3g}",
+        tau=f"{1 / model.logit_scale.scale.item():.3g}",
         max_length=max_length,
         visual_tokens="one visual token" if (k := model.config.image_grid_size) == 1 else f"{k} x {k} visual tokens",
         adapters=list(sources),

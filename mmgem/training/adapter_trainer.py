@@ -21,14 +21,18 @@ class AdapterTrainer(MMGEMTrainer):
         super().__init__(model, *args, model_settings=settings, **kwargs)
 
     def compute_loss(self, model: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
-        """The loss, with the frozen base in eval mode: dropout applies to trained modules only."""
+        """The loss, with the frozen base in eval mode."""
+        self.set_modes(model)
+        return super().compute_loss(model, *args, **kwargs)
+
+    def set_modes(self, model: torch.nn.Module) -> None:
+        """Eval mode: dropout applies to trained modules only."""
         model.eval()
         if self.args.activation_checkpointing:
             # transformers' layers checkpoint in training mode only; `refuse_dropout` made sure that nothing drops out.
             for module in model.modules():
                 if isinstance(module, GradientCheckpointingLayer):
                     module.training = True
-        return super().compute_loss(model, *args, **kwargs)
 
     def merge_lora(self) -> None:
         """An adapter stays one."""

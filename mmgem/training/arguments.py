@@ -31,10 +31,10 @@ MINIMA = {
 }
 
 # Options that another stage than the first has no use for, and those that one of them has not.
-NOT_OF_LATER_STAGES = ("objective", "mini_batch_size", "freeze", "projection_lr_multiplier", "generation_num_beams")
+NOT_OF_LATER_STAGES = ("objective", "freeze", "projection_lr_multiplier", "generation_num_beams")
 NOT_OF_STAGE = {
-    "region-caption": ("lora_rank", "temperature"),
-    "region-retrieval": ("lora_rank",),
+    "region-caption": ("lora_rank", "temperature", "mini_batch_size"),
+    "region-retrieval": ("lora_rank", "mini_batch_size"),
     "fused-retrieval": ("cache_features", "train_sampling_strategy"),
     "text-distillation": (
         *("cache_features", "matryoshka_dims", "false_negative_margin", "hardest_negatives", "hardness_weight"),
@@ -287,6 +287,8 @@ def parse_arguments(
         _check_adapter(model_args, data_args, args)
     elif model_args.region_grid_size is not None:
         raise ValueError("region_grid_size is for --stage region-caption; stage 1 has --image_grid_size.")
+    if data_args.negative_caption_column is not None and (args.stage != "1" or args.objective == "caption"):
+        raise ValueError("negative_caption_column is for L_Emb of stage 1. Leave it out.")
     for name in ("text_columns", "teacher", "teacher_column"):
         if getattr(data_args, name) and args.stage != "text-distillation":
             raise ValueError(f"{name} is of texts, for --stage text-distillation.")

@@ -106,6 +106,13 @@ class BaseTrainer(Trainer):
         with atomic_checkpoint(os.path.join(str(self.args.output_dir), name)):
             super()._save_checkpoint(model, trial)
 
+    def _no_sync(self, model: torch.nn.Module) -> Callable[[], AbstractContextManager]:
+        """What prevents the exchange of gradients between processes."""
+        # Accelerate's own does nothing for a single process, which torchrun wraps all the same.
+        if isinstance(model, torch.nn.parallel.DistributedDataParallel):
+            return model.no_sync
+        return lambda: self.accelerator.no_sync(model)
+
     def merge_lora(self) -> None:
         """Merges LoRA's matrices into the weights beside which they were trained, which leaves one plain model."""
         if isinstance(self.model, PeftModel):

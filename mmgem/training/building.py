@@ -20,11 +20,12 @@ from ..data.tokenizer import train_tokenizer
 from ..loading import load_checkpoint
 from ..modeling_mmgem import MMGEMModel
 from ..modeling_mmgem.conversion_mmgem import configure_generation
+from ..modeling_mmgem.losses_mmgem import LogitScale
 from ..modeling_mmgem.vision_mmgem import interpolate_positions, tower_projection_dim, vision_config_of
 from ..processing import MMGEMProcessor, set_image_size, to_mmgem_tokenizer
 from ..processing.image_processors_mmgem import without_center_crop
 from ..processing.tokenization_mmgem import special_token_ids
-from .model_arguments import ModelArguments
+from .model_arguments import SIGLIP, ModelArguments
 
 
 IMAGES = 256  # that the start of a new vision tower is computed from
@@ -72,6 +73,8 @@ def _build(
         for name in ("auto_map", "custom_pipelines"):
             vars(model.config).pop(name, None)  # an export names code that is not saved with this run
         processor.max_length = max_length
+        if arguments.contrastive_loss is not None:
+            _set_contrastive_loss(model, arguments.contrastive_loss)
         if arguments.region_grid_size is not None:
             processor.region_grid_size = arguments.region_grid_size
         if arguments.image_grid_size is not None:
@@ -96,6 +99,17 @@ def _build(
         processor.max_length = max_length
         return model, processor
     return _from_scratch(arguments, train_dataset, max_length)
+
+
+def _set_contrastive_loss(model: MMGEMModel, name: str) -> None:
+    """Adds SigLIP's bias to a model without one, or takes it away; 1 / tau stays."""
+    old = model.logit_scale
+    if (name == "sigmoid") == (old.bias is not None):
+        return
+    bias = SIGLIP["logit_bias_init_value"] if name == "sigmoid" else None
+    model.logit_scale = LogitScale(old.init_value, old.max_value, bias)
+    model.logit_scale.weight.data.copy_(old.weight.data)
+    model.config.logit_bias_init_value = bias
 
 
 def planned_config(arguments: ModelArguments, checkpoint: str | None = None) -> MMGEMConfig:

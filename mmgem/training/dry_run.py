@@ -185,9 +185,17 @@ class _Step:
             outputs = self.model(
                 ids, text_positions=text_positions, return_loss=False, logits_to_keep=1, **images, **inputs
             )
-        return (outputs.text_embeds, outputs.image_embeds, outputs.logit_scale), outputs.caption_loss
+        embeds = (outputs.image_embeds, outputs.text_embeds)
+        return Embeddings(*embeds, outputs.logit_scale, outputs.logit_bias), outputs.caption_loss
 
-    def contrastive_loss(self, texts: torch.Tensor, images: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    def contrastive_loss(
+        self,
+        images: torch.Tensor,
+        texts: torch.Tensor,
+        scale: torch.Tensor,
+        bias: torch.Tensor | None = None,
+        _: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """L_Emb of the whole batch, of which these embeddings are a part, over all devices."""
         batch_size = self.args.per_device_train_batch_size
         repeats = -(-batch_size // len(texts))
@@ -195,7 +203,9 @@ class _Step:
         ids = torch.zeros(batch_size, 2, dtype=torch.long)
         gathered = [torch.cat([x] * self.devices) if self.devices > 1 else x for x in (texts, images, ids)]
         return contrastive_loss(
-            *(texts, images, scale, gathered[0], gathered[1], 0, ids, gathered[2]), dims=self.args.matryoshka_dims
+            *(texts, images, scale, gathered[0], gathered[1], 0, ids, gathered[2]),
+            dims=self.args.matryoshka_dims,
+            logit_bias=bias,
         )
 
 

@@ -10,11 +10,10 @@ from ..data.collator import FusedCollator
 from ..data.loading import Table, triplets_of
 from ..data.triplets import OneSourceSampler, TripletDataset
 from ..evaluation.fused import evaluate_fused
-from ..modeling_mmgem import MMGEMModel, contrastive_loss
+from ..modeling_mmgem import MMGEMModel
 from .adapter_trainer import AdapterTrainer
 from .adapters import add_fused_adapter
 from .arguments import MMGEMTrainingArguments, data_seed
-from .distributed import gather_ragged
 from .gradient_cache import Embeddings, refuse_dropout
 from .train_data import check_dataset
 
@@ -50,7 +49,7 @@ class FusedTrainer(AdapterTrainer):
         return add_fused_adapter(model, self.peft_config)
 
     def make_collator(self, args: MMGEMTrainingArguments) -> FusedCollator:
-        return FusedCollator(self.processing_class)
+        return FusedCollator(self.processing_class, args.mini_batch_size)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> OneSourceSampler:
         data: Any = self.train_dataset
@@ -72,42 +71,25 @@ class FusedTrainer(AdapterTrainer):
         inputs = self._prepare_inputs(inputs)
         self.base.eval()
         with torch.no_grad(), self.accelerator.autocast():
-            plain = [self.base.get_embedding(**inputs[name]) for name in ("texts", "images") if name in inputs]
+            for part in inputs.get("mini_batches", [inputs]):
+                plain = [part[name] for name in ("texts", "images") if name in part]
+                part["plain_embeds"] = [self.base.get_embedding(**items) for items in plain]
         with self.base.in_fused_call():
-            return super().training_step(model, {**inputs, "plain_embeds": plain}, num_items_in_batch)
+            return super().training_step(model, inputs, num_items_in_batch)
 
     def _forward(
         self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
     ) -> tuple[Embeddings, Any, torch.Tensor | None]:
-        """Embeddings of queries and targets, negatives behind them; the model's output; no caption loss."""
+        """Embeddings of queries, targets and negatives; the model's output; no caption loss."""
         fused = {name: inputs[name] for name in ("input_ids", "attention_mask", "pixel_values")}
         outputs = model(**fused, return_loss=False, logits_to_keep=1)
         embeds = torch.cat([outputs.text_embeds, *inputs["plain_embeds"]])
-        self._logit_scale = outputs.logit_scale.detach()
-        return (embeds[inputs["queries"]], embeds[inputs["answers"]], outputs.logit_scale), outputs, None
+        queries, answers = embeds[inputs["queries"]], embeds[inputs["answers"]]
+        targets, negatives = answers.split([len(queries), len(answers) - len(queries)])
+        return self._embeddings(queries, targets, outputs, negatives), outputs, None
 
-    def _contrastive_loss(
-        self, queries: torch.Tensor, answers: torch.Tensor, logit_scale: torch.Tensor, ids: torch.Tensor
-    ) -> torch.Tensor:
-        """Against the queries, targets and negatives of all processes, whose numbers of negatives differ."""
-        count, offset = len(queries), 0
-        pair_ids = torch.stack([ids[:count], ids[count : 2 * count]], 1)
-        parts = [queries, answers[:count], pair_ids, answers[count:], ids[2 * count :]]
-        gathered = parts
-        if self.args.world_size > 1:
-            gathered = [torch.cat(gather_ragged(part)) for part in parts]
-            offset = self.args.process_index * count
-        all_queries, all_targets, all_ids, negatives, negative_ids = gathered
-        loss = contrastive_loss(
-            *(queries, answers[:count], logit_scale, all_queries, all_targets, offset, pair_ids, all_ids),
-            dims=self.args.matryoshka_dims,
-            negative_embeds=negatives,
-            negative_ids=negative_ids,
-            negatives=self.args.negatives,
-        )
-        loss = loss / self.current_gradient_accumulation_steps
-        self._add_to_log("contrastive_loss", loss)
-        return loss
+    def _without_captions(self, mini_batch: dict[str, Any]) -> dict[str, Any]:
+        return mini_batch
 
     def _metrics(self, dataset: Any) -> dict[str, float]:
         """Of fused queries, beside the mean of their two plain embeddings."""

@@ -2,13 +2,23 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 
-Embeddings = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # texts (N, D), images (N, D), 1 / tau
+class Embeddings(NamedTuple):
+    """
+    What L_Emb is computed from: queries and keys `(N, D)` in pairs (in stage 1 images and their texts), the scalars
+    1 / tau and the bias of a model that has one, and hard negatives `(K, D)` beside the keys.
+    """
+
+    queries: torch.Tensor
+    keys: torch.Tensor
+    logit_scale: torch.Tensor
+    logit_bias: torch.Tensor | None = None
+    negatives: torch.Tensor | None = None
 
 
 def refuse_dropout(model: nn.Module) -> None:
@@ -30,9 +40,9 @@ def refuse_dropout(model: nn.Module) -> None:
 
 def cached_backward(
     mini_batches: Sequence[dict[str, Any]],
-    embed: Callable[[dict[str, Any]], Embeddings],
+    embed: Callable[[dict[str, Any]], Sequence[torch.Tensor | None]],
     contrastive: Callable[..., torch.Tensor],
-    forward: Callable[[dict[str, Any]], tuple[Embeddings, torch.Tensor | None]],
+    forward: Callable[[dict[str, Any]], tuple[Sequence[torch.Tensor | None], torch.Tensor | None]],
     backward: Callable[[torch.Tensor], None],
     no_sync: Callable[[], AbstractContextManager],
 ) -> torch.Tensor:
@@ -46,9 +56,9 @@ def cached_backward(
 
     Args:
         mini_batches: parts of the batch.
-        embed: returns the embeddings of a mini-batch, rows in pairs.
-        contrastive: returns the loss from all texts, all images and the scale.
-        forward: returns the embeddings of a mini-batch and its own loss (None without one).
+        embed: returns what a mini-batch has of [`Embeddings`]: rows, scalars that all share, and None.
+        contrastive: returns the loss from the same of the whole batch.
+        forward: returns what `embed` does, and the mini-batch's own loss (None without one).
         backward: backpropagates a scalar.
         no_sync: prevents the exchange of gradients between processes, which the last mini-batch alone needs.
 
@@ -56,23 +66,29 @@ def cached_backward(
         the contrastive loss, detached.
     """
     with torch.no_grad():
-        parts = [embed(mini_batch) for mini_batch in mini_batches]
-    texts, images = (torch.cat([part[k].float() for part in parts]).requires_grad_() for k in (0, 1))
-    logit_scale = parts[-1][2].clone().requires_grad_()
+        parts = list(zip(*(embed(mini_batch) for mini_batch in mini_batches)))
+    leaves = [
+        None if part[0] is None else torch.cat(part).float() if part[0].ndim else part[-1].clone() for part in parts
+    ]
+    tensors = [leaf.requires_grad_() for leaf in leaves if leaf is not None]
     with torch.enable_grad():
-        loss = contrastive(texts, images, logit_scale)
-    text_gradient, image_gradient, scale_gradient = torch.autograd.grad(loss, (texts, images, logit_scale))
-    start = 0
+        loss = contrastive(*leaves)
+    found = iter(torch.autograd.grad(loss, tensors))
+    # Gradients of rows in the order of the mini-batches, whose last takes those of scalars.
+    gradients = [None if leaf is None else next(found) for leaf in leaves]
+    starts = [0] * len(leaves)
     for k, mini_batch in enumerate(mini_batches):
         is_last = k == len(mini_batches) - 1
         with nullcontext() if is_last else no_sync():
-            (text_embeds, image_embeds, scale), own_loss = forward(mini_batch)
-            rows = slice(start, start + len(text_embeds))
-            total = (text_embeds * text_gradient[rows]).sum() + (image_embeds * image_gradient[rows]).sum()
-            if own_loss is not None:
-                total = total + own_loss
-            if is_last:
-                total = total + scale * scale_gradient
+            embeds, total = forward(mini_batch)
+            for i, (tensor, gradient) in enumerate(zip(embeds, gradients)):
+                if tensor is None or gradient is None or not (tensor.ndim or is_last):
+                    continue
+                if tensor.ndim:
+                    gradient = gradient[starts[i] : starts[i] + len(tensor)]
+                    starts[i] += len(tensor)
+                own = (tensor * gradient).sum()
+                total = own if total is None else total + own
+            assert total is not None
             backward(total)
-        start = rows.stop
     return loss.detach()

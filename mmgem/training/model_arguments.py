@@ -1,11 +1,15 @@
 """The options that say which model a run starts from."""
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from ..configuration.hub_options_mmgem import checked_hub_options
 from ..data.json_files import parse_json
 from ..options import option
+
+
+SIGLIP = {"logit_scale_init_value": math.log(10), "logit_bias_init_value": -10.0}  # Zhai et al., 2023, section 3.2
 
 
 @dataclass
@@ -39,6 +43,11 @@ class ModelArguments:
     image_grid_size: int | None = option(
         None, "k: a whole image becomes k x k visual tokens; 1 by default, or the checkpoint's own."
     )
+    contrastive_loss: Literal["softmax", "sigmoid"] | None = option(
+        None,
+        "L_Emb: InfoNCE (softmax; the paper's, and the default of a new model), or SigLIP's sigmoid loss with its "
+        "learned bias. By default the checkpoint's own.",
+    )
     region_grid_size: int | None = option(
         None, "k: a region becomes k x k visual tokens; by default the checkpoint's own."
     )
@@ -47,7 +56,8 @@ class ModelArguments:
     def config_settings(self) -> dict[str, Any]:
         """The settings of a new model's configuration that were given."""
         names = ("projection_dim", "image_pooling", "image_grid_size")
-        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        settings = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        return settings | (SIGLIP if self.contrastive_loss == "sigmoid" else {})
 
     def __post_init__(self) -> None:
         self.vision_config = _as_mapping(self.vision_config, "vision_config")

@@ -17,7 +17,7 @@ from .adapter_trainer import AdapterTrainer
 from .adapters import add_region_adapter
 from .arguments import MMGEMTrainingArguments, data_seed
 from .distributed import gather_ragged
-from .gradient_cache import refuse_dropout
+from .gradient_cache import Embeddings, refuse_dropout
 
 
 class RegionTrainer(AdapterTrainer):
@@ -66,18 +66,23 @@ class RegionTrainer(AdapterTrainer):
         return RegionCollator(self.processing_class, args.objective)
 
     def _contrastive_loss(
-        self, texts: torch.Tensor, images: torch.Tensor, logit_scale: torch.Tensor, pair_ids: torch.Tensor
+        self, embeddings: Embeddings, pair_ids: torch.Tensor, negative_ids: torch.Tensor | None = None
     ) -> torch.Tensor:
         """Against the regions of all processes, whose numbers differ: every region counts the same."""
         if self.args.world_size == 1:
-            return super()._contrastive_loss(texts, images, logit_scale, pair_ids)
-        gathered = [gather_ragged(tensor) for tensor in (texts, images, pair_ids)]
+            return super()._contrastive_loss(embeddings, pair_ids, negative_ids)
+        regions, phrases, logit_scale, logit_bias, _ = embeddings
+        gathered = [gather_ragged(tensor) for tensor in (regions, phrases, pair_ids)]
         sizes = [len(part) for part in gathered[0]]
         offset, total = sum(sizes[: dist.get_rank()]), sum(sizes)
-        all_texts, all_images, all_ids = map(torch.cat, gathered)
-        pairs = (texts, images, logit_scale, all_texts, all_images, offset, pair_ids, all_ids)
-        loss = contrastive_loss(*pairs, dims=self.args.matryoshka_dims, negatives=self.args.negatives)
-        loss = loss * (len(texts) * self.args.world_size / total) / self.current_gradient_accumulation_steps
+        all_regions, all_phrases, all_ids = map(torch.cat, gathered)
+        loss = contrastive_loss(
+            *(regions, phrases, logit_scale, all_regions, all_phrases, offset, pair_ids, all_ids),
+            dims=self.args.matryoshka_dims,
+            negatives=self.args.negatives,
+            logit_bias=logit_bias,
+        )
+        loss = loss * (len(regions) * self.args.world_size / total) / self.current_gradient_accumulation_steps
         self._add_to_log("contrastive_loss", loss)
         return loss
 

@@ -1,7 +1,7 @@
 """The Trainer of the stage text-distillation: a language model learns how alike a teacher finds texts."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -23,22 +23,24 @@ from .base_trainer import BaseTrainer
 from .checkpoints import run_settings
 from .checks import check_parallelism, check_precision
 from .distributed import GatherWithGradient
+from .gradient_cache import cached_backward, refuse_dropout
 from .stages import check_optimizer
 
 
+PART_SIZE = 32  # texts of a forward pass, without a gradient cache
 EVALUATED_TEXTS = 2000  # whose pairs are compared, two million
 
 
 class TextCollator:
     """
-    Tokenises texts, each with the prompt behind it, on the right of which is padding; a text that is too long for both
-    is cut. `teacher_embeds` `(B, E)` are the teacher's.
+    Collates B texts into `mini_batches` of texts that are about as long, each with `input_ids`, `attention_mask` and
+    `teacher_embeds`: the tokens of a text, cut if it is too long, those of the prompt, and padding on the right.
 
     Raises:
         ValueError: for a `max_length` that the prompt fills.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt: str, max_length: int):
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt: str, max_length: int, part_size: int = 0):
         self.tokenizer = tokenizer
         self.prompt_ids = tokenizer(f" {prompt}".rstrip(), add_special_tokens=False)["input_ids"] if prompt else []
         self.text_length = max_length - len(self.prompt_ids)
@@ -49,16 +51,20 @@ class TextCollator:
             )
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
+        self.part_size = part_size or PART_SIZE
 
-    def __call__(self, examples: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        batch = self.tokens([example[TEXT] for example in examples])
-        return {**batch, TEACHER_EMBEDS: torch.stack([example[TEACHER_EMBEDS] for example in examples])}
+    def __call__(self, examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        goals = torch.stack([example[TEACHER_EMBEDS] for example in examples])
+        parts = self.parts([example[TEXT] for example in examples])
+        return {"mini_batches": [{**part, TEACHER_EMBEDS: goals[part.pop("order")]} for part in parts]}
 
-    def tokens(self, texts: Sequence[str]) -> dict[str, torch.Tensor]:
-        """`input_ids` and `attention_mask`, both `(B, T)`."""
+    def parts(self, texts: Sequence[str]) -> Iterator[dict[str, torch.Tensor]]:
+        """Tensors of part after part, the shortest texts first; `order` `(n,)` are their indices."""
         rows = self.tokenizer(list(texts), truncation=True, max_length=self.text_length)["input_ids"]
-        rows = [[*row, *self.prompt_ids] for row in rows]
-        return dict(self.tokenizer.pad({"input_ids": rows}, padding_side="right", return_tensors="pt"))
+        for order in batches_by_length([len(row) for row in rows], self.part_size, None):
+            tokens = {"input_ids": [[*rows[i], *self.prompt_ids] for i in order]}
+            padded = self.tokenizer.pad(tokens, padding_side="right", return_tensors="pt")
+            yield {**padded, "order": torch.tensor(order)}
 
 
 class TextDistillationTrainer(BaseTrainer):
@@ -105,10 +111,12 @@ class TextDistillationTrainer(BaseTrainer):
         self.peft_config = lora_config(args) if peft_config is None else peft_config
         trained: Any = self.base if self.peft_config is None else self._with_lora(self.peft_config)
         check_precision(trained)
+        if args.mini_batch_size:
+            refuse_dropout(trained)
         super().__init__(
             model=trained,
             args=args,
-            data_collator=TextCollator(processing_class, args.distillation_prompt, max_length),
+            data_collator=TextCollator(processing_class, args.distillation_prompt, max_length, args.mini_batch_size),
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
@@ -129,6 +137,29 @@ class TextDistillationTrainer(BaseTrainer):
     def _around_training(self) -> AbstractContextManager:
         return held_in_bfloat16(self.base) if self.peft_config is not None and self.args.bf16 else nullcontext()
 
+    def training_step(
+        self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
+    ) -> torch.Tensor:
+        """Trains on one batch, with `args.mini_batch_size` through the gradient cache."""
+        if not self.args.mini_batch_size:
+            return super().training_step(model, inputs, num_items_in_batch)
+        model.train()
+        parts: Any = self._prepare_inputs(inputs)["mini_batches"]
+        goals = torch.cat([part[TEACHER_EMBEDS] for part in parts])
+
+        def embed(part: dict[str, Any]) -> tuple[torch.Tensor]:
+            with self.compute_loss_context_manager():
+                return (embeds_of_last_tokens(model, part),)
+
+        return cached_backward(
+            parts,
+            embed,
+            lambda embeds: self._distillation_loss(embeds, goals),
+            lambda part: (embed(part), None),
+            self.accelerator.backward,
+            self._no_sync(model),
+        )
+
     def compute_loss(
         self,
         model: torch.nn.Module,
@@ -137,7 +168,12 @@ class TextDistillationTrainer(BaseTrainer):
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
         """KL divergence of the rows of this process, against the texts of all."""
-        embeds, goals = embeds_of_last_tokens(model, inputs), inputs[TEACHER_EMBEDS]
+        parts = inputs["mini_batches"]
+        embeds = torch.cat([embeds_of_last_tokens(model, part) for part in parts])
+        loss = self._distillation_loss(embeds, torch.cat([part[TEACHER_EMBEDS] for part in parts]))
+        return (loss, {}) if return_outputs else loss
+
+    def _distillation_loss(self, embeds: torch.Tensor, goals: torch.Tensor) -> torch.Tensor:
         all_embeds, all_goals, offset = embeds, goals, 0
         if self.args.world_size > 1:
             all_embeds, all_goals = map(GatherWithGradient.apply, (embeds, goals))
@@ -147,7 +183,7 @@ class TextDistillationTrainer(BaseTrainer):
         loss = loss / self.current_gradient_accumulation_steps
         self._add_to_log("distillation_loss", loss)
         self._interval["samples"] += len(all_embeds)
-        return (loss, {}) if return_outputs else loss
+        return loss
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
@@ -169,11 +205,10 @@ class TextDistillationTrainer(BaseTrainer):
         was_training = model.training
         model.eval()
         embeds = torch.empty(len(texts), self.base.config.hidden_size)
-        lengths = [len(text) for text in texts]
-        for batch in batches_by_length(lengths, self.args.per_device_eval_batch_size, None):
-            inputs = self._prepare_inputs(self.data_collator.tokens([texts[i] for i in batch]))
+        for part in self.data_collator.parts(texts):
+            order, inputs = part.pop("order"), self._prepare_inputs(part)
             with self.accelerator.autocast():
-                embeds[batch] = embeds_of_last_tokens(model, inputs).float().cpu()
+                embeds[order] = embeds_of_last_tokens(model, inputs).float().cpu()
         model.train(was_training)
         return embeds
 

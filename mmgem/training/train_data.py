@@ -82,10 +82,12 @@ class ExampleCounts:
         self.add_bad(batch.pop("bad"))
         self.truncated += batch.pop("truncated")
         self.left_out += batch.pop("left_out", 0)
-        if "queries" in batch:
-            self.seen += len(batch["pair_ids"]) - len(batch.get("images", {}).get("pixel_values", ()))
-            return len(batch["queries"])
         parts = batch.get("mini_batches", [batch])
+        if "queries" in parts[0]:
+            images = sum(len(part["images"]["pixel_values"]) for part in parts if "images" in part)
+            queries = sum(len(part["queries"]) for part in parts)
+            self.seen += queries + sum(len(part["answers"]) for part in parts) - images
+            return queries
         images = sum(len(part["pooled_features" if "pooled_features" in part else "pixel_values"]) for part in parts)
         self.seen += len(batch["pair_ids"]) if "boxes" in batch else images
         return images

@@ -21,7 +21,7 @@ from .adapters import add_lora, held_in_bfloat16, lora_config
 from .arguments import MMGEMTrainingArguments
 from .checkpoints import run_settings
 from .checks import check_cached_features, check_packing, check_parallelism, check_precision, check_processor
-from .distributed import GatherWithGradient, keep_temperature_in_float32, on_device
+from .distributed import GatherWithGradient, gather_ragged, keep_temperature_in_float32, on_device
 from .evaluating_trainer import EvaluatingTrainer
 from .feature_cache import cache_features
 from .gradient_cache import Embeddings, cached_backward, refuse_dropout
@@ -186,40 +186,60 @@ class MMGEMTrainer(EvaluatingTrainer):
         """L_Emb + weight L_Gen, such that sums over micro-batches and means over processes are the batch's loss."""
         embeddings, outputs, loss = self._forward(model, inputs, num_items_in_batch)
         if self.args.objective != "caption":
-            contrastive = self._contrastive_loss(*embeddings, inputs["pair_ids"])
+            contrastive = self._contrastive_loss(embeddings, inputs["pair_ids"], inputs.get("negative_ids"))
             loss = contrastive if loss is None else loss + contrastive
         return (loss, outputs) if return_outputs else loss
 
     def _forward(
         self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
     ) -> tuple[Embeddings, Any, torch.Tensor | None]:
-        """Returns embeddings in pairs, the model's output, and the weighted caption loss (None without labels)."""
+        """Returns embeddings, the model's output, and the weighted caption loss (None without labels)."""
         model_inputs = {name: inputs[name] for name in MODEL_INPUTS if name in inputs}
         outputs = model(**model_inputs, num_items_in_batch=num_items_in_batch, return_loss=False, logits_to_keep=1)
-        texts, images = outputs.text_embeds, outputs.image_embeds
-        if texts is not None:
-            texts = texts[inputs["text_index"]]
+        texts, images, negatives = outputs.text_embeds, outputs.image_embeds, None
         if "region_mask" in inputs:
             images = images[inputs["region_mask"]]
-        self._logit_scale = outputs.logit_scale.detach() if self.args.objective != "caption" else None
+        if texts is not None:
+            texts = texts[inputs["text_index"]]
+            if "negative_ids" in inputs:
+                texts, negatives = texts.split([len(images), len(inputs["negative_ids"])])
         loss = None
         if outputs.caption_loss is not None:
             # num_items_in_batch counts the tokens of all processes, whose gradients will be averaged.
             caption = outputs.caption_loss * self.args.world_size
             self._add_to_log("caption_loss", caption)
             loss = self.args.caption_loss_weight * caption
-        return (texts, images, outputs.logit_scale), outputs, loss
+        return self._embeddings(images, texts, outputs, negatives), outputs, loss
+
+    def _embeddings(
+        self, queries: torch.Tensor, keys: torch.Tensor, outputs: Any, negatives: torch.Tensor | None = None
+    ) -> Embeddings:
+        """With the model's temperature, or that of `--temperature`."""
+        scale = outputs.logit_scale
+        if self.args.temperature is not None and scale is not None:
+            scale = torch.full_like(scale, 1 / self.args.temperature)
+        self._logit_scale = scale.detach() if self.args.objective != "caption" else None
+        return Embeddings(queries, keys, scale, outputs.logit_bias, negatives)
 
     def _contrastive_loss(
-        self, texts: torch.Tensor, images: torch.Tensor, logit_scale: torch.Tensor, pair_ids: torch.Tensor
+        self, embeddings: Embeddings, pair_ids: torch.Tensor, negative_ids: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Against the pairs of all processes, without those that share the row's caption or image."""
-        all_texts, all_images, all_ids, offset = texts, images, pair_ids, 0
+        """Against the pairs of all processes, without those that share one of the row's ids, and all negatives."""
+        queries, keys, logit_scale, logit_bias, negatives = embeddings
+        all_queries, all_keys, all_ids, offset = queries, keys, pair_ids, 0
         if self.args.world_size > 1:
-            all_texts, all_images, all_ids = map(GatherWithGradient.apply, (texts, images, pair_ids))
-            offset = dist.get_rank() * len(texts)
-        pairs = (texts, images, logit_scale, all_texts, all_images, offset, pair_ids, all_ids)
-        loss = contrastive_loss(*pairs, dims=self.args.matryoshka_dims, negatives=self.args.negatives)
+            all_queries, all_keys, all_ids = map(GatherWithGradient.apply, (queries, keys, pair_ids))
+            offset = dist.get_rank() * len(queries)
+            if negatives is not None and negative_ids is not None:  # of which a process may have more than another
+                negatives, negative_ids = (torch.cat(gather_ragged(part)) for part in (negatives, negative_ids))
+        loss = contrastive_loss(
+            *(queries, keys, logit_scale, all_queries, all_keys, offset, pair_ids, all_ids),
+            dims=self.args.matryoshka_dims,
+            negative_embeds=negatives,
+            negative_ids=negative_ids,
+            negatives=self.args.negatives,
+            logit_bias=logit_bias,
+        )
         loss = loss / self.current_gradient_accumulation_steps
         self._add_to_log("contrastive_loss", loss)
         return loss
@@ -230,16 +250,15 @@ class MMGEMTrainer(EvaluatingTrainer):
         """Trains on one batch, through the gradient cache if it comes in mini-batches."""
         if "mini_batches" not in inputs:
             return super().training_step(model, inputs, num_items_in_batch)
-        model.train()
+        self.set_modes(model)
         mini_batches: Any = self._prepare_inputs(inputs)["mini_batches"]
         pair_ids = torch.cat([mini_batch["pair_ids"] for mini_batch in mini_batches])
+        negative_ids = [mini_batch["negative_ids"] for mini_batch in mini_batches if "negative_ids" in mini_batch]
         caption_losses = []
 
         def embed(mini_batch: dict[str, Any]) -> Embeddings:
-            images = {name: mini_batch[name] for name in ("pixel_values", *CACHED_FEATURES) if name in mini_batch}
-            sentences = {**images, **mini_batch["sentences"]}
             with self.compute_loss_context_manager():
-                return self._forward(model, sentences)[0]
+                return self._forward(model, self._without_captions(mini_batch))[0]
 
         def forward(mini_batch: dict[str, Any]) -> tuple[Embeddings, torch.Tensor | None]:
             with self.compute_loss_context_manager():
@@ -247,17 +266,22 @@ class MMGEMTrainer(EvaluatingTrainer):
             caption_losses.append(torch.zeros(()) if loss is None else loss.detach())
             return embeddings, loss
 
-        # Accelerate's own does nothing for a single process, which torchrun wraps all the same.
-        is_ddp = isinstance(model, torch.nn.parallel.DistributedDataParallel)
-        contrastive = cached_backward(
-            mini_batches,
-            embed,
-            lambda texts, images, scale: self._contrastive_loss(texts, images, scale, pair_ids),
-            forward,
-            self.accelerator.backward,
-            model.no_sync if is_ddp else lambda: self.accelerator.no_sync(model),  # type: ignore[arg-type]
-        )
-        return contrastive + torch.stack(caption_losses).sum().to(contrastive.device)
+        def contrastive(*embeddings: Any) -> torch.Tensor:
+            ids = torch.cat(negative_ids) if negative_ids else None
+            return self._contrastive_loss(Embeddings(*embeddings), pair_ids, ids)
+
+        backward, no_sync = self.accelerator.backward, self._no_sync(model)
+        loss = cached_backward(mini_batches, embed, contrastive, forward, backward, no_sync)
+        return loss + torch.stack(caption_losses).sum().to(loss.device)
+
+    def set_modes(self, model: torch.nn.Module) -> None:
+        """Training or eval mode of the modules in a step."""
+        model.train()
+
+    def _without_captions(self, mini_batch: dict[str, Any]) -> dict[str, Any]:
+        """What embeds a mini-batch alone."""
+        kept = ("pixel_values", *CACHED_FEATURES, "negative_ids")
+        return {**{name: mini_batch[name] for name in kept if name in mini_batch}, **mini_batch["sentences"]}
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """

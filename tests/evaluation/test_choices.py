@@ -71,7 +71,7 @@ def test_equals_a_plain_forward_for_each_pair(model, own_processor):
     metrics, outputs = evaluate_choices(model, own_processor, data, weight=2.0)
     assert outputs["indices"] == [0, 1, 2], "the one whose picture cannot be read is left out"
     expected = {"cosine": [], "likelihood": [], "both": []}
-    scale = float(model.logit_scale(torch.ones(())))
+    scale = float(model.logit_scale.scale)
     for choice in data.choices[:3]:
         rows = [scores_by_hand(model, own_processor, make_picture(i), choice.texts) for i in choice.images]
         cosines, likelihoods = (torch.stack(parts) for parts in zip(*rows))

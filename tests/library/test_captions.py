@@ -183,7 +183,7 @@ def test_the_best_of_drawn_captions_is_taken(loaded, source, photos, tmp_path):
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(0)
         drawn = draw_captions_of(model, processor, Image.open(photos / "0.jpg").convert("RGB"), 6, max_new_tokens=4)
-        scale = float(model.logit_scale(torch.ones(())))
+        scale = float(model.logit_scale.scale)
     model.enable_adapters()
     best = max(drawn, key=lambda one: scale * one.cosine + LIKELIHOOD_WEIGHT * one.likelihood)
     assert json.loads((tmp_path / "c.jsonl").read_text().splitlines()[0])["caption"] == best.text
