@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.clip import CLIPImageProcessorPil
 
 from mmgem import MMGEMConfig, MMGEMModel, MMGEMProcessor
@@ -96,6 +97,12 @@ def make_model(processor: MMGEMProcessor, seed: int = 0, **changes) -> MMGEMMode
     model = MMGEMModel(config).eval()
     configure_generation(model, tokenizer)
     return model
+
+
+def make_language_model(tokenizer, seed: int = 0, **changes) -> LlamaForCausalLM:
+    """A tiny causal language model in eval mode, whose head is not tied to its embeddings."""
+    torch.manual_seed(seed)
+    return LlamaForCausalLM(LlamaConfig(**{**TEXT, "vocab_size": len(tokenizer), **changes})).eval()
 
 
 @pytest.fixture

@@ -19,6 +19,7 @@ BESIDE = {
     "mmgem.options": "modeling_mmgem",
     "mmgem.output_lock": "modeling_mmgem",
     "mmgem.loading": "modeling_mmgem",
+    "mmgem.mining": "evaluation",
     "mmgem": "modeling_mmgem",
     "mmgem.__main__": "cli",
 }

@@ -14,6 +14,7 @@ from .arguments import DataArguments, TableArguments
 from .composed_scenes import ComposedScenesDataset
 from .pairs import PairDataset
 from .regions import RegionDataset
+from .samplers import CLUSTER_COLUMN
 from .scenes import ScenesDataset
 from .shards import ShardStream, expand_shards
 from .table_files import load_named, read_file
@@ -224,7 +225,7 @@ def _pairs(table: Table, arguments: DataArguments, seed: int, held_out: bool = F
     negatives = None if held_out else arguments.negative_caption_column
     names = ["image_column", "caption_column", *([] if negatives is None else ["negative_caption_column"])]
     rows = checked_table(table, arguments, names, limit).rows
-    columns = {getattr(arguments, name) for name in names}
+    columns = {getattr(arguments, name) for name in names} | ({CLUSTER_COLUMN} & {*rows.column_names})
     rows = rows.select_columns(sorted(columns))  # others would be read in vain
     if arguments.validation_annotations if held_out else arguments.train_annotations:
         # Annotations also list images that have regions only.

@@ -66,7 +66,7 @@ def _texts_of(table: Table, arguments: DataArguments, limit: int | None) -> data
     data: dict[str, Any] = {TEXT: texts}
     if vectors:
         data[TEACHER_EMBEDS] = _unit_rows([found[text] for text in texts], vectors[0])
-    return _as_tensors(datasets.Dataset.from_dict(data))
+    return as_tensors(datasets.Dataset.from_dict(data))
 
 
 def _unit_rows(vectors: list[Any], name: str) -> np.ndarray:
@@ -78,7 +78,7 @@ def _unit_rows(vectors: list[Any], name: str) -> np.ndarray:
     return rows / np.linalg.norm(rows, axis=1, keepdims=True).clip(min=1e-12)
 
 
-def _as_tensors(texts: datasets.Dataset) -> datasets.Dataset:
+def as_tensors(texts: datasets.Dataset) -> datasets.Dataset:
     """Vectors as tensors, since a list of Python's numbers for each row takes longer than a step of a small model."""
     columns = [TEACHER_EMBEDS] if TEACHER_EMBEDS in texts.column_names else []
     return texts.with_format("torch", columns=columns, output_all_columns=True) if columns else texts
@@ -115,6 +115,6 @@ def with_teacher(texts: datasets.Dataset, teacher: str, folder: str) -> datasets
     os.makedirs(folder, exist_ok=True)
     path = os.path.join(folder, f"teacher-{known}.arrow")
     size = 4 * TEACHER_BATCH
-    return _as_tensors(
+    return as_tensors(
         texts.map(embed, batched=True, batch_size=size, cache_file_name=path, new_fingerprint=known, desc="Teacher")
     )

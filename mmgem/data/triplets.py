@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 import datasets
 import numpy as np
 import pyarrow as pa
-import torch
 from PIL import Image
 
 from ..processing.tokenization_mmgem import as_sentence
@@ -157,45 +156,3 @@ def with_triplet_columns(rows: datasets.Dataset) -> datasets.Dataset:
             raise ValueError(f"Column {name!r} is {rows.features[name]}, not {features[name]}: {error}") from error
     whole = datasets.concatenate_datasets([rows, empty], axis=1, split=rows.split) if missing else rows
     return whole.select_columns(list(COLUMNS))
-
-
-class OneSourceSampler(torch.utils.data.Sampler):
-    """
-    Indices in groups of `group_size`, each from one source: whoever takes batches of a part of the group sees one
-    dataset at a time, whose negatives are harder. A source that is used up is shuffled anew.
-
-    Args:
-        dataset: whose epoch the order depends on.
-        group_size: the batch of all processes.
-        seed: of the order.
-
-    Raises:
-        ValueError: for a source that does not fill a group.
-    """
-
-    def __init__(self, dataset: TripletDataset, group_size: int, seed: int):
-        self.dataset, self.group_size, self.seed = dataset, group_size, seed
-        self.members = dataset.members()
-        for i, members in enumerate(self.members):
-            if len(members) < group_size:
-                which = f"Dataset {i} of the mixture, of" if len(self.members) > 1 else "A dataset of"
-                raise ValueError(
-                    f"{which} {len(members)} examples, does not fill a batch of {group_size}; lower "
-                    "--per_device_train_batch_size, or leave it out."
-                )
-        weights = np.array([source.weight for source in dataset.sources], dtype=np.float64)
-        self.shares = weights / weights.sum()
-        self.groups = sum(len(members) // group_size for members in self.members)
-
-    def __len__(self) -> int:
-        return self.groups * self.group_size
-
-    def __iter__(self) -> Iterator[int]:
-        rng = np.random.default_rng([self.seed, int(self.dataset._epoch)])
-        left: list[np.ndarray] = [np.empty(0, dtype=np.int64) for _ in self.members]
-        for _ in range(self.groups):
-            source = int(rng.choice(len(self.members), p=self.shares))
-            if len(left[source]) < self.group_size:
-                left[source] = rng.permutation(self.members[source])
-            yield from left[source][: self.group_size].tolist()
-            left[source] = left[source][self.group_size :]

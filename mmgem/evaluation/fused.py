@@ -48,7 +48,7 @@ def evaluate_fused(
         BadDataError: if no example can be used.
     """
     with evaluating(model):
-        found = _embed_all(model, processor, dataset, batch_size)
+        found = embed_triplets(model, processor, dataset, batch_size)
     queries = [record for record in found.records if record.side == "query"]
     candidates = list({r.id: r for r in reversed(found.records) if r.side != "query"}.values())[::-1]
     items = found.embeds[[record.row for record in candidates]]
@@ -92,7 +92,9 @@ class _Embedded(NamedTuple):
     averaged: torch.Tensor  # of the queries alone
 
 
-def _embed_all(model: MMGEMModel, processor: MMGEMProcessor, dataset: TripletDataset, batch_size: int) -> _Embedded:
+def embed_triplets(
+    model: MMGEMModel, processor: MMGEMProcessor, dataset: TripletDataset, batch_size: int
+) -> _Embedded:
     """All items of the examples that can be used, by all processes together."""
     faults: list[str] = []
     found: list[tuple[int, str, Item]] = []

@@ -31,7 +31,7 @@ MINIMA = {
 }
 
 # Options that another stage than the first has no use for, and those that one of them has not.
-NOT_OF_LATER_STAGES = ("objective", "freeze", "projection_lr_multiplier", "generation_num_beams")
+NOT_OF_LATER_STAGES = ("batch_sampler", "objective", "freeze", "projection_lr_multiplier", "generation_num_beams")
 NOT_OF_STAGE = {
     "region-caption": ("lora_rank", "temperature", "mini_batch_size"),
     "region-retrieval": ("lora_rank", "mini_batch_size"),
@@ -115,6 +115,9 @@ class MMGEMTrainingArguments(TrainingArguments):
     hardest_negatives: int = option(0, "L_Emb sees so many of each row's negatives, the hardest (UniME: 8); 0: all.")
     hardness_weight: float = option(
         0.0, "Times the cosine of a negative, without a gradient, added to its logit: hard ones weigh more (LLaVE: 9)."
+    )
+    batch_sampler: Literal["random", "clustered"] = option(
+        "random", "Stage 1: clustered makes batches of like examples, by the column of python -m mmgem.mining."
     )
     temperature: float | None = option(
         None,
@@ -299,6 +302,8 @@ def parse_arguments(
         raise ValueError(
             "ignore_data_skip and train_sampling_strategy are for tables: a stream goes on where it was, in its order."
         )
+    if args.batch_sampler == "clustered" and (data_args.train_shards or args.train_sampling_strategy != "random"):
+        raise ValueError("batch_sampler clustered is for tables, and sets their order. Leave one of the two out.")
     if args.lora_rank and model_args.text_config:
         raise ValueError("lora_rank trains matrices beside a pretrained language model; text_config makes a new one.")
     return model_args, data_args, args, dry_run_args

@@ -8,7 +8,8 @@ from peft import PeftModel
 
 from ..data.collator import FusedCollator
 from ..data.loading import Table, triplets_of
-from ..data.triplets import OneSourceSampler, TripletDataset
+from ..data.samplers import OneSourceSampler
+from ..data.triplets import TripletDataset
 from ..evaluation.fused import evaluate_fused
 from ..modeling_mmgem import MMGEMModel
 from .adapter_trainer import AdapterTrainer
@@ -37,7 +38,6 @@ class FusedTrainer(AdapterTrainer):
         for name in ("train_dataset", "eval_dataset"):
             if getattr(self, name) is not None:
                 check_dataset(name, getattr(self, name), (TripletDataset,))
-        self._get_train_sampler()  # raises for datasets that are too small
 
     def wrap_table(self, table: datasets.Dataset, args: MMGEMTrainingArguments, is_training: bool) -> TripletDataset:
         return triplets_of([Table(table)], data_seed(args))

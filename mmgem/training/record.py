@@ -120,6 +120,10 @@ def _settings(args: MMGEMTrainingArguments, data_args: DataArguments) -> dict[st
         settings["temperature"] = args.temperature
     if args.stage == "text-distillation":
         settings |= {"teacher": data_args.teacher, "distillation_prompt": args.distillation_prompt}
+    if args.batch_sampler != "random":
+        settings["batch_sampler"] = args.batch_sampler
+    if data_args.negative_caption_column is not None:
+        settings["negative_caption_column"] = data_args.negative_caption_column
     if args.matryoshka_dims:
         settings["matryoshka_dims"] = args.matryoshka_dims
     if args.stage == "1":

@@ -13,12 +13,13 @@ from transformers.utils import logging
 
 from ..data.collator import CACHED_FEATURES, MODEL_INPUTS, PairCollator
 from ..data.pairs import PairDataset
+from ..data.samplers import ClusteredSampler
 from ..data.shards import ShardStream
 from ..evaluation.arguments import check_dims
 from ..modeling_mmgem import MMGEMModel, contrastive_loss
 from ..processing import MMGEMProcessor
 from .adapters import add_lora, held_in_bfloat16, lora_config
-from .arguments import MMGEMTrainingArguments
+from .arguments import MMGEMTrainingArguments, data_seed
 from .checkpoints import run_settings
 from .checks import check_cached_features, check_packing, check_parallelism, check_precision, check_processor
 from .distributed import GatherWithGradient, gather_ragged, keep_temperature_in_float32, on_device
@@ -131,6 +132,7 @@ class MMGEMTrainer(EvaluatingTrainer):
         check_parallelism(args, fsdp, self.is_deepspeed_enabled, self.peft_config is not None)
         if fsdp is not None:
             keep_temperature_in_float32(model, self.accelerator)
+        self._get_train_sampler()  # raises where the data does not fit it
         if args.stage == "1" and args.packing:
             check_packing(model, self.accelerator)
         self.progress = StreamProgress(train_data, args) if isinstance(train_data, ShardStream) else None
@@ -146,6 +148,11 @@ class MMGEMTrainer(EvaluatingTrainer):
     def make_collator(self, args: MMGEMTrainingArguments) -> PairCollator:
         pack_length = args.pack_length if args.packing else 0
         return PairCollator(self.processing_class, args.objective, pack_length, args.mini_batch_size)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler | None:
+        if self.args.batch_sampler == "clustered":
+            return ClusteredSampler(self.train_dataset, data_seed(self.args))  # type: ignore[arg-type]
+        return super()._get_train_sampler(train_dataset)
 
     def get_train_dataloader(self) -> torch.utils.data.DataLoader:
         """Returns a loader that accelerate does not divide among processes if the data is a stream."""

@@ -11,6 +11,7 @@ from transformers.models.siglip import SiglipImageProcessorPil
 
 from mmgem import MMGEMProcessor
 from mmgem.data.collator import MODEL_INPUTS, PairCollator, pack
+from mmgem.data.pairs import digest
 from mmgem.modeling_mmgem import contrastive_loss
 from tests.conftest import CORPUS, make_model, make_picture
 
@@ -133,6 +134,23 @@ def test_packed_losses_and_gradients_equal_the_padded_ones(processor, objective,
     for loss, gradient in results[1:]:
         torch.testing.assert_close(loss, results[0][0], rtol=1e-5, atol=1e-5)
         assert (gradient - results[0][1]).norm() <= 1e-5 * results[0][1].norm()
+
+
+@pytest.mark.parametrize("objective", ["joint", "contrastive"])
+@pytest.mark.parametrize("mini_batch_size", [0, 4])
+def test_hard_negatives_are_more_sentences_behind_those_of_the_images(processor, objective, mini_batch_size):
+    hard = ["snow on a bicycle", None, "the dog", None, "a cat on a mountain in the snow", None]
+    rows = [{**example, "negative": text} for example, text in zip(examples(CORPUS[:6]), hard)]
+    batch = PairCollator(processor, objective, 64, mini_batch_size)(rows)
+    emb, found = processor.tokenizer.vocab["[EMB]"], []
+    for part in batch.get("mini_batches", [batch]):
+        for inputs in (part, *([part["sentences"]] if mini_batch_size else [])):
+            texts = [processor.tokenizer.decode(ids) for ids in texts_of({**part, **inputs}, emb)]
+            ids = [*part["pair_ids"][:, 0].tolist(), *part["negative_ids"].tolist()]
+            assert ids == [digest(text.encode()) for text in texts]
+        found += texts[len(part["pair_ids"]) :]
+    assert found == [text for text in hard if text]
+    assert "negative_ids" not in PairCollator(processor, "caption", 64)(rows)
 
 
 def test_mini_batches_are_the_batch_in_parts(processor):

@@ -16,8 +16,9 @@ from mmgem.data.composed_scenes import ComposedScenesDataset
 from mmgem.data.loading import Table as LoadedTable
 from mmgem.data.loading import load_triplets, triplets_of
 from mmgem.data.pairs import BadDataError
+from mmgem.data.samplers import OneSourceSampler
 from mmgem.data.scenes import Scene, relation
-from mmgem.data.triplets import OneSourceSampler, TripletDataset, TripletSource
+from mmgem.data.triplets import TripletDataset, TripletSource
 
 from ..conftest import Table, make_picture
 
@@ -215,7 +216,8 @@ def test_collator(processor):
     sides = [example["query"] for example in examples] + [example["target"] for example in examples]
     sides += [examples[0]["negative"], examples[2]["negative"]]
     places = [*batch["queries"].tolist(), *batch["answers"].tolist()]
-    assert sorted(places) == list(range(8)) and batch["pair_ids"].tolist() == [item.id for item in sides]
+    ids = [*batch["pair_ids"].T.flatten().tolist(), *batch["negative_ids"].tolist()]
+    assert sorted(places) == list(range(8)) and ids == [item.id for item in sides]
     for item, place in zip(sides, places):
         kind, index = items[place]
         assert kind == ("fused" if item.is_fused else "text" if item.text else "image")

@@ -5,8 +5,10 @@ import math
 import pytest
 import torch
 
+from mmgem import MMGEMModel
 from mmgem.modeling_mmgem import Negatives, contrastive_loss
 from mmgem.modeling_mmgem.negatives_mmgem import hardest_of_rows, relational_distillation
+from tests.conftest import make_model, make_picture
 
 
 SCALE = 5.0
@@ -64,6 +66,77 @@ def test_loss_and_gradients_equal_the_loop(name, seed):
         torch.testing.assert_close(one, other, atol=1e-8, rtol=1e-6)
     plain = contrastive_loss(texts, images, torch.tensor(SCALE, dtype=torch.float64))
     assert abs(float(loss - plain)) > 1e-6, "the option has an effect"
+
+
+def looped_sigmoid(queries, keys, negatives, bias, extra=(), left_out=()):
+    """SigLIP's loss (equation 1), pair by pair."""
+    total = 0.0
+    for i in range(len(queries)):
+        positive = queries[i] @ keys[i]
+        total = total - (SCALE * positive + bias).sigmoid().log()
+        others = [(queries[i] @ keys[j]) for j in range(len(keys)) if j != i and (i, j) not in left_out]
+        others += [queries[i] @ key for k, key in enumerate(extra) if (i, len(keys) + k) not in left_out]
+        if negatives.margin is not None:
+            others = [cosine for cosine in others if cosine.item() <= positive.item() + negatives.margin]
+        logits = [SCALE * cosine + negatives.hardness * cosine.item() for cosine in others]
+        if negatives.hardest:
+            logits.sort(key=lambda logit: -logit.item())
+            logits = [logits[n % len(logits)] for n in range(negatives.hardest)] if logits else []
+        total = total - sum((-(logit + bias)).sigmoid().log() for logit in logits)
+    return total / len(queries)
+
+
+@pytest.mark.parametrize("name", ["plain", *CASES])
+@pytest.mark.parametrize("seed", range(3))
+def test_sigmoid_loss_and_gradients_equal_the_loop(name, seed, monkeypatch):
+    """With pairs that are no negatives of each other, and hard negatives of which one is a row's own text."""
+    negatives = CASES.get(name, Negatives())
+    texts, images = embeddings(seed)
+    extra = embeddings(seed + 10, count=3)[0]
+    ids = torch.arange(12)[:, None].repeat(1, 2) + torch.tensor([0, 100])
+    ids[5, 0] = ids[4, 0]
+    scale, bias = (torch.tensor(x, dtype=torch.float64, requires_grad=True) for x in (SCALE, -2.0))
+    monkeypatch.setattr("mmgem.modeling_mmgem.losses_mmgem.BLOCK_SIZE", 5 * 12)  # blocks of five rows
+    loss = contrastive_loss(
+        *(texts, images, scale),
+        pair_ids=ids,
+        negative_embeds=extra,
+        negative_ids=torch.tensor([7, 999, 102]),
+        negatives=negatives,
+        logit_bias=bias,
+    )
+    left_out = {(4, 5), (5, 4), (7, 12), (2, 14)}
+    expected = looped_sigmoid(texts, images, negatives, bias, extra, left_out)
+    torch.testing.assert_close(loss.double(), expected, atol=1e-8, rtol=1e-8)
+    leaves = (texts, images, extra, bias)
+    for one, other in zip(torch.autograd.grad(loss, leaves), torch.autograd.grad(expected, leaves)):
+        torch.testing.assert_close(one, other, atol=1e-8, rtol=1e-6)
+
+
+def test_sigmoid_loss_is_that_of_transformers(processor):
+    model = make_model(processor, config={"logit_bias_init_value": -2.5})
+    texts = processor(text=["a dog on a beach", "snow", "two people"], return_tensors="pt")
+    inputs = {**texts, **processor(images=[make_picture(i) for i in range(3)], return_tensors="pt")}
+    with torch.no_grad():
+        output = model(**inputs, return_loss=True)
+    assert output.logit_bias == -2.5 and output.logit_scale == pytest.approx(1 / 0.07)
+    cosines = output.text_embeds @ output.image_embeds.T
+    torch.testing.assert_close(output.logits_per_text, cosines / 0.07 - 2.5)
+    # As in SiglipModel.forward.
+    signs = -torch.ones(3, 3) + 2 * torch.eye(3)
+    expected = -torch.nn.functional.logsigmoid(signs * output.logits_per_text).sum(-1).mean()
+    torch.testing.assert_close(output.contrastive_loss, expected)
+
+
+def test_the_bias_is_saved_and_stays_in_float32(processor, tmp_path):
+    model = make_model(processor, config={"logit_bias_init_value": -10})
+    model.logit_scale.bias.data.fill_(-9.7123)
+    model.save_pretrained(tmp_path)
+    loaded = MMGEMModel.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    for found in (loaded, model.to(torch.bfloat16)):
+        assert found.logit_scale.bias.dtype == torch.float32
+        assert found.logit_scale.bias.item() == pytest.approx(-9.7123, abs=1e-6)
+    assert make_model(processor).logit_scale.bias is None
 
 
 def test_a_pair_twice_is_no_negative_and_never_stands_in_for_one():

@@ -5,8 +5,6 @@ import sys
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
-from transformers import TrainerCallback
 from transformers.models.clip import CLIPImageProcessorPil
 
 from mmgem import MMGEMProcessor
@@ -19,7 +17,7 @@ from mmgem.processing import to_mmgem_tokenizer
 from mmgem.training.fused_trainer import FusedTrainer
 from mmgem.training.region_trainer import RegionTrainer
 from tests.conftest import CORPUS, Table, make_model
-from tests.training.sharding import training_arguments, whole
+from tests.training.sharding import take_step, training_arguments
 
 
 EXAMPLES = 8
@@ -49,7 +47,7 @@ def examples_of(stage):
     return TripletDataset(Table(rows))
 
 
-def main(strategy: str, stage: str, cache_features: bool, folder: Path) -> None:
+def main(strategy: str, stage: str, features: str, folder: Path) -> None:
     torch.set_num_threads(1)
     image_processor = CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
     processor = MMGEMProcessor(image_processor, to_mmgem_tokenizer(train_tokenizer(CORPUS, 320)), max_length=200)
@@ -58,7 +56,8 @@ def main(strategy: str, stage: str, cache_features: bool, folder: Path) -> None:
         strategy,
         output_dir=str(folder),
         stage=stage,
-        cache_features=cache_features,
+        cache_features=features == "cached",
+        mini_batch_size=3 if features == "mini-batches" else 0,
         per_device_train_batch_size=EXAMPLES // int(os.environ["WORLD_SIZE"]),
         max_steps=1,
         max_grad_norm=0.0,
@@ -70,23 +69,11 @@ def main(strategy: str, stage: str, cache_features: bool, folder: Path) -> None:
         use_cpu=True,
         disable_tqdm=True,
     )
-    gradients = {}
     trainer_class = SequentialTriplets if stage == "fused-retrieval" else SequentialRegions
     trainer = trainer_class(model, args, processor, examples_of(stage))
 
-    class Keep(TrainerCallback):
-        def on_pre_optimizer_step(self, args, state, control, **kwargs):
-            gradients.update({n: whole(p.grad) for n, p in model.named_parameters() if p.grad is not None})
-
-    trainer.add_callback(Keep())
-    trainer.train()
-    trainer.save_model(str(folder / "saved"))
-    if int(os.environ["RANK"]) == 0:
-        world_size = dist.get_world_size() if dist.is_initialized() else 1
-        loss = torch.tensor(next(entry["loss"] for entry in trainer.state.log_history if "loss" in entry))
-        torch.save({"gradients": gradients, "world_size": world_size, "loss": loss}, folder / "gradients.pt")
-    trainer.leave_process_group()
+    take_step(trainer, folder)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], sys.argv[3] == "cached", Path(sys.argv[4]))
+    main(sys.argv[1], sys.argv[2], sys.argv[3], Path(sys.argv[4]))

@@ -5,8 +5,6 @@ import sys
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
-from transformers import TrainerCallback
 from transformers.models.clip import CLIPImageProcessorPil
 
 from mmgem import MMGEMProcessor
@@ -17,8 +15,8 @@ from mmgem.data.tokenizer import train_tokenizer
 from mmgem.evaluation.sharing import gather_parts
 from mmgem.processing import to_mmgem_tokenizer
 from mmgem.training.trainer import MMGEMTrainer
-from tests.conftest import CORPUS, make_model
-from tests.training.sharding import training_arguments, whole
+from tests.conftest import CORPUS, Table, make_model
+from tests.training.sharding import take_step, training_arguments
 
 
 PAIRS = 16
@@ -38,16 +36,21 @@ def main(strategy: str, accumulation_steps: int, mini_batch_size: int, folder: P
     world_size = int(os.environ["WORLD_SIZE"])
     image_processor = CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
     processor = MMGEMProcessor(image_processor, to_mmgem_tokenizer(train_tokenizer(CORPUS, 320)), max_length=200)
-    model = make_model(processor)
+    is_sigmoid = strategy == "ddp-sigmoid"
+    model = make_model(processor, config={"logit_bias_init_value": -3.0} if is_sigmoid else {})
     is_cached = strategy == "ddp-cached"
     negatives = {"false_negative_margin": 0.02, "hardest_negatives": 4, "hardness_weight": 2.0}
     negatives = negatives if strategy == "ddp-negatives" else {}
     # 1 to 4 objects: captions of very different lengths
-    dataset = PairDataset(ScenesDataset("train", CACHED_PAIRS if is_cached else PAIRS, 32))
+    scenes = ScenesDataset("train", CACHED_PAIRS if is_cached else PAIRS, 32)
+    if is_sigmoid:  # with hard negatives, of which processes and mini-batches have different numbers
+        hard = [None if i in (2, 9) else CORPUS[i % 4] for i in range(PAIRS)]
+        scenes = Table([{**scenes[i], "hard": text} for i, text in enumerate(hard)])
+    dataset = PairDataset(scenes, negative_column="hard" if is_sigmoid else None)
     micro_batch = PAIRS // accumulation_steps
     expected_loss = reference_loss(model, processor, dataset, micro_batch)
     args = training_arguments(
-        strategy.removesuffix("-cached").removesuffix("-negatives"),
+        strategy.partition("-")[0] if strategy.startswith("ddp") else strategy,
         **negatives,
         cache_features=is_cached,
         freeze=["vision_model"] if is_cached else [],
@@ -67,7 +70,6 @@ def main(strategy: str, accumulation_steps: int, mini_batch_size: int, folder: P
         disable_tqdm=True,
         pack_length=256,
     )
-    gradients = {}
     encoded = [0]
 
     def count(module, args, output):
@@ -76,28 +78,7 @@ def main(strategy: str, accumulation_steps: int, mini_batch_size: int, folder: P
     model.vision_model.register_forward_hook(count)
     trainer = Sequential(model, args, processor, dataset)
 
-    class Keep(TrainerCallback):
-        def on_pre_optimizer_step(self, args, state, control, **kwargs):
-            gradients.update({n: whole(p.grad) for n, p in model.named_parameters() if p.grad is not None})
-
-    trainer.add_callback(Keep())
-    trainer.train()
-    trainer.save_model(str(folder / "saved"))
-    encoded = gather_parts(encoded)
-    if int(os.environ["RANK"]) == 0:
-        log = next(entry for entry in trainer.state.log_history if "loss" in entry)
-        torch.save(
-            {
-                "gradients": gradients,
-                "world_size": dist.get_world_size() if dist.is_initialized() else 1,
-                "loss": torch.tensor(log["loss"]),
-                "tau": torch.tensor(log["tau"]),
-                "expected_loss": expected_loss,
-                "encoded": encoded,
-            },
-            folder / "gradients.pt",
-        )
-    trainer.leave_process_group()
+    take_step(trainer, folder, expected_loss=expected_loss, encoded=lambda: gather_parts(encoded))
 
 
 @torch.no_grad()

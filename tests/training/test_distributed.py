@@ -61,11 +61,16 @@ def test_gradient_cache_equals_the_whole_batch(
 @pytest.mark.parametrize(
     ("processes", "mini_batch_size"), [(2, 3), pytest.param(2, 0, marks=slow), pytest.param(4, 0, marks=slow)]
 )
-def test_hard_negatives_are_those_of_the_whole_batch(processes, mini_batch_size, tmp_path):
-    """The margin, the weights and the choice of the hardest, over processes and through the gradient cache."""
-    expected = run(1, 1, tmp_path / "one", strategy="ddp-negatives")
-    actual = run(processes, 1, tmp_path / "several", mini_batch_size, "ddp-negatives")
+@pytest.mark.parametrize("strategy", ["ddp-negatives", "ddp-sigmoid"])
+def test_other_losses_are_those_of_the_whole_batch(strategy, processes, mini_batch_size, tmp_path):
+    """
+    The margin, the weights and the choice of the hardest; SigLIP's loss with hard negatives, of which each process has
+    another number. Over processes and through the gradient cache.
+    """
+    expected = run(1, 1, tmp_path / "one", strategy=strategy)
+    actual = run(processes, 1, tmp_path / "several", mini_batch_size, strategy)
     assert_equal(actual, expected)
+    assert ("logit_scale.bias" in expected["gradients"]) == (strategy == "ddp-sigmoid")
     torch.testing.assert_close(actual["loss"], expected["loss"], atol=1e-4, rtol=1e-5)
     assert abs(float(expected["loss"] - expected["expected_loss"])) > 1e-2, "which is that of all negatives alike"
 
@@ -83,11 +88,21 @@ def test_stage_2_equals_the_single_process_whatever_number_of_regions_each_has(s
 
 
 def test_fused_queries_equal_the_single_process_whatever_number_of_negatives_each_has(tmp_path):
-    expected, actual = (
-        launch(n, "one_adapter_step.py", "ddp", "fused-retrieval", "plain", tmp_path / str(n)) for n in (1, 2)
+    expected, actual, cached = (
+        launch(n, "one_adapter_step.py", "ddp", "fused-retrieval", parts, tmp_path / f"{n} {parts}")
+        for n, parts in ((1, "plain"), (2, "plain"), (2, "mini-batches"))
     )
-    assert_equal(actual, expected)
-    torch.testing.assert_close(actual["loss"], expected["loss"], atol=1e-4, rtol=1e-5)
+    for found in (actual, cached):
+        assert_equal(found, expected)
+        torch.testing.assert_close(found["loss"], expected["loss"], atol=1e-4, rtol=1e-5)
+
+
+def test_texts_equal_the_single_process_and_go_through_the_gradient_cache(tmp_path):
+    expected = launch(1, "one_text_step.py", 0, tmp_path / "one")
+    for processes, mini_batch_size in ((2, 0), (2, 3)):
+        actual = launch(processes, "one_text_step.py", mini_batch_size, tmp_path / f"several {mini_batch_size}")
+        assert_equal(actual, expected)
+        torch.testing.assert_close(actual["loss"], expected["loss"], atol=1e-4, rtol=1e-5)
 
 
 def test_processes_share_the_parts_of_a_feature_cache(tmp_path):
