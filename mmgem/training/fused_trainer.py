@@ -38,6 +38,7 @@ class FusedTrainer(AdapterTrainer):
         for name in ("train_dataset", "eval_dataset"):
             if getattr(self, name) is not None:
                 check_dataset(name, getattr(self, name), (TripletDataset,))
+        self._get_train_sampler()  # raises for datasets that are too small
 
     def wrap_table(self, table: datasets.Dataset, args: MMGEMTrainingArguments, is_training: bool) -> TripletDataset:
         return triplets_of([Table(table)], data_seed(args))

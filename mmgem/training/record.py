@@ -44,7 +44,7 @@ def write_record(trainer: BaseTrainer, model_args: ModelArguments, data_args: Da
         "steps": trainer.state.global_step,
         "batch_size": batch_size,
         "examples": batch_size * trainer.state.global_step,
-        "settings": _settings(args, data_args),
+        "settings": _settings(args, data_args, model_args),
         "seconds": round(seconds, 1),
         "resumed": bool(args.resume_from_checkpoint),
         "hardware": _hardware(args),
@@ -101,7 +101,7 @@ def _data(data_args: DataArguments) -> list[str]:
     return [os.path.basename(file) for file in files]
 
 
-def _settings(args: MMGEMTrainingArguments, data_args: DataArguments) -> dict[str, Any]:
+def _settings(args: MMGEMTrainingArguments, data_args: DataArguments, model_args: ModelArguments) -> dict[str, Any]:
     """Returns the options that are most often changed, for the card's reader to repeat the run."""
     settings: dict[str, Any] = {
         "optimizer": PYTORCH_OPTIMIZERS.get(args.optim, option_value(args.optim)),
@@ -120,6 +120,8 @@ def _settings(args: MMGEMTrainingArguments, data_args: DataArguments) -> dict[st
         settings["temperature"] = args.temperature
     if args.stage == "text-distillation":
         settings |= {"teacher": data_args.teacher, "distillation_prompt": args.distillation_prompt}
+    if model_args.contrastive_loss is not None:
+        settings["contrastive_loss"] = model_args.contrastive_loss
     if args.batch_sampler != "random":
         settings["batch_sampler"] = args.batch_sampler
     if data_args.negative_caption_column is not None:

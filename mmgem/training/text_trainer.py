@@ -193,7 +193,7 @@ class TextDistillationTrainer(BaseTrainer):
         dataset = dataset.select(range(min(len(dataset), EVALUATED_TEXTS)))
         agreement = spearman(self.embed(dataset[TEXT]), torch.stack(list(dataset[TEACHER_EMBEDS])))
         logs = {f"{metric_key_prefix}_teacher_spearman": agreement}
-        self.log(logs)
+        self.log({**logs})
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, logs)
         self._start_interval()
         return logs

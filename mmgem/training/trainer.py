@@ -132,7 +132,8 @@ class MMGEMTrainer(EvaluatingTrainer):
         check_parallelism(args, fsdp, self.is_deepspeed_enabled, self.peft_config is not None)
         if fsdp is not None:
             keep_temperature_in_float32(model, self.accelerator)
-        self._get_train_sampler()  # raises where the data does not fit it
+        if args.batch_sampler == "clustered":
+            self._get_train_sampler()  # raises for data without clusters
         if args.stage == "1" and args.packing:
             check_packing(model, self.accelerator)
         self.progress = StreamProgress(train_data, args) if isinstance(train_data, ShardStream) else None

@@ -307,11 +307,11 @@ def test_a_table_without_captions_is_evaluated_too(train, base, regions_file, tm
 @pytest.mark.parametrize(
     "change, message",
     [
-        (["--init_from", "base", "--lora_rank", 4], "lora_rank is for stage 1"),
-        (["--init_from", "base", "--objective", "caption"], "objective is for stage 1"),
-        (["--init_from", "base", "--mini_batch_size", 2], "mini_batch_size is for stage 1"),
-        (["--init_from", "base", "--freeze", "lm_head"], "freeze is for stage 1"),
-        (["--init_from", "base", "--generation_num_beams", 3], "generation_num_beams is for stage 1"),
+        (["--init_from", "base", "--lora_rank", 4], "lora_rank is for other stages"),
+        (["--init_from", "base", "--objective", "caption"], "objective is for other stages"),
+        (["--init_from", "base", "--mini_batch_size", 2], "mini_batch_size is for other stages"),
+        (["--init_from", "base", "--freeze", "lm_head"], "freeze is for other stages"),
+        (["--init_from", "base", "--generation_num_beams", 3], "generation_num_beams is for other stages"),
         ([], "give --init_from"),
         (["--init_from", "base", "--image_size", 64], "image_size would change the model"),
         (["--init_from", "base", "--image_grid_size", 2], "image_grid_size would change the model"),

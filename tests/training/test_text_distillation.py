@@ -183,7 +183,7 @@ def test_vectors_of_a_column_become_unit_vectors(tmp_path):
         ([{"caption": 3}], {}, "Row 0: captions must be text, got 3"),
         ([{"caption": ""}], {}, "no text in caption"),
         ([{"caption": "a"}], {"teacher_column": "v"}, "no column 'v'"),
-        ([{"caption": ["a", "b"], "v": [1.0]}], {"teacher_column": "v"}, "2 texts for a vector of 'v'"),
+        ([{"caption": ["a", "b"], "v": [1.0]}], {"teacher_column": "v"}, "2 texts for one vector of 'v'"),
         ([{"caption": "a", "v": [1.0]}, {"caption": "b", "v": [1.0, 2.0]}], {"teacher_column": "v"}, "all as long"),
         ([{"caption": "a", "v": "x"}], {"teacher_column": "v"}, "vector of finite numbers"),
     ],
