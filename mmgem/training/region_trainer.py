@@ -71,14 +71,18 @@ class RegionTrainer(AdapterTrainer):
         """Against the regions of all processes, whose numbers differ: every region counts the same."""
         if self.args.world_size == 1:
             return super()._contrastive_loss(embeddings, pair_ids, negative_ids)
-        regions, phrases, logit_scale, logit_bias, _ = embeddings
+        regions, phrases, logit_scale, logit_bias, negatives = embeddings
         gathered = [gather_ragged(tensor) for tensor in (regions, phrases, pair_ids)]
         sizes = [len(part) for part in gathered[0]]
         offset, total = sum(sizes[: dist.get_rank()]), sum(sizes)
         all_regions, all_phrases, all_ids = map(torch.cat, gathered)
+        if negatives is not None and negative_ids is not None:
+            negatives, negative_ids = (torch.cat(gather_ragged(part)) for part in (negatives, negative_ids))
         loss = contrastive_loss(
             *(regions, phrases, logit_scale, all_regions, all_phrases, offset, pair_ids, all_ids),
             dims=self.args.matryoshka_dims,
+            negative_embeds=negatives,
+            negative_ids=negative_ids,
             negatives=self.args.negatives,
             logit_bias=logit_bias,
         )
