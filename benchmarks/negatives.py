@@ -2,10 +2,11 @@
 The losses, negatives and batches of docs/negatives.md in stage 1, one factor at a time, in the same minutes.
 
 On drawn scenes, from scratch, and on Flickr8k with pretrained towers, every run goes through train.py for as long as
-the plain one takes for `--steps`: what changes the loss alone takes the same steps, and of the others the speed is
-measured right after that of the plain one. Mined negatives and clusters come from the plain model of seed 0, which
-costs once more what that run did. A run that is done is kept in `--output_dir`; started again, the benchmark goes on
-where it stopped. Runs may share a machine if each keeps to cores of its own (`taskset`, `OMP_NUM_THREADS=1`).
+the plain one takes for `--steps` (of L_Emb alone, the plain one of L_Emb alone): what changes the loss alone takes the
+same steps, and of the others the speed is measured right after that of the plain one. Mined negatives and clusters
+come from the plain model of seed 0, which costs once more what that run did. A run that is done is kept in
+`--output_dir`; started again, the benchmark goes on where it stopped. Runs may share a machine if each keeps to cores
+of its own (`taskset`, `OMP_NUM_THREADS=1`).
 
     python benchmarks/negatives.py --data scenes --steps 240
     python benchmarks/negatives.py --data flickr8k --steps 240 --vision VIT_FOLDER --text LM_FOLDER \
@@ -82,10 +83,10 @@ def steps_of(name: str, recipe: list[str], extra: list[str], options: argparse.N
     if name.removesuffix(", L_Emb alone") in SAME_SPEED:
         return options.steps
     few = ["--max_eval_samples", "8", "--caption_samples", "0"]
-    speeds = []
-    for i, added in enumerate(([], extra, [], extra)):
+    plain, speeds = ALONE if name.endswith(", L_Emb alone") else [], []
+    for i, added in enumerate((plain, extra, plain, extra)):
         steps = CALIBRATION_STEPS // (8 if "512" in added else 1) + 16
-        found = train([*recipe, *added, *few], options.work_dir / f"speed {i}", steps, 0)
+        found = train([*recipe, *added, *few], options.work_dir / f"{name} speed {i}", steps, 0)
         speeds.append(found["steps_per_minute"])
     return max(1, round(options.steps * (speeds[1] + speeds[3]) / (speeds[0] + speeds[2])))
 

@@ -11,7 +11,6 @@ query, which may be an image, a text or both. The options are those of sentence-
 
 import os
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
@@ -28,7 +27,7 @@ from .data.loading import BUILT_IN, Table, checked_table, read_table, triplets_o
 from .data.pairs import PairDataset
 from .data.samplers import CLUSTER_COLUMN
 from .data.table_files import load_named
-from .data.triplets import SIDES, with_triplet_columns
+from .data.triplets import COLUMNS, MMEB_COLUMNS, SIDES, with_triplet_columns
 from .evaluation.embedding import embed_pairs, evaluating
 from .evaluation.fused import embed_triplets
 from .evaluation.sharing import is_first_process
@@ -38,7 +37,7 @@ from .options import option, parse_options
 from .processing import MMGEMProcessor
 
 
-ROWS, COLUMNS = 1024, 16384  # queries and keys whose similarities exist at a time: 64 MiB
+BLOCK = (1024, 16384)  # queries and keys whose similarities exist at a time: 64 MiB
 DIRECTION_STEPS = 20  # of the power iteration that finds where a set of vectors is widest
 NEGATIVE_COLUMN = "negative_caption"
 
@@ -68,7 +67,8 @@ class MiningArguments(TableArguments):
     relative_margin: float | None = option(None, "The same as a share of the positive's cosine: 0.05 is 5 % less.")
     sampling_strategy: Literal["top", "random"] = option("top", "The hardest of the candidates, or any of them.")
     cluster_size: int = option(
-        0, "Also write a column `cluster`, of so many like examples each (--batch_sampler clustered); 0: none."
+        0,
+        "Images with captions: also a column `cluster`, so many like rows each (--batch_sampler clustered); 0: none.",
     )
     seed: int = option(0, "Of the random choice.")
 
@@ -97,21 +97,18 @@ class MiningArguments(TableArguments):
 
 
 class Embedded(NamedTuple):
-    """
-    Queries `(N, D)` and distinct keys `(M, D)`, the row of the table that each query is of, the pairs (query, key)
-    that belong together, and a vector `(N, D)` by which queries are alike.
-    """
+    """Queries `(N, D)`, distinct keys `(M, D)`, the pairs (query, key) that belong together, and pairs of no use."""
 
-    rows: list[int]
     queries: torch.Tensor
     keys: torch.Tensor
     positives: torch.Tensor
-    vectors: torch.Tensor
+    excluded: list[tuple[int, int]] = []
 
 
 def choose_negatives(found: Embedded, arguments: MiningArguments) -> list[list[int]]:
     """The keys that are each query's hard negatives, hardest first; fewer where no more candidates are left."""
-    scores, indices = nearest_others(found.queries, found.keys, found.positives, arguments.last_rank)
+    left_out = torch.cat([found.positives, torch.tensor(found.excluded, dtype=torch.long).view(-1, 2)])
+    scores, indices = nearest_others(found.queries, found.keys, left_out, arguments.last_rank)
     rows, columns = found.positives.unbind(1)
     own = (found.queries[rows] * found.keys[columns]).sum(1)
     lowest = torch.full((len(found.queries),), torch.inf).scatter_reduce(0, rows, own, "amin")[:, None]
@@ -124,7 +121,7 @@ def choose_negatives(found: Embedded, arguments: MiningArguments) -> list[list[i
         allowed &= scores <= lowest - arguments.absolute_margin
     if arguments.relative_margin is not None:
         allowed &= scores <= lowest - lowest.abs() * arguments.relative_margin
-    allowed[:, : arguments.range_min] = False
+    allowed &= allowed.cumsum(1) > arguments.range_min
     generator = torch.Generator().manual_seed(arguments.seed)
     chosen = []
     for row, ok in zip(indices, allowed):
@@ -137,22 +134,24 @@ def choose_negatives(found: Embedded, arguments: MiningArguments) -> list[list[i
 
 
 def nearest_others(
-    queries: torch.Tensor, keys: torch.Tensor, positives: torch.Tensor, count: int
+    queries: torch.Tensor, keys: torch.Tensor, left_out: torch.Tensor, count: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    The `count` keys of the highest cosines of each query that are none of its `positives` `(P, 2)`: cosines, falling,
-    and indices, both `(N, count)`; -inf where there are no more. Exact, in blocks: memory grows with N + M alone.
+    The `count` keys of the highest cosines of each query, without the pairs (query, key) of `left_out` `(P, 2)`:
+    cosines, falling, and indices, both `(N, count)`; -inf where there are no more. Exact, in blocks: memory grows with
+    N + M alone.
     """
-    order = positives[:, 0].argsort(stable=True)
-    positives = positives[order]
-    starts = torch.searchsorted(positives[:, 0].contiguous(), torch.arange(0, len(queries) + ROWS, ROWS)).tolist()
+    left_out = left_out[left_out[:, 0].argsort(stable=True)]
+    starts = torch.searchsorted(
+        left_out[:, 0].contiguous(), torch.arange(0, len(queries) + BLOCK[0], BLOCK[0])
+    ).tolist()
     all_scores, all_indices = [], []
-    for b, block in enumerate(queries.split(ROWS)):
-        own = positives[starts[b] : starts[b + 1]] - torch.tensor([b * ROWS, 0])
+    for b, block in enumerate(queries.split(BLOCK[0])):
+        own = left_out[starts[b] : starts[b + 1]] - torch.tensor([b * BLOCK[0], 0])
         best = block.new_full((len(block), count), -torch.inf), torch.full((len(block), count), -1)
-        for start in range(0, len(keys), COLUMNS):
-            scores = block @ keys[start : start + COLUMNS].T
-            here = own[(own[:, 1] >= start) & (own[:, 1] < start + COLUMNS)]
+        for start in range(0, len(keys), BLOCK[1]):
+            scores = block @ keys[start : start + BLOCK[1]].T
+            here = own[(own[:, 1] >= start) & (own[:, 1] < start + BLOCK[1])]
             scores[here[:, 0], here[:, 1] - start] = -torch.inf
             found = scores.topk(min(count, scores.shape[1]))
             scores, indices = (torch.cat(x, 1) for x in zip(best, (found.values, found.indices + start)))
@@ -189,11 +188,16 @@ def clusters_of(vectors: torch.Tensor, size: int) -> torch.Tensor:
 
 def mine_pairs(
     model: MMGEMModel, processor: MMGEMProcessor, table: Table, arguments: MiningArguments
-) -> datasets.Dataset:
-    """The rows whose image can be read, with the captions of other images that are nearest to it."""
+) -> datasets.Dataset | None:
+    """
+    The rows whose image can be read, with the captions of other images that are nearest to it. All processes embed;
+    the first one chooses, and the others return None.
+    """
     table = checked_table(table, arguments, ("image_column", "caption_column"), arguments.max_samples)
     dataset = PairDataset(table.rows, arguments.image_column, arguments.caption_column, root=table.root)
     found = embed_pairs(model, processor, dataset, arguments.batch_size)
+    if not is_first_process():
+        return None
     texts = [caption for captions in dataset.select(found["indices"]).captions() for caption in captions]
     first = {text: i for i, text in reversed(list(enumerate(texts)))}  # of each distinct text
     columns = {text: column for column, text in enumerate(first)}
@@ -202,27 +206,35 @@ def mine_pairs(
     image_ids = [dataset.image_id(index) for index in found["indices"]]
     for text, image in zip(texts, found["text_to_image"].tolist()):
         groups.setdefault(image_ids[image], set()).add(columns[text])
-    positives = [(i, column) for i, image_id in enumerate(image_ids) for column in sorted(groups[image_id])]
     images, captions = found["image_embeds"], found["text_embeds"]
-    mean = torch.zeros_like(images).index_add_(0, found["text_to_image"], captions)
-    embedded = Embedded(
-        found["indices"], images, captions[list(first.values())], torch.tensor(positives), images + normalize(mean)
-    )
-    rows, names = table.rows.select(embedded.rows), list(first)
-    rows = _without(rows, [NEGATIVE_COLUMN, CLUSTER_COLUMN])
+    rows, names = table.rows.select(found["indices"]), list(first)
+    rows = rows.remove_columns([name for name in (NEGATIVE_COLUMN, CLUSTER_COLUMN) if name in rows.column_names])
     if arguments.num_negatives:
+        positives = [(i, column) for i, image_id in enumerate(image_ids) for column in sorted(groups[image_id])]
+        embedded = Embedded(images, captions[list(first.values())], torch.tensor(positives))
         chosen = choose_negatives(embedded, arguments)
         rows = rows.add_column(NEGATIVE_COLUMN, [[names[i] for i in own] for own in chosen])
-    return _with_clusters(rows, embedded, arguments)
+    if arguments.cluster_size:
+        means = torch.zeros_like(images).index_add_(0, found["text_to_image"], captions)
+        clusters = clusters_of(normalize(images + normalize(means)), arguments.cluster_size)
+        rows = rows.add_column(CLUSTER_COLUMN, clusters.tolist())
+    return rows
 
 
 def mine_triplets(
     model: MMGEMModel, processor: MMGEMProcessor, table: Table, arguments: MiningArguments
-) -> datasets.Dataset:
-    """A row for each query that can be read and each of its negatives, the nearest targets of other queries."""
+) -> datasets.Dataset | None:
+    """
+    A row for each query that can be read and each of its negatives, the nearest targets of other queries; one without
+    a negative where there is none. All processes embed; the first one chooses, and the others return None.
+    """
+    if arguments.cluster_size:
+        raise ValueError("cluster_size is for images with captions, which stage 1 batches by clusters. Leave it out.")
     rows = with_triplet_columns(table.rows)
-    dataset = triplets_of_table(replace(table, rows=rows), arguments, arguments.max_samples)
+    dataset = triplets_of_table(Table(rows, table.root), arguments, arguments.max_samples)
     found = embed_triplets(model, processor, dataset, arguments.batch_size)
+    if not is_first_process():
+        return None
     queries, targets = ([r for r in found.records if r.side == side] for side in SIDES[:2])
     first = {record.id: record for record in reversed(targets)}
     columns = {record_id: column for column, record_id in enumerate(first)}
@@ -231,43 +243,24 @@ def mine_triplets(
         groups.setdefault(query.id, set()).add(columns[target.id])
     # The query's own image, without a text, says nothing that the query does not.
     alone = {r.image_id: columns[r.id] for r in first.values() if r.image_id and not r.has_words}
-    for query in queries:
-        if query.image_id in alone:
-            groups[query.id].add(alone[query.image_id])
-    positives = [(i, column) for i, query in enumerate(queries) for column in sorted(groups[query.id])]
-    vectors = found.embeds[[r.row for r in queries]] + found.embeds[[r.row for r in targets]]
-    keys = found.embeds[[record.row for record in first.values()]]
     embedded = Embedded(
-        [q.example for q in queries], found.embeds[[q.row for q in queries]], keys, torch.tensor(positives), vectors
+        found.embeds[[query.row for query in queries]],
+        found.embeds[[record.row for record in first.values()]],
+        torch.tensor([(i, column) for i, query in enumerate(queries) for column in sorted(groups[query.id])]),
+        [(i, alone[query.image_id]) for i, query in enumerate(queries) if query.image_id in alone],
     )
-    chosen = choose_negatives(embedded, arguments) if arguments.num_negatives else [[] for _ in queries]
     sources = [record.example for record in first.values()]
-    pairs = [(i, sources[j]) for i, own in enumerate(chosen) for j in own or []]
-    if not arguments.num_negatives:
-        pairs = [(i, -1) for i in range(len(queries))]
-    mined = rows.select([embedded.rows[i] for i, _ in pairs])
+    pairs: list[tuple[int, int | None]] = []  # of rows
+    for query, own in zip(queries, choose_negatives(embedded, arguments)):
+        pairs += [(query.example, sources[j]) for j in own] or [(query.example, None)]
 
     def negative_of(row: dict[str, Any], index: int) -> dict[str, Any]:
-        other = rows[pairs[index][1]]
-        return {f"negative_{kind}": other[f"target_{kind}"] for kind in ("image", "text")}
+        source = pairs[index][1]
+        other = {} if source is None else rows[source]
+        return {f"negative_{kind}": other.get(f"target_{kind}") for kind in ("image", "text")}
 
-    if arguments.num_negatives:
-        mined = mined.map(negative_of, with_indices=True, features=mined.features, desc="Negatives")
-    return _with_clusters(mined, embedded, arguments, [i for i, _ in pairs])
-
-
-def _with_clusters(
-    rows: datasets.Dataset, found: Embedded, arguments: MiningArguments, queries: Sequence[int] | None = None
-) -> datasets.Dataset:
-    """The rows with the cluster of each one's query, where clusters are asked for."""
-    if not arguments.cluster_size:
-        return rows
-    clusters = clusters_of(normalize(found.vectors), arguments.cluster_size)
-    return rows.add_column(CLUSTER_COLUMN, (clusters if queries is None else clusters[list(queries)]).tolist())
-
-
-def _without(rows: datasets.Dataset, names: Sequence[str]) -> datasets.Dataset:
-    return rows.remove_columns([name for name in names if name in rows.column_names])
+    mined = rows.select([example for example, _ in pairs])
+    return mined.map(negative_of, with_indices=True, features=mined.features, desc="Negatives")
 
 
 def main(words: list[str] | None = None, script: str = "python -m mmgem.mining") -> None:
@@ -286,18 +279,20 @@ def main(words: list[str] | None = None, script: str = "python -m mmgem.mining")
 
 
 def run(arguments: MiningArguments) -> None:
-    """Embeds in all processes; the first one chooses, and writes."""
+    """Mines, and writes the table once it is whole."""
     state = PartialState(cpu=not torch.cuda.is_available())
     if arguments.dataset_name is not None:
         table = Table(load_named(arguments.dataset_name, arguments.dataset_config_name, arguments.split))
     else:
         table = read_table(str(arguments.data_file), "train")
+    if arguments.image_folders:
+        table = replace(table, root=arguments.image_folders[0])
     model, processor = load_with_adapters(arguments.model, arguments.adapters, arguments.dtype)
     model.to(state.device)  # type: ignore[arg-type]
-    of_triplets = any(name.startswith(("query_", "qry")) for name in table.rows.column_names)
+    of_triplets = {*COLUMNS[:2], *MMEB_COLUMNS[:2]} & {*table.rows.column_names}
     with evaluating(model):
         mined = (mine_triplets if of_triplets else mine_pairs)(model, processor, table, arguments)
-    if not is_first_process():
+    if mined is None:
         return
     os.makedirs(os.path.dirname(arguments.output_file) or ".", exist_ok=True)
     mined = _with_paths_from(mined, table.root, arguments)
@@ -342,6 +337,10 @@ def _summary(mined: datasets.Dataset, rows: int) -> str:
     if NEGATIVE_COLUMN in mined.column_names:
         counts = [len(own) for own in mined[NEGATIVE_COLUMN]]
         parts.append(f"{sum(counts)} negatives, none for {counts.count(0)} rows")
+    elif "negative_text" in mined.column_names:
+        table = mined.data
+        empty = [table.column(f"negative_{kind}").is_null().to_numpy() for kind in ("image", "text")]
+        parts.append(f"{int((empty[0] & empty[1]).sum())} without a negative")
     if CLUSTER_COLUMN in mined.column_names:
         parts.append(f"{len(set(mined[CLUSTER_COLUMN]))} clusters")
     return "; ".join(parts)

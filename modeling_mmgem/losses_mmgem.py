@@ -61,17 +61,18 @@ class LogitScale(nn.Module):
 
 
 def contrastive_loss(
-    text_embeds: torch.Tensor,
-    image_embeds: torch.Tensor,
+    queries: torch.Tensor,
+    keys: torch.Tensor,
     logit_scale: torch.Tensor,
-    all_text_embeds: torch.Tensor | None = None,
-    all_image_embeds: torch.Tensor | None = None,
+    all_queries: torch.Tensor | None = None,
+    all_keys: torch.Tensor | None = None,
     offset: int = 0,
     pair_ids: torch.Tensor | None = None,
     all_pair_ids: torch.Tensor | None = None,
     dims: Sequence[int] = (),
-    negative_embeds: torch.Tensor | None = None,
+    negative_keys: torch.Tensor | None = None,
     negative_ids: torch.Tensor | None = None,
+    own_ids: torch.Tensor | None = None,
     negatives: Negatives = ALL_ALIKE,
     logit_bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
@@ -85,9 +86,10 @@ def contrastive_loss(
     the backward pass.
 
     Args:
-        text_embeds, image_embeds (`torch.FloatTensor` of shape `(N, D)`): unit norm, row i belongs to row i.
+        queries, keys (`torch.FloatTensor` of shape `(N, D)`): unit norm, row i belongs to row i: images and texts, in
+            whichever order, or regions and phrases, or queries and targets.
         logit_scale (`torch.FloatTensor`, scalar): 1 / tau.
-        all_text_embeds, all_image_embeds (`torch.FloatTensor` of shape `(M, D)`, *optional*): the columns.
+        all_queries, all_keys (`torch.FloatTensor` of shape `(M, D)`, *optional*): the columns.
         offset (`int`): column of the first local row.
         pair_ids (`torch.LongTensor` of shape `(N, K)`, *optional*): K numbers by which the pairs are known, such as
             hashes of caption and image. A column of another pair that shares one of them with the row is left out,
@@ -95,53 +97,48 @@ def contrastive_loss(
         all_pair_ids (`torch.LongTensor` of shape `(M, K)`, *optional*): those of the columns.
         dims (*optional*): shorter lengths, for Matryoshka embeddings (Kusupati et al., 2022): the loss is then the
             mean of those at each length and at D.
-        negative_embeds (`torch.FloatTensor` of shape `(K, D)`, *optional*): hard negatives, as more columns of
-            `text_embeds` (in whose place images, regions or queries may stand).
-        negative_ids (`torch.LongTensor` of shape `(K,)`, *optional*): one that is among a row's `pair_ids` is no
-            negative of it.
+        negative_keys (`torch.FloatTensor` of shape `(L, D)`, *optional*): hard negatives, as more columns of the
+            queries.
+        negative_ids (`torch.LongTensor` of shape `(L,)`, *optional*): the numbers by which these are known.
+        own_ids (`torch.LongTensor` of shape `(N, C)`, *optional*): those of all keys that belong to a query, which are
+            no hard negatives of it; by default its `pair_ids`.
         negatives (*optional*): which of the columns count as negatives, and how much. In SigLIP's loss this goes by
-            the rows of `text_embeds`.
+            the queries.
         logit_bias (`torch.FloatTensor`, scalar, *optional*): b, added to the scaled cosines.
 
     Returns:
         `torch.FloatTensor`, scalar, in nats.
     """
-    all_text_embeds = text_embeds if all_text_embeds is None else all_text_embeds
-    all_image_embeds = image_embeds if all_image_embeds is None else all_image_embeds
+    all_queries = queries if all_queries is None else all_queries
+    all_keys = keys if all_keys is None else all_keys
     all_pair_ids = pair_ids if all_pair_ids is None else all_pair_ids
+    own_ids = pair_ids if own_ids is None else own_ids
     if dims:
         losses = []
-        for dim in (*dims, text_embeds.shape[-1]):
-            texts, images, all_texts, all_images = (
-                shortened(embeds, dim) for embeds in (text_embeds, image_embeds, all_text_embeds, all_image_embeds)
+        for dim in (*dims, queries.shape[-1]):
+            rows, positives, columns, other_columns = (
+                shortened(embeds, dim) for embeds in (queries, keys, all_queries, all_keys)
             )
-            hard = None if negative_embeds is None else shortened(negative_embeds, dim)
-            columns = (all_texts, all_images, offset, pair_ids, all_pair_ids, (), hard, negative_ids)
-            losses.append(contrastive_loss(texts, images, logit_scale, *columns, negatives, logit_bias))
+            hard = None if negative_keys is None else shortened(negative_keys, dim)
+            ids = (offset, pair_ids, all_pair_ids, (), hard, negative_ids, own_ids)
+            losses.append(
+                contrastive_loss(rows, positives, logit_scale, columns, other_columns, *ids, negatives, logit_bias)
+            )
         return torch.stack(losses).mean()
-    rows = max(1, BLOCK_SIZE // len(all_text_embeds))
-    total = text_embeds.new_zeros((), dtype=torch.float32)
-    for start in range(0, len(text_embeds), rows):
-        end = start + rows
-        block = (
-            text_embeds[start:end],
-            image_embeds[start:end],
-            logit_scale,
-            all_text_embeds,
-            all_image_embeds,
-            offset + start,
-            None if pair_ids is None else pair_ids[start:end],
-            all_pair_ids,
-            negative_embeds,
-            negative_ids,
-            negatives,
-            logit_bias,
+    count = max(1, BLOCK_SIZE // (len(all_keys) + (0 if negative_keys is None else len(negative_keys))))
+    total = queries.new_zeros((), dtype=torch.float32)
+    for start in range(0, len(queries), count):
+        block = slice(start, start + count)
+        arguments = (
+            *(queries[block], keys[block], logit_scale, all_queries, all_keys, offset + start),
+            *((None, None) if pair_ids is None else (pair_ids[block], all_pair_ids)),
+            *(negative_keys, negative_ids, None if own_ids is None else own_ids[block], negatives, logit_bias),
         )
-        if len(text_embeds) <= rows:
-            total = total + _block_loss(*block)
+        if len(queries) <= count:
+            total = total + _block_loss(*arguments)
         else:
-            total = total + checkpoint(_block_loss, *block, use_reentrant=False, preserve_rng_state=False)
-    return total / len(text_embeds)
+            total = total + checkpoint(_block_loss, *arguments, use_reentrant=False, preserve_rng_state=False)
+    return total / len(queries)
 
 
 def shortened(embeds: torch.Tensor, dim: int) -> torch.Tensor:
@@ -150,41 +147,50 @@ def shortened(embeds: torch.Tensor, dim: int) -> torch.Tensor:
 
 
 def _block_loss(
-    text_embeds: torch.Tensor,
-    image_embeds: torch.Tensor,
+    queries: torch.Tensor,
+    keys: torch.Tensor,
     logit_scale: torch.Tensor,
-    all_text_embeds: torch.Tensor,
-    all_image_embeds: torch.Tensor,
+    all_queries: torch.Tensor,
+    all_keys: torch.Tensor,
     offset: int,
     pair_ids: torch.Tensor | None,
     all_pair_ids: torch.Tensor | None,
-    negative_embeds: torch.Tensor | None,
+    negative_keys: torch.Tensor | None,
     negative_ids: torch.Tensor | None,
+    own_ids: torch.Tensor | None,
     negatives: Negatives,
     logit_bias: torch.Tensor | None,
 ) -> torch.Tensor:
     """Both cross-entropies, or SigLIP's loss, summed over a block of rows."""
-    targets = torch.arange(len(text_embeds), device=text_embeds.device) + offset
+    targets = torch.arange(len(queries), device=queries.device) + offset
     duplicates = None
     if pair_ids is not None and all_pair_ids is not None:
-        duplicates = (pair_ids[:, None] == all_pair_ids[None]).any(-1).scatter_(1, targets[:, None], False)
+        duplicates = _share_a_number(pair_ids, all_pair_ids).scatter_(1, targets[:, None], False)
 
     def logits_of(rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
         logits = similarity_logits(rows, columns, logit_scale)
         return logits if duplicates is None else logits.masked_fill(duplicates, -torch.inf)
 
-    per_text = logits_of(text_embeds, all_image_embeds)
-    if negative_embeds is not None:
-        logits = similarity_logits(text_embeds, negative_embeds, logit_scale)
-        if pair_ids is not None and negative_ids is not None:
-            logits = logits.masked_fill((pair_ids[:, :, None] == negative_ids).any(1), -torch.inf)
-        per_text = torch.cat([per_text, logits], 1)
-    per_text_and_targets = choose_negatives(per_text, targets, logit_scale, negatives)
+    of_queries = logits_of(queries, all_keys)
+    if negative_keys is not None:
+        logits = similarity_logits(queries, negative_keys, logit_scale)
+        if own_ids is not None and negative_ids is not None:
+            is_own = _share_a_number(own_ids, negative_ids[:, None].expand(-1, own_ids.shape[1]))
+            logits = logits.masked_fill(is_own, -torch.inf)
+        of_queries = torch.cat([of_queries, logits], 1)
+    forth = choose_negatives(of_queries, targets, logit_scale, negatives)
     if logit_bias is not None:
-        return sigmoid_loss(*per_text_and_targets, logit_bias)
-    per_image = logits_of(image_embeds, all_text_embeds)
-    directions = (per_text_and_targets, choose_negatives(per_image, targets, logit_scale, negatives))
-    return sum(F.cross_entropy(*direction, reduction="sum") for direction in directions)  # type: ignore[return-value]
+        return sigmoid_loss(*forth, logit_bias)
+    back = choose_negatives(logits_of(keys, all_queries), targets, logit_scale, negatives)
+    return F.cross_entropy(*forth, reduction="sum") + F.cross_entropy(*back, reduction="sum")
+
+
+def _share_a_number(ids: torch.Tensor, other_ids: torch.Tensor) -> torch.Tensor:
+    """`(N, M)`: whether rows of `(N, K)` and `(M, K)` have the same number in a column."""
+    shared = torch.zeros(len(ids), len(other_ids), dtype=torch.bool, device=ids.device)
+    for numbers, others in zip(ids.unbind(-1), other_ids.unbind(-1)):
+        shared |= numbers[:, None] == others
+    return shared
 
 
 def similarity_logits(queries: torch.Tensor, keys: torch.Tensor, logit_scale: torch.Tensor) -> torch.Tensor:

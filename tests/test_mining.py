@@ -31,8 +31,7 @@ def options(**given) -> MiningArguments:
 @pytest.mark.parametrize("seed", range(3))
 def test_exact_against_brute_force_of_two_thousand(seed, monkeypatch):
     """Blocks of other sizes than the data, queries without, with one and with several positives."""
-    monkeypatch.setattr(mining, "ROWS", 300)
-    monkeypatch.setattr(mining, "COLUMNS", 700)
+    monkeypatch.setattr(mining, "BLOCK", (300, 700))
     queries, keys = unit(2000, 24, seed=seed), unit(2000, 24, seed=seed + 10)
     rng = np.random.default_rng(seed)
     positives = np.unique(rng.integers(0, [1900, 2000], (3000, 2)), axis=0)
@@ -49,10 +48,8 @@ def test_no_more_candidates_than_there_are():
     scores, indices = nearest_others(unit(2, 4), unit(3, 4, seed=1), torch.tensor([[0, 1]]), 5)
     assert scores.isinf().sum(1).tolist() == [3, 2]
     assert 1 not in indices[0, :2].tolist()
-    found = choose_negatives(
-        Embedded([0, 1], unit(2, 4), unit(3, 4, seed=1), torch.tensor([[0, 1]]), unit(2, 4)), options()
-    )
-    assert [len(row) for row in found] == [2, 3]
+    found = choose_negatives(Embedded(unit(2, 4), unit(3, 4, seed=1), torch.tensor([[0, 1], [1, 0]])), options())
+    assert [len(row) for row in found] == [2, 2]
 
 
 SETTINGS = {
@@ -62,6 +59,7 @@ SETTINGS = {
     "margin": {"absolute_margin": 0.05, "range_max": 30},
     "UniME's margin": {"absolute_margin": -0.1, "num_negatives": 8, "range_max": 60},
     "relative": {"relative_margin": 0.3, "range_max": 40},
+    "ranks behind a margin": {"absolute_margin": 0.1, "range_min": 2, "range_max": 40},
 }
 
 
@@ -91,16 +89,14 @@ def test_the_same_negatives_as_sentence_transformers(name, seed, capsys):
     mined = mine_hard_negatives(table, model, **settings, output_format="n-tuple", verbose=False)
     columns = [f"negative_{i + 1}" for i in range(settings["num_negatives"])] if settings["num_negatives"] > 1 else []
     expected = {row["anchor"]: [row[column] for column in columns] for row in mined}
-    found = choose_negatives(
-        Embedded([], queries, keys, torch.arange(80)[:, None].repeat(1, 2), keys), options(**settings)
-    )
+    found = choose_negatives(Embedded(queries, keys, torch.arange(80)[:, None].repeat(1, 2)), options(**settings))
     assert expected, "there is something to compare"
     whole = {f"q{i}": [f"k{j}" for j in own] for i, own in enumerate(found) if len(own) == settings["num_negatives"]}
     assert whole == expected
 
 
 def test_random_candidates_are_of_the_range_and_the_same_again():
-    found = Embedded([], unit(50, 8), unit(200, 8, seed=1), torch.arange(50)[:, None].repeat(1, 2), unit(50, 8))
+    found = Embedded(unit(50, 8), unit(200, 8, seed=1), torch.arange(50)[:, None].repeat(1, 2))
     chosen = choose_negatives(found, options(sampling_strategy="random", range_min=5, range_max=25))
     top = nearest_others(found.queries, found.keys, found.positives, 25)[1]
     assert all(set(own) <= set(row[5:].tolist()) for own, row in zip(chosen, top))
@@ -109,10 +105,20 @@ def test_random_candidates_are_of_the_range_and_the_same_again():
     assert chosen != choose_negatives(found, options(sampling_strategy="random", range_min=5, range_max=25, seed=1))
 
 
+def test_what_is_excluded_is_no_positive_by_whose_cosine_the_margin_goes():
+    keys = torch.eye(4)[:, :3] + torch.tensor([[0.0, 0, 0], [0, 0, 0], [0, 0, 0], [0.5, 0.5, 0]])
+    keys = torch.nn.functional.normalize(keys, dim=-1)
+    query = torch.nn.functional.normalize(torch.tensor([[0.8, 0.3, 0.5]]), dim=-1)
+    found = Embedded(query, keys, torch.tensor([[0, 0]]), [(0, 1)])
+    (chosen,) = choose_negatives(found, options(absolute_margin=0.01, range_max=4))
+    assert chosen == [3, 2], (
+        "by the positive's 0.81, not by the 0.30 of what is excluded, whose threshold 2 would miss"
+    )
+
+
 def test_memory_is_that_of_a_block(monkeypatch):
     """Python's own, and torch's largest tensor: 3,000 x 3,000 similarities never exist at once."""
-    monkeypatch.setattr(mining, "ROWS", 100)
-    monkeypatch.setattr(mining, "COLUMNS", 100)
+    monkeypatch.setattr(mining, "BLOCK", (100, 100))
     sizes = []
 
     class Watch(torch.utils._python_dispatch.TorchDispatchMode):
@@ -226,7 +232,7 @@ def test_targets_of_other_queries_whatever_they_are(processor, tmp_path, capsys)
     adapted.save_pretrained(tmp_path / "adapter")
     words = ["--model", str(tmp_path / "base"), "--adapters", str(tmp_path / "adapter"), "--num_negatives", "2"]
     main([*words, "--data_file", str(tmp_path / "triplets.jsonl"), "--output_file", str(tmp_path / "mined.parquet")])
-    assert "18 rows of 9" in capsys.readouterr().out
+    assert "18 rows of 9; 0 without a negative" in capsys.readouterr().out
     mined = load_dataset("parquet", data_files=str(tmp_path / "mined.parquet"), split="train")
     data = TripletDataset(mined.cast_column("query_image", mined.features["query_image"]), seed=0)
     data.sources = [data.sources[0]._replace(root=str(tmp_path))]

@@ -20,6 +20,8 @@ MODEL_INPUTS = (
     *("input_ids", "attention_mask", "position_ids", "text_positions", "labels", "label_positions"),
     *("pixel_values", *CACHED_FEATURES, "boxes", "region_mask"),
 )
+# By which the losses tell what is no negative.
+IDS = ("pair_ids", "negative_ids", "own_ids")
 TokenSequence = tuple[list[int], list[int]]  # token ids and labels
 
 
@@ -41,8 +43,9 @@ class PairCollator:
     them. `text_index` `(B,)` is the index of each image's sentence in this order. `pair_ids` `(B, 2)`, in the order of
     the images, are hashes of each pair's caption and image, to recognise equal ones. If the examples hold hard
     negatives, K more sentences stand behind the others in `text_positions` and `text_index`, whose hashes are
-    `negative_ids` `(K,)`. With `mini_batch_size`, the list `mini_batches` holds the parts, in which `sentences` are
-    the inputs that embed the texts alone.
+    `negative_ids` `(K,)`, and `own_ids` `(B, C)` are those of all captions of each image, which are no negatives of
+    it. With `mini_batch_size`, the list `mini_batches` holds the parts, in which `sentences` are the inputs that embed
+    the texts alone.
 
     A batch also holds what the Trainer reports: `truncated` (number of captions over `max_length`), `bad` (index and
     reason of unreadable examples), and for a stream the `position` after its last example.
@@ -76,15 +79,17 @@ class PairCollator:
         }
         if "position" in examples[-1]:
             counts["position"] = examples[-1]["position"]
+        most = max(len(example.get("captions", ())) for example in examples)
         if not self.mini_batch_size:
-            return {**self._batch(examples, ids), **counts}
+            return {**self._batch(examples, ids, most), **counts}
         mini_batches = []
         for start in range(0, len(examples), self.mini_batch_size):
             part = slice(start, start + self.mini_batch_size)
-            mini_batches.append(self._batch(examples[part], ids[part]))
+            mini_batches.append(self._batch(examples[part], ids[part], most))
         return {"mini_batches": mini_batches, **counts}
 
-    def _batch(self, examples: Sequence[dict[str, Any]], ids: list[list[int]]) -> dict[str, Any]:
+    def _batch(self, examples: Sequence[dict[str, Any]], ids: list[list[int]], most: int) -> dict[str, Any]:
+        """Tensors of a part of the batch, in which no image has more than `most` captions."""
         sentences = [] if self.objective == "caption" else self._sentences(ids)
         captions = [] if self.objective == "contrastive" else self._captions(ids, self.processor.image_prompt)
         hard = [example["negative"] for example in examples if example.get("negative")] if sentences else []
@@ -100,6 +105,9 @@ class PairCollator:
             batch["pair_ids"] = torch.tensor(pair_ids)
         if "negative" in examples[0] and sentences:
             batch["negative_ids"] = torch.tensor([digest(text.encode()) for text in hard], dtype=torch.long)
+            captions_of = [examples[i]["captions"] for i in images]
+            own = [[digest(text.encode()) for text in of] for of in captions_of]
+            batch["own_ids"] = torch.tensor([[*row, *row[:1] * (most - len(row))] for row in own])
         if sentences and self.mini_batch_size:
             sequences = [*sentences, *negatives]
             rows = pack([len(tokens) for tokens, _ in sequences], self.pack_length)

@@ -28,8 +28,8 @@ class ClusteredSampler(torch.utils.data.Sampler):
 
     def __init__(self, dataset: PairDataset, seed: int):
         try:
-            clusters = np.asarray(dataset.table[CLUSTER_COLUMN], dtype=np.int64)[np.asarray(dataset.rows)]
-        except (KeyError, TypeError, ValueError) as error:
+            clusters = np.asarray(dataset.table[CLUSTER_COLUMN][:], dtype=np.int64)[np.asarray(dataset.rows)]
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(
                 f"--batch_sampler clustered needs a column {CLUSTER_COLUMN!r} of numbers, as python -m mmgem.mining "
                 "--cluster_size 32 writes it."

@@ -1,6 +1,5 @@
 """Texts alone, with what a teacher makes of them, for the stage text-distillation."""
 
-import functools
 import importlib.util
 import os
 from typing import Any
@@ -8,21 +7,22 @@ from typing import Any
 import datasets
 import numpy as np
 
-from ..modeling_mmgem.loading_mmgem import weights_revision
+from ..modeling_mmgem.loading_mmgem import digest_of_tensors
 from .arguments import DataArguments
 from .loading import BUILT_IN, Table, load_tables
 from .pairs import as_captions, digest
 
 
 TEXT, TEACHER_EMBEDS = "text", "teacher_embeds"
+EVALUATED_TEXTS = 2000  # by default, whose pairs are two million
 TEACHER_BATCH = 256  # texts that the teacher embeds at a time
 
 
 def load_texts(arguments: DataArguments, seed: int) -> tuple[datasets.Dataset, datasets.Dataset | None]:
     """
     The distinct texts of the training data in a column `text`, and those of the data to evaluate on (None where there
-    is none). Every text of `arguments.text_columns` is one; with `arguments.teacher_column` a row's one text has a
-    vector `teacher_embeds`.
+    is none; by default the first 2,000). Every text of `arguments.text_columns` is one; with
+    `arguments.teacher_column` a row's one text has a vector `teacher_embeds`.
 
     Raises:
         ValueError: for a missing column; for one that holds neither texts nor lists of texts; for a teacher's column
@@ -35,7 +35,7 @@ def load_texts(arguments: DataArguments, seed: int) -> tuple[datasets.Dataset, d
     train, held_out = load_tables(arguments, image_size=0, seed=seed)
     return (
         _texts_of(train, arguments, arguments.max_train_samples),
-        None if held_out is None else _texts_of(held_out, arguments, arguments.max_eval_samples),
+        None if held_out is None else _texts_of(held_out, arguments, arguments.max_eval_samples or EVALUATED_TEXTS),
     )
 
 
@@ -45,10 +45,10 @@ def _texts_of(table: Table, arguments: DataArguments, limit: int | None) -> data
     if missing := [name for name in (*columns, *vectors) if name not in rows.column_names]:
         raise ValueError(
             f"The dataset has no column {missing[0]!r}; its columns are {', '.join(rows.column_names)}. Set "
-            "--text_columns."
+            f"--{'teacher_column' if missing[0] in vectors else 'text_columns'}."
         )
-    found: dict[str, Any] = {}  # the vector of each text, in the order of the rows
-    for i, row in enumerate(rows.select_columns([*columns, *vectors])):
+    found: dict[str, int] = {}  # the row of each text, in their order
+    for i, row in enumerate(rows.select_columns(columns)):
         if limit is not None and len(found) >= limit:
             break
         try:
@@ -59,23 +59,26 @@ def _texts_of(table: Table, arguments: DataArguments, limit: int | None) -> data
             raise ValueError(
                 f"Row {i} has {len(texts)} texts for one vector of {vectors[0]!r}. Give each its own row."
             )
-        found.update((text, row[vectors[0]] if vectors else None) for text in texts if text not in found)
+        for text in texts:
+            found.setdefault(text, i)
     if not found:
         raise ValueError(f"The dataset has no text in {', '.join(columns)}.")
     texts = list(found)[:limit]
     data: dict[str, Any] = {TEXT: texts}
     if vectors:
-        data[TEACHER_EMBEDS] = _unit_rows([found[text] for text in texts], vectors[0])
+        data[TEACHER_EMBEDS] = _unit_rows(rows, vectors[0], [found[text] for text in texts])
     return as_tensors(datasets.Dataset.from_dict(data))
 
 
-def _unit_rows(vectors: list[Any], name: str) -> np.ndarray:
+def _unit_rows(rows: datasets.Dataset, name: str, indices: list[int]) -> np.ndarray:
+    """The vectors of some rows, float32 as NumPy reads them from the table."""
     try:
-        rows = np.asarray(vectors, dtype=np.float32)
-        assert rows.ndim == 2 and np.isfinite(rows).all()
+        chosen = rows.select_columns([name]).with_format("numpy", dtype=np.float32)
+        vectors = np.stack(list(chosen.select(indices)[name]))
+        assert vectors.ndim == 2 and vectors.dtype == np.float32 and np.isfinite(vectors).all()
     except (AssertionError, TypeError, ValueError) as error:
         raise ValueError(f"Column {name!r} must hold a vector of finite numbers in each row, all as long.") from error
-    return rows / np.linalg.norm(rows, axis=1, keepdims=True).clip(min=1e-12)
+    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True).clip(min=1e-12)
 
 
 def as_tensors(texts: datasets.Dataset) -> datasets.Dataset:
@@ -97,20 +100,18 @@ def with_teacher(texts: datasets.Dataset, teacher: str, folder: str) -> datasets
     """
     if importlib.util.find_spec("sentence_transformers") is None:
         raise ValueError("--teacher needs sentence-transformers: pip install 'mmgem[sentence-transformers]'.")
-    name = weights_revision(teacher) if os.path.isdir(teacher) else teacher
-    known = f"{digest(chr(0).join([str(name), *texts[TEXT]]).encode()) % 2**64:016x}"
+    from sentence_transformers import SentenceTransformer
 
-    @functools.cache
-    def model() -> Any:
-        from sentence_transformers import SentenceTransformer
-
-        try:
-            return SentenceTransformer(teacher)
-        except (OSError, ValueError) as error:
-            raise ValueError(f"--teacher {teacher} is no model of sentence-transformers: {error}") from error
+    try:
+        model = SentenceTransformer(teacher)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--teacher {teacher} is no model of sentence-transformers: {error}") from error
+    # Of its weights, its modules with their settings, and its prompts.
+    parts = [digest_of_tensors(sorted(model.state_dict().items())), repr(model), repr(model.prompts)]
+    known = f"{digest(chr(0).join([*parts, *texts[TEXT]]).encode()) % 2**64:016x}"
 
     def embed(batch: dict[str, Any]) -> dict[str, Any]:
-        return {TEACHER_EMBEDS: model().encode(batch[TEXT], batch_size=TEACHER_BATCH, normalize_embeddings=True)}
+        return {TEACHER_EMBEDS: model.encode(batch[TEXT], batch_size=TEACHER_BATCH, normalize_embeddings=True)}
 
     os.makedirs(folder, exist_ok=True)
     path = os.path.join(folder, f"teacher-{known}.arrow")

@@ -327,7 +327,7 @@ def _check_adapter(model_args: ModelArguments, data_args: DataArguments, args: M
     """An adapter works beside the model that it was trained on, and beside no other."""
     if not model_args.init_from:
         raise ValueError(f"--stage {args.stage} trains an adapter of a stage-1 model: give --init_from FOLDER.")
-    for name in ("image_size", "image_grid_size"):
+    for name in ("image_size", "image_grid_size", "contrastive_loss"):
         if getattr(model_args, name) is not None:
             raise ValueError(f"{name} would change the model of --init_from, and the adapter would not fit it.")
     if not model_args.do_center_crop:

@@ -222,6 +222,8 @@ class BaseTrainer(Trainer):
         sums = {name: value.item() for name, value in self._sums.items()}
         with open(self._log_state(output_dir), "w", encoding="utf-8") as file:
             json.dump({**interval, "steps": self._steps_since_log, "sums": sums}, file)
+        # trainer_state.json, which makes a checkpoint whole, is written next: all processes must be done.
+        self.accelerator.wait_for_everyone()
 
     def _resume_log(self) -> None:
         """Goes on with the checkpoint's interval, so that the next log is the mean over all of it."""

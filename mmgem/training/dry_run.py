@@ -143,6 +143,7 @@ class _Step:
         self.devices = dry_run.dry_run_devices
         self.tokens = min(dry_run.dry_run_caption_tokens, data_args.max_length)
         self.max_length = data_args.max_length
+        self.hard = int(data_args.negative_caption_column is not None)  # negatives beside each caption
 
     def backward(self, images: dict[str, torch.Tensor], mini_batches: int) -> None:
         """Takes the gradients of a batch of which `mini_batches` are simulated; `images` are those of one."""
@@ -167,7 +168,7 @@ class _Step:
     def forward(self, images: dict[str, torch.Tensor], with_captions: bool) -> tuple[Embeddings, torch.Tensor | None]:
         """Runs the model's own forward; fake tensors of token ids and positions hold no values."""
         size = len(next(iter(images.values())))
-        sentences = 0 if self.args.objective == "caption" else size
+        sentences = 0 if self.args.objective == "caption" else size * (1 + self.hard)
         captions = size if with_captions else 0
         rows, length = sentences + captions, self.max_length
         if self.args.packing:
@@ -185,8 +186,10 @@ class _Step:
             outputs = self.model(
                 ids, text_positions=text_positions, return_loss=False, logits_to_keep=1, **images, **inputs
             )
-        embeds = (outputs.image_embeds, outputs.text_embeds)
-        return Embeddings(*embeds, outputs.logit_scale, outputs.logit_bias), outputs.caption_loss
+        texts = outputs.text_embeds
+        texts, hard = texts.split([size, size]) if self.hard else (texts, None)
+        embeds = (outputs.image_embeds, texts, outputs.logit_scale, outputs.logit_bias, hard)
+        return Embeddings(*embeds), outputs.caption_loss
 
     def contrastive_loss(
         self,
@@ -194,17 +197,20 @@ class _Step:
         texts: torch.Tensor,
         scale: torch.Tensor,
         bias: torch.Tensor | None = None,
-        _: torch.Tensor | None = None,
+        hard: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """L_Emb of the whole batch, of which these embeddings are a part, over all devices."""
         batch_size = self.args.per_device_train_batch_size
         repeats = -(-batch_size // len(texts))
+        if hard is not None:
+            hard = hard.repeat(repeats * self.devices, 1)[: batch_size * self.devices]
         texts, images = (x.repeat(repeats, 1)[:batch_size] for x in (texts, images))
         ids = torch.zeros(batch_size, 2, dtype=torch.long)
         gathered = [torch.cat([x] * self.devices) if self.devices > 1 else x for x in (texts, images, ids)]
         return contrastive_loss(
             *(texts, images, scale, gathered[0], gathered[1], 0, ids, gathered[2]),
             dims=self.args.matryoshka_dims,
+            negative_keys=hard,
             logit_bias=bias,
         )
 

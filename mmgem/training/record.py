@@ -60,18 +60,25 @@ def _origin(model_args: ModelArguments) -> dict[str, Any]:
     Returns where the weights come from: Hub ids of models, whether they started from scratch, and the data that they
     were trained on before. A folder is described by the record of its own run.
     """
+    if model_args.init_from is not None:
+        return _origin_of(model_args.init_from)
+    towers = [model_args.vision_model_name_or_path, model_args.text_model_name_or_path]
+    origins = [_origin_of(tower) for tower in towers if tower]
+    names = ("base_models", "dataset_ids", "data")
+    lists = {name: [item for origin in origins for item in origin[name]] for name in names}
+    return {**lists, "from_scratch": not origins}
+
+
+def _origin_of(name: str) -> dict[str, Any]:
     unknown: dict[str, Any] = {"base_models": [], "from_scratch": False, "dataset_ids": [], "data": []}
-    if model_args.init_from is None:
-        towers = [model_args.vision_model_name_or_path, model_args.text_model_name_or_path]
-        return {**unknown, "base_models": [t for t in towers if is_hub_id(t)], "from_scratch": not any(towers)}
-    if is_hub_id(model_args.init_from):
-        return {**unknown, "base_models": [model_args.init_from]}
-    earlier = os.path.join(model_args.init_from, RECORD_NAME)
+    if is_hub_id(name):
+        return {**unknown, "base_models": [name]}
+    earlier = os.path.join(name, RECORD_NAME)
     if not os.path.isfile(earlier):
         return unknown
     with open(earlier, encoding="utf-8") as file:
         record = parse_json(file.read())
-    return {name: record.get(name, value) for name, value in unknown.items()}
+    return {key: record.get(key, value) for key, value in unknown.items()}
 
 
 def changed_settings(model_args: ModelArguments, data_args: DataArguments, args: MMGEMTrainingArguments) -> str:

@@ -65,24 +65,19 @@ class RegionTrainer(AdapterTrainer):
     def make_collator(self, args: MMGEMTrainingArguments) -> RegionCollator:
         return RegionCollator(self.processing_class, args.objective)
 
-    def _contrastive_loss(
-        self, embeddings: Embeddings, pair_ids: torch.Tensor, negative_ids: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def _contrastive_loss(self, embeddings: Embeddings, ids: dict[str, torch.Tensor]) -> torch.Tensor:
         """Against the regions of all processes, whose numbers differ: every region counts the same."""
         if self.args.world_size == 1:
-            return super()._contrastive_loss(embeddings, pair_ids, negative_ids)
+            return super()._contrastive_loss(embeddings, ids)
         regions, phrases, logit_scale, logit_bias, negatives = embeddings
-        gathered = [gather_ragged(tensor) for tensor in (regions, phrases, pair_ids)]
+        gathered = [gather_ragged(tensor) for tensor in (regions, phrases, ids["pair_ids"])]
         sizes = [len(part) for part in gathered[0]]
         offset, total = sum(sizes[: dist.get_rank()]), sum(sizes)
         all_regions, all_phrases, all_ids = map(torch.cat, gathered)
-        if negatives is not None and negative_ids is not None:
-            negatives, negative_ids = (torch.cat(gather_ragged(part)) for part in (negatives, negative_ids))
         loss = contrastive_loss(
-            *(regions, phrases, logit_scale, all_regions, all_phrases, offset, pair_ids, all_ids),
+            *(regions, phrases, logit_scale, all_regions, all_phrases, offset, ids["pair_ids"], all_ids),
             dims=self.args.matryoshka_dims,
-            negative_embeds=negatives,
-            negative_ids=negative_ids,
+            **self._gathered_negatives(negatives, ids),
             negatives=self.args.negatives,
             logit_bias=logit_bias,
         )

@@ -43,7 +43,10 @@ def build_text_trainer(
         train_dataset,
         eval_dataset,
         max_length=data_args.max_length,
-        model_settings={"text_model_name_or_path": name, "max_length": data_args.max_length},
+        model_settings={
+            **{key: getattr(model_args, key) for key in ("text_model_name_or_path", "text_kwargs")},
+            **{key: getattr(data_args, key) for key in ("teacher", "teacher_column", "max_length")},
+        },
     )
     trained = sum(parameter.numel() for parameter in trainer.model.parameters() if parameter.requires_grad)
     size = f"{causal_lm.num_parameters() / 1e6:.2f} M parameters, {trained / 1e6:.3g} M trained"

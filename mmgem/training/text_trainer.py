@@ -11,9 +11,10 @@ import torch
 import torch.distributed as dist
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..data.texts import TEACHER_EMBEDS, TEXT
+from ..data.texts import TEACHER_EMBEDS, TEXT, as_tensors
 from ..modeling_mmgem import relational_distillation
 from ..modeling_mmgem.conversion_mmgem import check_language_model
 from ..modeling_mmgem.inputs_mmgem import batches_by_length
@@ -28,7 +29,6 @@ from .stages import check_optimizer
 
 
 PART_SIZE = 32  # texts of a forward pass, without a gradient cache
-EVALUATED_TEXTS = 2000  # whose pairs are compared, two million
 
 
 class TextCollator:
@@ -49,8 +49,6 @@ class TextCollator:
                 f"max_length {max_length} leaves no room for texts: the prompt {prompt!r} has {len(self.prompt_ids)} "
                 "tokens. Raise --max_length."
             )
-        if tokenizer.pad_token is None:
-            tokenizer.pad_token = tokenizer.eos_token
         self.part_size = part_size or PART_SIZE
 
     def __call__(self, examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -62,9 +60,10 @@ class TextCollator:
         """Tensors of part after part, the shortest texts first; `order` `(n,)` are their indices."""
         rows = self.tokenizer(list(texts), truncation=True, max_length=self.text_length)["input_ids"]
         for order in batches_by_length([len(row) for row in rows], self.part_size, None):
-            tokens = {"input_ids": [[*rows[i], *self.prompt_ids] for i in order]}
-            padded = self.tokenizer.pad(tokens, padding_side="right", return_tensors="pt")
-            yield {**padded, "order": torch.tensor(order)}
+            tokens = [torch.tensor([*rows[i], *self.prompt_ids]) for i in order]
+            masks = [torch.ones_like(own) for own in tokens]
+            padded = (pad_sequence(part, batch_first=True) for part in (tokens, masks))
+            yield {**dict(zip(("input_ids", "attention_mask"), padded)), "order": torch.tensor(order)}
 
 
 class TextDistillationTrainer(BaseTrainer):
@@ -74,7 +73,8 @@ class TextDistillationTrainer(BaseTrainer):
     [`relational_distillation`]. Each text is compared with those of all processes.
 
     Args:
-        model: a causal language model, with float32 weights; its head is kept as it is.
+        model: a causal language model, with float32 weights. Its head is kept as it is, unless it is tied to the input
+            embeddings, which are trained.
         processing_class: its tokenizer.
         train_dataset, eval_dataset: columns `text` and `teacher_embeds`, of unit norm.
         max_length: tokens of a text, the prompt included.
@@ -99,8 +99,14 @@ class TextDistillationTrainer(BaseTrainer):
         model_settings: dict[str, Any] | None = None,
         **kwargs: Any,
     ):
+        if args.stage != "text-distillation":
+            raise ValueError(f"TextDistillationTrainer trains stage text-distillation, not {args.stage}.")
+        if peft_config is not None and args.lora_rank:
+            raise ValueError("peft_config and lora_rank both ask for LoRA. Leave out lora_rank.")
         check_optimizer(args)
         batch_size = args.train_batch_size * args.world_size
+        if batch_size < 2:
+            raise ValueError("A text alone is like no other. Raise --per_device_train_batch_size.")
         if len(train_dataset) < batch_size:
             raise ValueError(
                 f"{len(train_dataset)} distinct texts do not fill one batch of {batch_size}; lower "
@@ -117,8 +123,8 @@ class TextDistillationTrainer(BaseTrainer):
             model=trained,
             args=args,
             data_collator=TextCollator(processing_class, args.distillation_prompt, max_length, args.mini_batch_size),
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
+            train_dataset=as_tensors(train_dataset),
+            eval_dataset=None if eval_dataset is None else as_tensors(eval_dataset),
             processing_class=processing_class,
             settings=run_settings(args, model_settings or {}, self.peft_config),
             **kwargs,
@@ -178,8 +184,8 @@ class TextDistillationTrainer(BaseTrainer):
         if self.args.world_size > 1:
             all_embeds, all_goals = map(GatherWithGradient.apply, (embeds, goals))
             offset = dist.get_rank() * len(embeds)
-        assert self.args.temperature is not None
-        loss = relational_distillation(embeds, goals, 1 / self.args.temperature, all_embeds, all_goals, offset)
+        scale = 1 / self.args.temperature  # type: ignore[operator]
+        loss = relational_distillation(embeds, goals, scale, all_embeds, all_goals, offset)
         loss = loss / self.current_gradient_accumulation_steps
         self._add_to_log("distillation_loss", loss)
         self._interval["samples"] += len(all_embeds)
@@ -188,9 +194,8 @@ class TextDistillationTrainer(BaseTrainer):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Computes and logs how well student and teacher agree on held-out texts, the first ones if there are many."""
+        """Computes and logs how well student and teacher agree on held-out texts, of all their pairs."""
         dataset: Any = self.eval_dataset if eval_dataset is None else eval_dataset
-        dataset = dataset.select(range(min(len(dataset), EVALUATED_TEXTS)))
         agreement = spearman(self.embed(dataset[TEXT]), torch.stack(list(dataset[TEACHER_EMBEDS])))
         logs = {f"{metric_key_prefix}_teacher_spearman": agreement}
         self.log({**logs})

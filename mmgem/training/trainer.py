@@ -1,7 +1,7 @@
 """The Trainer of stage 1: transformers' own, with the joint loss over all processes. Stage 2 builds on it."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch.distributed as dist
 from peft import LoraConfig, PeftModel
 from transformers.utils import logging
 
-from ..data.collator import CACHED_FEATURES, MODEL_INPUTS, PairCollator
+from ..data.collator import CACHED_FEATURES, IDS, MODEL_INPUTS, PairCollator
 from ..data.pairs import PairDataset
 from ..data.samplers import ClusteredSampler
 from ..data.shards import ShardStream
@@ -112,7 +112,7 @@ class MMGEMTrainer(EvaluatingTrainer):
         check_precision(trained)
         if args.cache_features:
             check_cached_features(model, train_data.augmentation_scale)
-        if args.mini_batch_size:
+        if args.mini_batch_size and args.stage == "1":  # adapters are trained in eval mode
             refuse_dropout(trained)
         if args.torch_compile:
             # How many rows, caption tokens and [EMB] there are differs from step to step: one graph for all.
@@ -194,7 +194,7 @@ class MMGEMTrainer(EvaluatingTrainer):
         """L_Emb + weight L_Gen, such that sums over micro-batches and means over processes are the batch's loss."""
         embeddings, outputs, loss = self._forward(model, inputs, num_items_in_batch)
         if self.args.objective != "caption":
-            contrastive = self._contrastive_loss(embeddings, inputs["pair_ids"], inputs.get("negative_ids"))
+            contrastive = self._contrastive_loss(embeddings, ids_of([inputs]))
             loss = contrastive if loss is None else loss + contrastive
         return (loss, outputs) if return_outputs else loss
 
@@ -229,28 +229,32 @@ class MMGEMTrainer(EvaluatingTrainer):
         self._logit_scale = scale.detach() if self.args.objective != "caption" else None
         return Embeddings(queries, keys, scale, outputs.logit_bias, negatives)
 
-    def _contrastive_loss(
-        self, embeddings: Embeddings, pair_ids: torch.Tensor, negative_ids: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def _contrastive_loss(self, embeddings: Embeddings, ids: dict[str, torch.Tensor]) -> torch.Tensor:
         """Against the pairs of all processes, without those that share one of the row's ids, and all negatives."""
         queries, keys, logit_scale, logit_bias, negatives = embeddings
-        all_queries, all_keys, all_ids, offset = queries, keys, pair_ids, 0
+        all_queries, all_keys, all_ids, offset = queries, keys, ids["pair_ids"], 0
         if self.args.world_size > 1:
-            all_queries, all_keys, all_ids = map(GatherWithGradient.apply, (queries, keys, pair_ids))
+            all_queries, all_keys, all_ids = map(GatherWithGradient.apply, (queries, keys, all_ids))
             offset = dist.get_rank() * len(queries)
-            if negatives is not None and negative_ids is not None:  # of which a process may have more than another
-                negatives, negative_ids = (torch.cat(gather_ragged(part)) for part in (negatives, negative_ids))
         loss = contrastive_loss(
-            *(queries, keys, logit_scale, all_queries, all_keys, offset, pair_ids, all_ids),
+            *(queries, keys, logit_scale, all_queries, all_keys, offset, ids["pair_ids"], all_ids),
             dims=self.args.matryoshka_dims,
-            negative_embeds=negatives,
-            negative_ids=negative_ids,
+            **self._gathered_negatives(negatives, ids),
             negatives=self.args.negatives,
             logit_bias=logit_bias,
         )
         loss = loss / self.current_gradient_accumulation_steps
         self._add_to_log("contrastive_loss", loss)
         return loss
+
+    def _gathered_negatives(self, negatives: torch.Tensor | None, ids: dict[str, torch.Tensor]) -> dict[str, Any]:
+        """The hard negatives of all processes, of which one may have more than another."""
+        if negatives is None:
+            return {}
+        parts = [negatives, ids["negative_ids"]]
+        if self.args.world_size > 1:
+            parts = [torch.cat(gather_ragged(part)) for part in parts]
+        return {"negative_keys": parts[0], "negative_ids": parts[1], "own_ids": ids.get("own_ids")}
 
     def training_step(
         self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
@@ -260,8 +264,7 @@ class MMGEMTrainer(EvaluatingTrainer):
             return super().training_step(model, inputs, num_items_in_batch)
         self.set_modes(model)
         mini_batches: Any = self._prepare_inputs(inputs)["mini_batches"]
-        pair_ids = torch.cat([mini_batch["pair_ids"] for mini_batch in mini_batches])
-        negative_ids = [mini_batch["negative_ids"] for mini_batch in mini_batches if "negative_ids" in mini_batch]
+        ids = ids_of(mini_batches)
         caption_losses = []
 
         def embed(mini_batch: dict[str, Any]) -> Embeddings:
@@ -275,8 +278,7 @@ class MMGEMTrainer(EvaluatingTrainer):
             return embeddings, loss
 
         def contrastive(*embeddings: Any) -> torch.Tensor:
-            ids = torch.cat(negative_ids) if negative_ids else None
-            return self._contrastive_loss(Embeddings(*embeddings), pair_ids, ids)
+            return self._contrastive_loss(Embeddings(*embeddings), ids)
 
         backward, no_sync = self.accelerator.backward, self._no_sync(model)
         loss = cached_backward(mini_batches, embed, contrastive, forward, backward, no_sync)
@@ -333,8 +335,11 @@ class MMGEMTrainer(EvaluatingTrainer):
 
     def _save_rng_state(self, output_dir: str) -> None:
         """Saves the position in the stream beside each process's random state."""
-        super()._save_rng_state(output_dir)
         if self.progress is not None:
             self.progress.save(output_dir)
-        # trainer_state.json, which makes a checkpoint whole, is written next: all processes must be done.
-        self.accelerator.wait_for_everyone()
+        super()._save_rng_state(output_dir)
+
+
+def ids_of(parts: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    """The ids of a batch in parts, by which L_Emb tells what is no negative."""
+    return {name: torch.cat([part[name] for part in parts]) for name in IDS if name in parts[0]}

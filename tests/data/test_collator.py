@@ -140,7 +140,10 @@ def test_packed_losses_and_gradients_equal_the_padded_ones(processor, objective,
 @pytest.mark.parametrize("mini_batch_size", [0, 4])
 def test_hard_negatives_are_more_sentences_behind_those_of_the_images(processor, objective, mini_batch_size):
     hard = ["snow on a bicycle", None, "the dog", None, "a cat on a mountain in the snow", None]
-    rows = [{**example, "negative": text} for example, text in zip(examples(CORPUS[:6]), hard)]
+    rows = [
+        {**example, "captions": [example["caption"], "snow"][: 1 + i % 2], "negative": text}
+        for i, (example, text) in enumerate(zip(examples(CORPUS[:6]), hard))
+    ]
     batch = PairCollator(processor, objective, 64, mini_batch_size)(rows)
     emb, found = processor.tokenizer.vocab["[EMB]"], []
     for part in batch.get("mini_batches", [batch]):
@@ -148,6 +151,9 @@ def test_hard_negatives_are_more_sentences_behind_those_of_the_images(processor,
             texts = [processor.tokenizer.decode(ids) for ids in texts_of({**part, **inputs}, emb)]
             ids = [*part["pair_ids"][:, 0].tolist(), *part["negative_ids"].tolist()]
             assert ids == [digest(text.encode()) for text in texts]
+            own = [set(row) for row in part["own_ids"].tolist()]
+            order = part["pair_ids"][:, 1].tolist()
+            assert own == [{digest(text.encode()) for text in rows[i]["captions"]} for i in order]
         found += texts[len(part["pair_ids"]) :]
     assert found == [text for text in hard if text]
     assert "negative_ids" not in PairCollator(processor, "caption", 64)(rows)

@@ -100,7 +100,7 @@ def test_sigmoid_loss_and_gradients_equal_the_loop(name, seed, monkeypatch):
     loss = contrastive_loss(
         *(texts, images, scale),
         pair_ids=ids,
-        negative_embeds=extra,
+        negative_keys=extra,
         negative_ids=torch.tensor([7, 999, 102]),
         negatives=negatives,
         logit_bias=bias,

@@ -102,7 +102,7 @@ def test_a_negative_that_is_the_rows_own_target_is_none_of_it():
     found = contrastive_loss(
         *(queries, targets, torch.tensor(5.0)),
         pair_ids=ids,
-        negative_embeds=negatives,
+        negative_keys=negatives,
         negative_ids=torch.tensor([20, 99]),
     )
     scores = 5 * queries @ torch.cat([targets, negatives]).T

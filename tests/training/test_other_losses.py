@@ -43,17 +43,21 @@ def test_a_negative_is_drawn_of_those_there_are_and_captions_stay_what_they_were
 @pytest.mark.parametrize("packing", [False, True])
 @pytest.mark.parametrize("mini_batch_size", [0, 3])
 def test_loss_is_that_of_all_captions_and_negatives(processor, tmp_path, packing, mini_batch_size):
-    """Computed from embeddings one by one; a negative that is a row's own caption is none of it."""
-    data, model = with_negatives(), make_model(processor)
-    args = training_arguments(
-        tmp_path,
-        max_steps=1,
-        logging_steps=1,
-        learning_rate=0.0,
-        packing=packing,
-        mini_batch_size=mini_batch_size,
-    )
-    trainer = MMGEMTrainer(model, args, processor, data)
+    """
+    Computed from embeddings one by one. A negative that is a caption of a row's image, drawn or not, is none of it:
+    half of the negatives are captions of images in the same batch.
+    """
+    rows = [
+        {
+            "image": make_picture(i),
+            "caption": [caption, f"picture {i}"][: 1 + i % 2],
+            "hard": f"picture {2 * (i % 4) + 1}" if i < 6 else None,
+        }
+        for i, caption in enumerate(CAPTIONS)
+    ]
+    data, model = PairDataset(Table(rows), negative_column="hard"), make_model(processor)
+    options = {"packing": packing, "mini_batch_size": mini_batch_size, "max_steps": 1, "logging_steps": 1}
+    trainer = MMGEMTrainer(model, training_arguments(tmp_path, learning_rate=0.0, **options), processor, data)
     trainer.train()
     logged = trainer.state.log_history[0]["contrastive_loss"]
     examples = [data[i] for i in range(8)]
@@ -64,11 +68,12 @@ def test_loss_is_that_of_all_captions_and_negatives(processor, tmp_path, packing
 
     with torch.no_grad():
         images = model.get_embedding(**processor(images=[e["image"] for e in examples], return_tensors="pt"))
-    hard = [example["negative"] for example in examples]
-    scale = float(model.logit_scale.scale.detach())
-    scores = scale * images @ torch.cat([embed(CAPTIONS), embed(hard)]).T
-    for i, caption in enumerate(CAPTIONS):
-        scores[i, 8:][[text == caption for text in hard]] = -torch.inf
+    hard = [example["negative"] for example in examples if example["negative"]]
+    drawn = embed([example["caption"] for example in examples])
+    scores = float(model.logit_scale.scale.detach()) * images @ torch.cat([drawn, embed(hard)]).T
+    for i, example in enumerate(examples):
+        scores[i, 8:][[text in example["captions"] for text in hard]] = -torch.inf
+    assert 3 <= scores.isinf().sum() <= 8
     cross_entropy, right = torch.nn.functional.cross_entropy, torch.arange(8)
     expected = cross_entropy(scores, right) + cross_entropy(scores[:, :8].T, right)
     assert logged == pytest.approx(float(expected), rel=1e-4)
