@@ -175,6 +175,7 @@ def main() -> None:
         options.recipe = ["--config", "configs/pretrained.yaml", "--image_pooling", "cls+mean"]
         options.recipe += ["--vision_model_name_or_path", options.vision, "--text_model_name_or_path", options.text]
         options.recipe += ["--feature_cache_dir", str(options.work_dir / "features")]
+        options.recipe += ["--caption_samples", "500", "--generation_num_beams", "1"]
         options.recipe += [] if torch.cuda.is_available() else ["--attn_implementation", "eager"]
     options.recipe += ["--train_file", options.train_file, "--validation_file", options.validation_file]
     results = {name: [measure(name, seed, options) for seed in options.seeds] for name in options.runs}
