@@ -67,9 +67,7 @@ def cached_backward(
     """
     with torch.no_grad():
         parts = list(zip(*(embed(mini_batch) for mini_batch in mini_batches)))
-    leaves = [
-        None if part[0] is None else torch.cat(part).float() if part[0].ndim else part[-1].clone() for part in parts
-    ]
+    leaves = [None if part[0] is None else _whole(part) for part in parts]
     tensors = [leaf.requires_grad_() for leaf in leaves if leaf is not None]
     with torch.enable_grad():
         loss = contrastive(*leaves)
@@ -92,3 +90,10 @@ def cached_backward(
             assert total is not None
             backward(total)
     return loss.detach()
+
+
+def _whole(part: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The rows of all mini-batches, in float32 at least; of a scalar, which all share, a copy."""
+    if not part[0].ndim:
+        return part[-1].clone()
+    return torch.cat(list(part)).to(torch.promote_types(part[0].dtype, torch.float32))

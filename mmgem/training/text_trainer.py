@@ -10,13 +10,13 @@ import pandas as pd
 import torch
 import torch.distributed as dist
 from peft import LoraConfig, PeftModel, get_peft_model
-from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data.texts import TEACHER_EMBEDS, TEXT, as_tensors
 from ..modeling_mmgem import relational_distillation
 from ..modeling_mmgem.conversion_mmgem import check_language_model
+from ..modeling_mmgem.embedding_mmgem import unit_norm
 from ..modeling_mmgem.inputs_mmgem import batches_by_length
 from .adapters import held_in_bfloat16, lora_config
 from .arguments import MMGEMTrainingArguments
@@ -180,6 +180,7 @@ class TextDistillationTrainer(BaseTrainer):
         return (loss, {}) if return_outputs else loss
 
     def _distillation_loss(self, embeds: torch.Tensor, goals: torch.Tensor) -> torch.Tensor:
+        goals = goals.to(embeds.dtype)
         all_embeds, all_goals, offset = embeds, goals, 0
         if self.args.world_size > 1:
             all_embeds, all_goals = map(GatherWithGradient.apply, (embeds, goals))
@@ -231,7 +232,7 @@ def embeds_of_last_tokens(model: torch.nn.Module, inputs: dict[str, Any]) -> tor
     mask = inputs["attention_mask"]
     states = model(input_ids=inputs["input_ids"], attention_mask=mask, use_cache=False).last_hidden_state
     last = states[torch.arange(len(states), device=states.device), mask.sum(1) - 1]
-    return F.normalize(last.float(), dim=-1)
+    return unit_norm(last)
 
 
 def spearman(embeds: torch.Tensor, other: torch.Tensor) -> float:

@@ -83,11 +83,15 @@ def main(strategy: str, accumulation_steps: int, mini_batch_size: int, folder: P
 
 @torch.no_grad()
 def reference_loss(model, processor, dataset, micro_batch: int) -> torch.Tensor:
-    """Mean contrastive loss of the micro-batches, and weighted caption loss over all tokens of the step."""
+    """
+    Mean contrastive loss of the micro-batches, without hard negatives, and weighted caption loss over all tokens of
+    the step.
+    """
     collate = PairCollator(processor)
     contrastive, nll, tokens = [], 0.0, 0
     for start in range(0, PAIRS, micro_batch):
-        batch = collate([dataset[i] for i in range(start, start + micro_batch)])
+        rows = [dataset[i] for i in range(start, start + micro_batch)]
+        batch = collate([{name: value for name, value in row.items() if name != "negative"} for row in rows])
         labels = batch["labels"]
         inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "pixel_values", "labels")}
         output = model(**inputs, return_loss=True)
