@@ -51,6 +51,8 @@ def build_text_trainer(
     trained = sum(parameter.numel() for parameter in trainer.model.parameters() if parameter.requires_grad)
     size = f"{causal_lm.num_parameters() / 1e6:.2f} M parameters, {trained / 1e6:.3g} M trained"
     print(f"{size}; {len(train_dataset)} texts")
+    if eval_dataset is not None:
+        trainer.untrained_metrics = trainer.evaluate(metric_key_prefix="untrained")
     return trainer
 
 

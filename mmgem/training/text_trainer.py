@@ -85,6 +85,7 @@ class TextDistillationTrainer(BaseTrainer):
     base: Any  # without the head, and without PEFT's or DistributedDataParallel's wrapper
     data_collator: TextCollator
     processing_class: PreTrainedTokenizerBase
+    untrained_metrics: dict[str, float] = {}
 
     def __init__(
         self,
@@ -132,7 +133,6 @@ class TextDistillationTrainer(BaseTrainer):
         if self.is_fsdp_enabled:
             raise ValueError("text-distillation saves a language model whole: train it without FSDP.")
         check_parallelism(args, deepspeed=self.is_deepspeed_enabled)
-        self.untrained_metrics = {} if eval_dataset is None else self.evaluate(metric_key_prefix="untrained")
 
     def _with_lora(self, config: LoraConfig) -> PeftModel:
         """Matrices beside every linear map, unless the configuration names others."""
