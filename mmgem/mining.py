@@ -304,32 +304,27 @@ def run(arguments: MiningArguments) -> None:
 
 def _with_paths_from(rows: datasets.Dataset, root: str, arguments: MiningArguments) -> datasets.Dataset:
     """
-    The rows with relative paths of images from the folder of the output, which were from `root`. A column of paths
-    alone becomes one of strings: `datasets` would write the files themselves into the table.
+    The rows with relative paths of images from the folder of the output, which were from `root`. Columns of paths
+    become strings, since `datasets` would write the files themselves into the table; columns of bytes stay.
     """
-    folder, features = os.path.dirname(arguments.output_file) or ".", rows.features.copy()
-    names = {name for name in rows.column_names if isinstance(features[name], datasets.Image)}
-    for name in names:
-        if pc.struct_field(rows.data.column(name), "bytes").null_count == len(rows):
+    folder, features, names = os.path.dirname(arguments.output_file) or ".", rows.features.copy(), []
+    for name, feature in rows.features.items():
+        is_image = isinstance(feature, datasets.Image)
+        if is_image and pc.struct_field(rows.data.column(name), "bytes").null_count == len(rows):
             features[name] = datasets.Value("string")
-    names |= {arguments.image_column} & {*rows.column_names}
+            names.append(name)
+        elif name == arguments.image_column and getattr(feature, "dtype", "") == "string":
+            names.append(name)
 
-    def moved(image: Any) -> Any:
-        if isinstance(image, str):
-            path = os.path.join(root, image)
-            return path if os.path.isabs(image) else os.path.relpath(path, folder)
-        if not isinstance(image, dict) or image.get("bytes") is not None or not image.get("path"):
-            return image
-        return {**image, "path": os.path.join(root, image["path"])}
+    def moved(image: Any) -> str | None:
+        path = image["path"] if isinstance(image, dict) else image
+        if not path or os.path.isabs(path):
+            return path
+        return os.path.relpath(os.path.join(root, path), folder)
 
-    def with_paths(row: dict[str, Any]) -> dict[str, Any]:
-        of_paths = {name: isinstance(features[name], datasets.Value) for name in names}
-        return {
-            name: moved((row[name] or {}).get("path") if is_path and isinstance(row[name], dict) else row[name])
-            for name, is_path in of_paths.items()
-        }
-
-    return rows.map(with_paths, features=features, desc="Paths") if names else rows
+    if not names:
+        return rows
+    return rows.map(lambda row: {name: moved(row[name]) for name in names}, features=features, desc="Paths")
 
 
 def _summary(mined: datasets.Dataset, rows: int) -> str:
