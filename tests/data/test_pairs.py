@@ -91,8 +91,8 @@ def test_captions_that_are_no_text_are_refused_by_column(tmp_path):
 def test_missing_and_unknown_files_are_named(folder):
     with pytest.raises(FileNotFoundError, match=r"nothing\.jsonl"):
         load_pairs(DataArguments(train_file=str(folder / "nothing.jsonl")), 32, seed=0)
-    with pytest.raises(ValueError, match=r"'\.txt'.*\.parquet"):
-        load_pairs(DataArguments(train_file=str(folder / "pairs.txt")), 32, seed=0)
+    with pytest.raises(ValueError, match=r"'\.xml'.*\.parquet"):
+        load_pairs(DataArguments(train_file=str(folder / "pairs.xml")), 32, seed=0)
 
 
 def test_a_broken_image_in_another_column_does_not_matter(tmp_path):

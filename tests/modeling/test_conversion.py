@@ -243,7 +243,7 @@ def test_files_of_a_tower_are_found_by_its_options(vision, base_tokenizer, tmp_p
     assert config.projection_dim == model.config.projection_dim == 512
     with pytest.raises(ValueError, match="Set HF_TOKEN"):
         ModelArguments(**arguments, vision_kwargs='{"token": "hf_x"}')
-    with pytest.raises(ValueError, match="is for --vision_model_name_or_path"):
+    with pytest.raises(ValueError, match="is for --text_model_name_or_path"):
         ModelArguments(text_kwargs={"revision": "main"})
 
 

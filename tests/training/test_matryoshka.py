@@ -56,8 +56,8 @@ def test_training_takes_the_loss_of_each_length(processor, tmp_path):
     torch.testing.assert_close(cached, short, atol=1e-5, rtol=1e-4)
     assert (short - plain).abs().max() > 1e-5
     batch = trainer.data_collator([dataset[i] for i in range(8)])
-    (texts, images, scale), _, _ = trainer._forward(trainer.model, batch)
-    expected = contrastive_loss(texts, images, scale, pair_ids=batch["pair_ids"], dims=[4, 8])
+    images, texts, scale, *_ = trainer._forward(trainer.model, batch)[0]
+    expected = contrastive_loss(images, texts, scale, pair_ids=batch["pair_ids"], dims=[4, 8])
     torch.testing.assert_close(trainer.compute_loss(trainer.model, batch), expected)
 
 
