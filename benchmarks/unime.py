@@ -28,7 +28,7 @@ RUNS: dict[str, tuple[bool, list[str]]] = {
     "in-batch, tau 0.02": (False, TAU),
     "in-batch, margin 0.1, 8 hardest, tau 0.02": (False, [*UNIME, *TAU]),
     "near misses": (True, []),
-    "UniME: near misses, margin 0.1, 8 hardest, tau 0.02": (True, [*UNIME, *TAU]),
+    "UniME, near misses, margin 0.1, 8 hardest, tau 0.02": (True, [*UNIME, *TAU]),
     "near misses, tau 0.02": (True, TAU),
 }
 FIGURES = ("fused_R@1", "fused_R@5")
@@ -88,7 +88,7 @@ def main() -> None:
             spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
             cells.append(f"{means[name, figure]:.3f}{spread}")
         print(f"| {name} | {' | '.join(cells)} |")
-    ours, plain = "UniME: near misses, margin 0.1, 8 hardest, tau 0.02", "in-batch"
+    ours, plain = "UniME, near misses, margin 0.1, 8 hardest, tau 0.02", "in-batch"
     if {ours, plain} <= results.keys():
         gain = 100 * (means[ours, "fused_R@1"] - means[plain, "fused_R@1"])
         print_result("unime_gain", round(gain, 1), "points of R@1", ">= 5", "in-batch negatives alone")

@@ -51,12 +51,12 @@ class TableArguments:
 class DataArguments(TableArguments):
     """Images with captions, and for stage 2 with regions."""
 
-    train_file: str | None = option(None, "Training table: parquet, jsonl, json or csv.")
+    train_file: str | None = option(None, "Training table: parquet, jsonl, json, csv, or txt (a text in each line).")
     train_mixture: str | None = option(
         None,
         "fused-retrieval: YAML, a list of datasets of triplets with weights and instructions (docs/questions.md).",
     )
-    validation_file: str | None = option(None, "Table to evaluate on: parquet, jsonl, json or csv.")
+    validation_file: str | None = option(None, "Table to evaluate on, as train_file.")
     train_shards: list[str] | None = option(
         None,
         "Tar shards with jpg and txt or json, as img2dataset writes them: patterns such as "
@@ -93,7 +93,7 @@ class DataArguments(TableArguments):
 
     hard_phrases: int = option(
         0,
-        "region-retrieval: so many versions of each phrase with another colour, size, number or age are hard "
+        "region-retrieval: so many versions of each phrase with another colour, size, number or the like are hard "
         "negatives (FG-CLIP 2: 10).",
     )
 

@@ -1,6 +1,7 @@
 """
 A phrase with another attribute: a hard negative that differs in one word. FG-CLIP 2 (Xie et al., 2025) has a language
-model write such captions of regions; here a word of colour, size, number or age is replaced by another of its kind.
+model write such captions of regions; here a word of colour, size, number, age, material or pattern is replaced by
+another of its kind.
 """
 
 import re
@@ -25,8 +26,13 @@ ATTRIBUTE = re.compile(rf"\b({'|'.join(OTHERS)})\b")
 def other_attributes(phrase: str, count: int, rng: np.random.Generator) -> list[str]:
     """Up to `count` versions of a phrase, each with one attribute replaced; none of a phrase without attributes."""
     versions = [
-        f"{phrase[: match.start()]}{other}{phrase[match.end() :]}"
+        f"{_with_article(phrase[: match.start()], other)}{other}{phrase[match.end() :]}"
         for match in ATTRIBUTE.finditer(phrase)
         for other in OTHERS[match[0]]
     ]
     return [versions[i] for i in rng.permutation(len(versions))[:count]]
+
+
+def _with_article(opening: str, word: str) -> str:
+    """What stands before a word, with "a" or "an" as the word needs it: grammar must not give a version away."""
+    return re.sub(r"\b([Aa])n? $", rf"\1{'n' if word[0] in 'aeiou' and word != 'one' else ''} ", opening)

@@ -316,7 +316,10 @@ def test_scenes_have_regions():
 
 
 def test_hard_phrases_differ_in_one_attribute():
-    phrase = "two small red circles and an old redwood"
+    assert other_attributes("An orange", 9, np.random.default_rng(1))[0].startswith("A ")
+    assert sorted(other_attributes("an old man", 9, np.random.default_rng(0))) == ["a young man"]
+    assert sorted(other_attributes("a young man", 9, np.random.default_rng(0))) == ["an old man"]
+    phrase = "two small red circles and the old redwood"
     rng = np.random.default_rng(0)
     versions = other_attributes(phrase, 100, rng)
     assert len(versions) == len(set(versions)) == 4 + 1 + 11 + 1
