@@ -55,7 +55,7 @@ COLUMNS = {
 }
 CALIBRATION_STEPS = 40
 SCENES = 24_000
-MINED_SCORES = ["--num_negatives", "8", "--absolute_margin", "0.0", "--cluster_size", "16"]
+MINED_SCORES = ["--num_negatives", "8", "--absolute_margin", "-0.1", "--cluster_size", "16"]
 
 
 def train(options: list[str], folder: Path, steps: int, seed: int) -> dict[str, float]:

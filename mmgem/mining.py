@@ -2,7 +2,7 @@
 Finds hard negatives with a model, and writes them beside the data; and clusters of like examples, to batch together.
 
     python -m mmgem.mining --model org/mm-gem --data_file train.parquet --caption_column captions \\
-        --absolute_margin 0.05 --output_file mined.parquet
+        --absolute_margin=-0.1 --output_file mined.parquet
 
 Images with captions get a column `negative_caption` (`--negative_caption_column` of train.py), with captions of other
 images; triplets of fused-retrieval get the columns `negative_image` and `negative_text`, with the target of another
