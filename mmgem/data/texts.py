@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import datasets
@@ -87,13 +88,12 @@ def as_tensors(texts: datasets.Dataset) -> datasets.Dataset:
     return texts.with_format("torch", columns=columns, output_all_columns=True) if columns else texts
 
 
-def with_teacher(texts: datasets.Dataset, teacher: str, folder: str) -> datasets.Dataset:
+def load_teacher(name: str) -> Any:
     """
-    The texts with a column `teacher_embeds`: unit vectors of a sentence-transformers model, computed once for these
-    texts and kept in `folder`.
+    A model of sentence-transformers.
 
     Args:
-        teacher: folder or Hub id.
+        name: folder or Hub id.
 
     Raises:
         ValueError: without sentence-transformers, or for a model that it cannot load.
@@ -103,19 +103,27 @@ def with_teacher(texts: datasets.Dataset, teacher: str, folder: str) -> datasets
     from sentence_transformers import SentenceTransformer
 
     try:
-        model = SentenceTransformer(teacher)
+        return SentenceTransformer(name)
     except (OSError, ValueError) as error:
-        raise ValueError(f"--teacher {teacher} is no model of sentence-transformers: {error}") from error
+        raise ValueError(f"--teacher {name} is no model of sentence-transformers: {error}") from error
+
+
+def with_teacher(tables: Sequence[datasets.Dataset], teacher: Any, folder: str) -> list[datasets.Dataset]:
+    """
+    The tables of texts with a column `teacher_embeds`: the unit vectors of the teacher, computed once for each table
+    and kept in `folder`.
+    """
     # Of its weights, its modules with their settings, and its prompts.
-    parts = [digest_of_tensors(sorted(model.state_dict().items())), repr(model), repr(model.prompts)]
-    known = f"{digest(chr(0).join([*parts, *texts[TEXT]]).encode()) % 2**64:016x}"
+    parts = [digest_of_tensors(sorted(teacher.state_dict().items())), repr(teacher), repr(teacher.prompts)]
 
     def embed(batch: dict[str, Any]) -> dict[str, Any]:
-        return {TEACHER_EMBEDS: model.encode(batch[TEXT], batch_size=TEACHER_BATCH, normalize_embeddings=True)}
+        return {TEACHER_EMBEDS: teacher.encode(batch[TEXT], batch_size=TEACHER_BATCH, normalize_embeddings=True)}
 
     os.makedirs(folder, exist_ok=True)
-    path = os.path.join(folder, f"teacher-{known}.arrow")
-    size = 4 * TEACHER_BATCH
-    return as_tensors(
-        texts.map(embed, batched=True, batch_size=size, cache_file_name=path, new_fingerprint=known, desc="Teacher")
-    )
+    embedded = []
+    for texts in tables:
+        known = f"{digest(chr(0).join([*parts, *texts[TEXT]]).encode()) % 2**64:016x}"
+        kept = {"cache_file_name": os.path.join(folder, f"teacher-{known}.arrow"), "new_fingerprint": known}
+        rows = texts.map(embed, batched=True, batch_size=4 * TEACHER_BATCH, desc="Teacher", **kept)
+        embedded.append(as_tensors(rows))
+    return embedded

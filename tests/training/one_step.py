@@ -38,6 +38,8 @@ def main(strategy: str, accumulation_steps: int, mini_batch_size: int, folder: P
     processor = MMGEMProcessor(image_processor, to_mmgem_tokenizer(train_tokenizer(CORPUS, 320)), max_length=200)
     is_sigmoid = strategy == "ddp-sigmoid"
     model = make_model(processor, config={"logit_bias_init_value": -3.0} if is_sigmoid else {})
+    if is_sigmoid:  # in float64: biases of keys have no gradient but what rounding leaves of it
+        model.double()
     is_cached = strategy == "ddp-cached"
     negatives = {"false_negative_margin": 0.02, "hardest_negatives": 4, "hardness_weight": 2.0}
     negatives = negatives if strategy == "ddp-negatives" else {}

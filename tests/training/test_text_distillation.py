@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mmgem.data import texts
 from mmgem.data.arguments import DataArguments
-from mmgem.data.texts import as_tensors, load_texts, with_teacher
+from mmgem.data.texts import as_tensors, load_teacher, load_texts, with_teacher
 from mmgem.training.arguments import MMGEMTrainingArguments
 from mmgem.training.text_trainer import TextCollator, TextDistillationTrainer, embeds_of_last_tokens, spearman
 from tests.conftest import CORPUS, make_language_model
@@ -140,16 +140,22 @@ def teacher(base_tokenizer, tmp_path_factory):
 
 
 def test_the_teacher_embeds_once(teacher, tmp_path, monkeypatch):
-    table = Dataset.from_dict({"text": TEXTS})
-    first = with_teacher(table, str(teacher), str(tmp_path))
+    table, model = Dataset.from_dict({"text": TEXTS}), load_teacher(str(teacher))
+    (first,) = with_teacher([table], model, str(tmp_path))
     assert torch.stack(list(first["teacher_embeds"])).norm(dim=-1) == pytest.approx(torch.ones(len(TEXTS)))
-    calls = []
-    monkeypatch.setattr("sentence_transformers.SentenceTransformer.encode", lambda *args, **options: calls.append(1))
-    again = with_teacher(table, str(teacher), str(tmp_path))
-    assert not calls and torch.equal(again[3]["teacher_embeds"], first[3]["teacher_embeds"])
-    with pytest.raises(Exception):  # noqa: B017  # of other texts there is nothing, and the teacher is asked
-        with_teacher(table.select([0, 1]), str(teacher), str(tmp_path))
-    assert calls
+
+    def ask(*args, **options):
+        raise RuntimeError("the teacher is asked")
+
+    monkeypatch.setattr(model, "encode", ask)
+    (again,) = with_teacher([table], model, str(tmp_path))
+    assert torch.equal(again[3]["teacher_embeds"], first[3]["teacher_embeds"])
+    with pytest.raises(RuntimeError, match="the teacher is asked"):  # nothing is known of other texts
+        with_teacher([table.select([0, 1])], model, str(tmp_path))
+    with torch.no_grad():  # nor of another teacher in the same folder
+        next(model.parameters()).add_(1)
+    with pytest.raises(RuntimeError, match="the teacher is asked"):
+        with_teacher([table], model, str(tmp_path))
 
 
 def arguments_of(tmp_path, rows, **options) -> DataArguments:
@@ -246,7 +252,7 @@ def test_what_cannot_be_is_said_in_a_line(train, base_tokenizer, teacher, tmp_pa
     assert message in str(stopped.value)
 
 
-def test_the_teacher_needs_its_library(monkeypatch, tmp_path):
+def test_the_teacher_needs_its_library(monkeypatch):
     monkeypatch.setattr(texts.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"pip install 'mmgem\[sentence-transformers\]'"):
-        with_teacher(Dataset.from_dict({"text": TEXTS}), "a", str(tmp_path))
+        load_teacher("a")
