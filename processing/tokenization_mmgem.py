@@ -38,6 +38,18 @@ def starts_with_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
     return tokenizer.bos_token_id is not None and ids[0] == tokenizer.bos_token_id
 
 
+def opening_token(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """
+    What stands in front of every text, because language models make the first token the sink of their attention
+    (https://arxiv.org/abs/2309.17453) and lose much of what it says, which would be the image: the BOS that the
+    tokenizer writes; otherwise `<|endoftext|>` if there is this token, since the BOS of chat models (`<|im_start|>`)
+    starts a turn, not a text; otherwise its BOS or EOS, and None without any.
+    """
+    if not starts_with_bos(tokenizer) and DOCUMENT_START in tokenizer.get_vocab():
+        return DOCUMENT_START
+    return tokenizer.bos_token or tokenizer.eos_token
+
+
 def special_token_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """The ids of the three tokens, by their names in [`MMGEMConfig`]."""
     names = {"image_token_id": IMAGE_TOKEN, "cap_token_id": CAP_TOKEN, "emb_token_id": EMB_TOKEN}
@@ -56,10 +68,7 @@ def to_mmgem_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenize
     post-processor writes "BOS text [EMB]". It takes `<image>` and [EMB] in a text for letters, and its normalizer
     does what [`as_sentence`] does.
 
-    BOS is always written: language models make the first token the sink of their attention
-    (https://arxiv.org/abs/2309.17453) and lose much of what it says, which would be the image. Where the tokenizer
-    writes none, BOS becomes `<|endoftext|>` if there is this token, otherwise stays what it was, otherwise becomes
-    EOS: the BOS of chat models (`<|im_start|>`) starts a turn, not a text.
+    BOS becomes the [`opening_token`], and is always written.
 
     The result is of the generic class, because the classes of single models rebuild their post-processor when they
     are loaded, and would lose [EMB].
@@ -79,9 +88,7 @@ def to_mmgem_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenize
         )
     names = ("bos_token", "eos_token", "unk_token", "pad_token")
     special = {name: str(token) for name in names if (token := getattr(tokenizer, name, None)) is not None}
-    if not starts_with_bos(tokenizer):
-        known = DOCUMENT_START in tokenizer.get_vocab()
-        special["bos_token"] = DOCUMENT_START if known else special.get("bos_token", special["eos_token"])
+    special["bos_token"] = str(opening_token(tokenizer))
     special.setdefault("pad_token", "<pad>")
     result = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer.backend_tokenizer,

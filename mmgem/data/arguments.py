@@ -91,12 +91,6 @@ class DataArguments(TableArguments):
         "covers it. Images without regions always do.",
     )
 
-    hard_phrases: int = option(
-        0,
-        "region-retrieval: so many versions of each phrase with another colour, size, number or the like are hard "
-        "negatives (FG-CLIP 2: 10).",
-    )
-
     def __post_init__(self) -> None:
         self.require_one_of(("dataset_name", "train_file", "train_mixture", "train_shards", "train_annotations"))
         if self.train_mixture is not None and (self.max_train_samples or self.image_folders):
@@ -117,7 +111,6 @@ class DataArguments(TableArguments):
         if self.negative_caption_column is not None and (self.train_shards or self.dataset_name == "scenes"):
             raise ValueError("negative_caption_column is of tables. Leave it out.")
         self.require_at_least(1, "max_regions", "max_train_samples", "max_eval_samples", "shuffle_window")
-        self.require_at_least(0, "hard_phrases")
         if not 0 <= self.whole_image_weight <= 1:
             raise ValueError(f"whole_image_weight must lie in [0, 1], got {self.whole_image_weight}.")
         if not 0 < self.augmentation_scale <= 1:

@@ -185,8 +185,7 @@ class RegionCollator(PairCollator):
     Collates examples of a [`RegionDataset`]: `boxes` `(B, R, 4)` in pixels of `pixel_values`, `region_mask` `(B, R)`,
     and for each of the N regions, image by image, a padded row of `input_ids`: its phrase as a sentence to embed, or
     after k x k `<image>` and 64 [CAP] as a caption to learn. `pair_ids` `(N, 1)` are hashes of the phrases, to
-    recognise equal ones. If the examples hold `hard_phrases`, K more sentences stand behind the phrases, whose hashes
-    are `negative_ids` `(K,)`. If they hold `patch_features`, the batch does too, instead of `pixel_values`.
+    recognise equal ones. If the examples hold `patch_features`, the batch does too, instead of `pixel_values`.
 
     Regions outside of the image processor's centre crop are left out.
 
@@ -199,13 +198,10 @@ class RegionCollator(PairCollator):
     """
 
     def __call__(self, examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        boxes, phrases, hard = [], [], []
+        boxes, phrases = [], []
         for example in examples:
             inside = regions_inside(example, self.processor.image_processor)
             phrases += [example["phrases"][i] for i, _ in inside]
-            hard += (
-                [text for i, _ in inside for text in example["hard_phrases"][i]] if "hard_phrases" in example else []
-            )
             boxes.append(torch.tensor([box for _, box in inside]).view(-1, 4))
         if not phrases:
             raise BadDataError(
@@ -217,9 +213,8 @@ class RegionCollator(PairCollator):
         if self.objective == "caption":
             sequences, texts = self._captions(ids, self.processor.region_prompt), []
         else:
-            sequences = self._sentences(ids + (self.processor.sentence_ids(hard) if hard else []))
-            texts = list(range(len(sequences)))
-        batch = {
+            sequences, texts = self._sentences(ids), list(range(len(ids)))
+        return {
             **self._tensors(sequences, [[i] for i in range(len(sequences))], texts),
             "boxes": pad_sequence(boxes, batch_first=True),
             "region_mask": torch.arange(int(counts.max())) < counts[:, None],
@@ -229,9 +224,6 @@ class RegionCollator(PairCollator):
             "bad": {index: reason for example in examples for index, reason in example["bad"].items()},
             **self.images(examples),
         }
-        if "hard_phrases" in examples[0]:
-            batch["negative_ids"] = torch.tensor([digest(text.encode()) for text in hard], dtype=torch.long)
-        return batch
 
 
 class FusedCollator(PairCollator):

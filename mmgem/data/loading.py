@@ -244,7 +244,6 @@ def _regions(table: Table, arguments: DataArguments, seed: int, held_out: bool =
         arguments.regions_column,
         0 if held_out else arguments.max_regions,
         arguments.whole_image_weight,
-        0 if held_out else arguments.hard_phrases,
         image_column=arguments.image_column,
         caption_column=arguments.caption_column,
         seed=seed,

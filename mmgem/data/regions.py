@@ -10,7 +10,6 @@ from PIL import ExifTags, Image
 from ..processing.images_mmgem import open_image, to_rgb
 from ..processing.regions_mmgem import geometry_of, map_box, refuse_normalized
 from ..processing.tokenization_mmgem import as_sentence
-from .attributes import other_attributes
 from .pairs import PairDataset, as_captions, decoded, encoded, image_id_of
 
 
@@ -31,8 +30,6 @@ class RegionDataset(PairDataset):
             image size the boxes refer to.
         max_regions: of an image in a step; 0 returns all, in their order and without captions, for evaluation.
         whole_image_weight: see above.
-        hard_phrases: in training, so many versions of each phrase with another attribute, `"hard_phrases"`, as hard
-            negatives.
         **options: `image_column`, `caption_column`, `seed` and `root` of [`PairDataset`].
     """
 
@@ -42,7 +39,6 @@ class RegionDataset(PairDataset):
         regions_column: str = "regions",
         max_regions: int = 0,
         whole_image_weight: float = 0.0,
-        hard_phrases: int = 0,
         **options: Any,
     ):
         super().__init__(table, **options)
@@ -50,7 +46,6 @@ class RegionDataset(PairDataset):
         self.image_processor: Any = None  # its centre crop may cut regions away; set by the Trainer
         self.max_regions = max_regions
         self.whole_image_weight = whole_image_weight
-        self.hard_phrases = hard_phrases
 
     def captions(self) -> list[list[str]]:
         """The captions of every image; empty lists if there is no such column."""
@@ -122,8 +117,7 @@ class RegionDataset(PairDataset):
         if whole:
             boxes.append([0.0, 0.0, *map(float, example["size"])])
             phrases.append(captions[rng.integers(len(captions))])
-        hard = [other_attributes(phrase, self.hard_phrases, rng) for phrase in phrases] if self.hard_phrases else []
-        return {**example, "boxes": boxes, "phrases": phrases, **({"hard_phrases": hard} if self.hard_phrases else {})}
+        return {**example, "boxes": boxes, "phrases": phrases}
 
 
 def as_regions(value: Any) -> list[tuple[list[float], str]]:

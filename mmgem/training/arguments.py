@@ -292,8 +292,6 @@ def parse_arguments(
         raise ValueError("region_grid_size is for --stage region-caption; stage 1 has --image_grid_size.")
     if data_args.negative_caption_column is not None and (args.stage != "1" or args.objective == "caption"):
         raise ValueError("negative_caption_column is for L_Emb of stage 1. Leave it out.")
-    if data_args.hard_phrases and args.stage != "region-retrieval":
-        raise ValueError("hard_phrases are for --stage region-retrieval. Leave them out.")
     for name in ("text_columns", "teacher", "teacher_column"):
         if getattr(data_args, name) and args.stage != "text-distillation":
             raise ValueError(f"{name} is of texts, for --stage text-distillation.")

@@ -145,7 +145,6 @@ def _settings(args: MMGEMTrainingArguments, data_args: DataArguments, model_args
     else:
         settings["max_regions"] = data_args.max_regions
         settings["whole_image_weight"] = data_args.whole_image_weight
-        settings |= {"hard_phrases": data_args.hard_phrases} if data_args.hard_phrases else {}
     return settings
 
 

@@ -69,7 +69,7 @@ class RegionTrainer(AdapterTrainer):
         """Against the regions of all processes, whose numbers differ: every region counts the same."""
         if self.args.world_size == 1:
             return super()._contrastive_loss(embeddings, ids)
-        regions, phrases, logit_scale, logit_bias, negatives = embeddings
+        regions, phrases, logit_scale, logit_bias, _ = embeddings
         gathered = [gather_ragged(tensor) for tensor in (regions, phrases, ids["pair_ids"])]
         sizes = [len(part) for part in gathered[0]]
         offset, total = sum(sizes[: dist.get_rank()]), sum(sizes)
@@ -77,7 +77,6 @@ class RegionTrainer(AdapterTrainer):
         loss = contrastive_loss(
             *(regions, phrases, logit_scale, all_regions, all_phrases, offset, ids["pair_ids"], all_ids),
             dims=self.args.matryoshka_dims,
-            **self._gathered_negatives(negatives, ids),
             negatives=self.args.negatives,
             logit_bias=logit_bias,
         )

@@ -18,6 +18,7 @@ from ..modeling_mmgem import relational_distillation
 from ..modeling_mmgem.conversion_mmgem import check_language_model
 from ..modeling_mmgem.embedding_mmgem import unit_norm
 from ..modeling_mmgem.inputs_mmgem import batches_by_length
+from ..processing.tokenization_mmgem import opening_token, starts_with_bos
 from .adapters import held_in_bfloat16, lora_config
 from .arguments import MMGEMTrainingArguments
 from .base_trainer import BaseTrainer
@@ -34,7 +35,8 @@ PART_SIZE = 32  # texts of a forward pass, without a gradient cache
 class TextCollator:
     """
     Collates B texts into `mini_batches` of texts that are about as long, each with `input_ids`, `attention_mask` and
-    `teacher_embeds`: the tokens of a text, cut if it is too long, those of the prompt, and padding on the right.
+    `teacher_embeds`: the token that opens every text in MM-GEM ([`opening_token`]), those of a text, cut if it is too
+    long, those of the prompt, and padding on the right.
 
     Raises:
         ValueError: for a `max_length` that the prompt fills.
@@ -43,7 +45,9 @@ class TextCollator:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt: str, max_length: int, part_size: int = 0):
         self.tokenizer = tokenizer
         self.prompt_ids = tokenizer(f" {prompt}".rstrip(), add_special_tokens=False)["input_ids"] if prompt else []
-        self.text_length = max_length - len(self.prompt_ids)
+        opening = None if starts_with_bos(tokenizer) else opening_token(tokenizer)
+        self.opening_ids = [] if opening is None else [tokenizer.convert_tokens_to_ids(opening)]
+        self.text_length = max_length - len(self.opening_ids) - len(self.prompt_ids)
         if self.text_length < 2:
             raise ValueError(
                 f"max_length {max_length} leaves no room for texts: the prompt {prompt!r} has {len(self.prompt_ids)} "
@@ -60,7 +64,7 @@ class TextCollator:
         """Tensors of part after part, the shortest texts first; `order` `(n,)` are their indices."""
         rows = self.tokenizer(list(texts), truncation=True, max_length=self.text_length)["input_ids"]
         for order in batches_by_length([len(row) for row in rows], self.part_size, None):
-            tokens = [torch.tensor([*rows[i], *self.prompt_ids]) for i in order]
+            tokens = [torch.tensor([*self.opening_ids, *rows[i], *self.prompt_ids]) for i in order]
             masks = [torch.ones_like(own) for own in tokens]
             padded = (pad_sequence(part, batch_first=True) for part in (tokens, masks))
             yield {**dict(zip(("input_ids", "attention_mask"), padded)), "order": torch.tensor(order)}

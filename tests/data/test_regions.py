@@ -12,10 +12,9 @@ import torch
 from PIL import Image
 
 from mmgem.data.annotations import read_annotations
-from mmgem.data.attributes import other_attributes
 from mmgem.data.collator import RegionCollator
 from mmgem.data.loading import load_pairs
-from mmgem.data.pairs import BadDataError, PairDataset, digest
+from mmgem.data.pairs import BadDataError, PairDataset
 from mmgem.data.regions import RegionDataset, as_regions
 from mmgem.data.scenes import ScenesDataset
 from mmgem.processing.image_processors_mmgem import without_center_crop
@@ -313,34 +312,3 @@ def test_scenes_have_regions():
         for x0, y0, x1, y1 in np.array(example["boxes"]).astype(int):
             inside = pixels[y0:y1, x0:x1].max(-1).mean()
             assert inside > pixels[:4].max(-1).mean() + 20, "brighter than the ground at the edge"
-
-
-def test_hard_phrases_differ_in_one_attribute():
-    assert other_attributes("An orange", 9, np.random.default_rng(1))[0].startswith("A ")
-    assert sorted(other_attributes("an old man", 9, np.random.default_rng(0))) == ["a young man"]
-    assert sorted(other_attributes("a young man", 9, np.random.default_rng(0))) == ["an old man"]
-    phrase = "two small red circles and the old redwood"
-    rng = np.random.default_rng(0)
-    versions = other_attributes(phrase, 100, rng)
-    assert len(versions) == len(set(versions)) == 4 + 1 + 11 + 1
-    for version in versions:
-        changed = [(a, b) for a, b in zip(phrase.split(), version.split(), strict=True) if a != b]
-        assert len(changed) == 1 and changed[0][0] in ("two", "small", "red", "old")
-    assert other_attributes("the cat", 3, rng) == []
-    assert set(other_attributes(phrase, 3, rng)) < set(versions)
-
-
-def test_hard_phrases_stand_behind_the_phrases_of_a_batch(processor):
-    """Of regions that the crop leaves, in their order; drawn anew in each epoch, and the same in the same one."""
-    data = RegionDataset(ScenesDataset("train", 4, 32), max_regions=3, hard_phrases=2)
-    examples = [data[i] for i in range(4)]
-    batch = RegionCollator(processor, "contrastive")(examples)
-    hard = [text for example in examples for texts in example["hard_phrases"] for text in texts]
-    assert len(hard) == 2 * batch["region_mask"].sum() == 2 * len(batch["pair_ids"])
-    assert batch["negative_ids"].tolist() == [digest(text.encode()) for text in hard]
-    assert len(batch["text_positions"]) == len(batch["input_ids"]) == len(batch["pair_ids"]) + len(hard)
-    written = [processor.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in batch["input_ids"]]
-    assert written == [*(phrase for example in examples for phrase in example["phrases"]), *hard]
-    assert data[0]["hard_phrases"] == examples[0]["hard_phrases"]
-    data.set_epoch(1)
-    assert data[0]["hard_phrases"] != examples[0]["hard_phrases"]

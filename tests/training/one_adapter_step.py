@@ -41,8 +41,7 @@ class SequentialTriplets(Sequential, FusedTrainer):
 def examples_of(stage):
     """Pictures with 1 to 4 objects, or triplets of which few have a negative: processes have different numbers."""
     if stage != "fused-retrieval":
-        hard = 2 if stage == "region-retrieval" else 0
-        return RegionDataset(ScenesDataset("train", EXAMPLES, 32), "regions", 4, 0.5, hard)
+        return RegionDataset(ScenesDataset("train", EXAMPLES, 32), max_regions=4, whole_image_weight=0.5)
     drawn = ComposedScenesDataset("train", EXAMPLES, 32)
     rows = [drawn[i] if i in (0, 5, 6) else {**drawn[i], "negative_image": None} for i in range(EXAMPLES)]
     return TripletDataset(Table(rows))

@@ -350,32 +350,3 @@ def test_shards_and_missing_folders_are_refused(train, base, tmp_path):  # noqa:
         )
     with pytest.raises(SystemExit, match="image_folders"):
         train("--stage", "region-caption", "--init_from", base, "--train_annotations", "a.json", *OPTIONS)
-
-
-def test_hard_phrases_are_more_columns_of_the_loss(processor, tmp_path):
-    """One that is another region's own phrase is none of its negatives."""
-    rows = []
-    for i, (one, other) in enumerate([("a red dog", "a blue dog"), ("two young people", "snow")]):
-        regions = [{"box": box, "phrase": phrase} for box, phrase in zip(BOXES, (one, other))]
-        rows.append({"image": make_picture(i), "regions": regions})
-    model, data = make_model(processor), RegionDataset(Table(rows), max_regions=4, hard_phrases=11)
-    args = arguments(tmp_path, "region-retrieval", per_device_train_batch_size=2, learning_rate=0.0, max_steps=1)
-    trainer = RegionTrainer(model, args, processor, data)
-    trainer.train()
-    logged = trainer.state.log_history[0]["contrastive_loss"]
-    examples = [data[0], data[1]]
-    phrases = [phrase for example in examples for phrase in example["phrases"]]
-    hard = [text for example in examples for texts in example["hard_phrases"] for text in texts]
-    assert "a blue dog" in hard and len(hard) == 11 + 11 + 4 + 1
-    with torch.no_grad():
-        texts = model.get_embedding(**processor(text=[*phrases, *hard], return_tensors="pt"))
-        inputs = processor(
-            images=[e["image"] for e in examples], boxes=[e["boxes"] for e in examples], return_tensors="pt"
-        )
-        regions = model.get_embedding(**inputs).view(4, -1)
-    scores = model.logit_scale.scale.detach() * regions @ texts.T
-    for i, phrase in enumerate(phrases):
-        scores[i, 4:][[text == phrase for text in hard]] = -torch.inf
-    cross_entropy, right = torch.nn.functional.cross_entropy, torch.arange(4)
-    expected = cross_entropy(scores, right) + cross_entropy(scores[:, :4].T, right)
-    assert logged == pytest.approx(float(expected), rel=1e-4)

@@ -1,5 +1,6 @@
 """The stage text-distillation as a user runs it: texts, teacher, what is learned and saved, resume, faults."""
 
+import copy
 import json
 
 import numpy as np
@@ -8,11 +9,14 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig
 from scipy.stats import spearmanr
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mmgem.data import texts
 from mmgem.data.arguments import DataArguments
 from mmgem.data.texts import as_tensors, load_teacher, load_texts, with_teacher
+from mmgem.data.tokenizer import train_tokenizer
+from mmgem.processing import to_mmgem_tokenizer
 from mmgem.training.arguments import MMGEMTrainingArguments
 from mmgem.training.text_trainer import TextCollator, TextDistillationTrainer, embeds_of_last_tokens, spearman
 from tests.conftest import CORPUS, make_language_model
@@ -62,6 +66,24 @@ def test_a_text_is_embedded_at_the_last_token_of_the_prompt_behind_it(base_token
         with torch.no_grad():
             state = model(input_ids=ids).last_hidden_state[0, -1]
         torch.testing.assert_close(found[i], state / state.norm(), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("start_token", [None, "<|endoftext|>"], ids=["its BOS", "the start of a document"])
+def test_a_text_starts_as_in_stage_1(start_token):
+    """A tokenizer that writes no BOS, as that of SmolLM2, gives the tokens that MM-GEM's writes before [EMB]."""
+    tokenizer = train_tokenizer(CORPUS, 320)
+    if start_token:
+        tokenizer.add_special_tokens({"additional_special_tokens": [start_token]})
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="$A", pair="$A $B", special_tokens=[])
+    expected = [ids[:-1] for ids in to_mmgem_tokenizer(copy.deepcopy(tokenizer))(TEXTS)["input_ids"]]
+    rows = {}
+    for part in TextCollator(tokenizer, "", 60).parts(TEXTS):
+        ids = (row[kept.bool()].tolist() for row, kept in zip(part["input_ids"], part["attention_mask"]))
+        rows.update(zip(part["order"].tolist(), ids))
+    assert [rows[i] for i in range(len(TEXTS))] == expected
+    assert {ids[0] for ids in expected} == {tokenizer.convert_tokens_to_ids(start_token or tokenizer.bos_token)}
+    (part,) = TextCollator(tokenizer, PROMPT, 40).parts(["a dog on a beach " * 20])
+    assert part["input_ids"].shape == (1, 40)
 
 
 def test_a_long_text_is_cut_and_the_prompt_stays(base_tokenizer):
