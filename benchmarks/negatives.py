@@ -38,6 +38,7 @@ SAME_SPEED = {
     "sigmoid": ["--contrastive_loss", "sigmoid"],
     "clustered": ["--batch_sampler", "clustered", "--train_file", "{mined}"],
     "distilled": ["--text_model_name_or_path", "{distilled}"],
+    "teacher": ["--teacher", "{teacher}"],
 }
 OTHER_SPEED = {
     "mined": ["--negative_caption_column", "negative_caption", "--train_file", "{mined}"],
@@ -109,7 +110,7 @@ def measure(name: str, seed: int, options: argparse.Namespace) -> dict[str, Any]
     if file.exists() and (found := json.loads(file.read_text()))["plain_steps"] == options.steps:
         return found
     mined = options.work_dir / f"{options.data} mined.parquet"
-    filled = {"mined": mined, "distilled": options.distilled, "batch": options.batch}
+    filled = {"mined": mined, "batch": options.batch, "distilled": options.distilled, "teacher": options.teacher}
     extra = [part.format(**filled) for part in RUNS[name]]
     if str(mined) in extra and not mined.exists():
         model = options.work_dir / f"{options.data} plain 0"
@@ -155,6 +156,7 @@ def main() -> None:
     parser.add_argument("--vision")
     parser.add_argument("--text")
     parser.add_argument("--distilled", help="Language model that --stage text-distillation saved.")
+    parser.add_argument("--teacher", help="Model of sentence-transformers, of captions in stage 1.")
     parser.add_argument("--train_file")
     parser.add_argument("--validation_file")
     parser.add_argument("--output_dir", type=Path, default=Path("benchmarks/results/negatives"))
@@ -162,8 +164,9 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--runs", nargs="+", default=["plain"], choices=RUNS)
     options = parser.parse_args()
-    if "distilled" in options.runs and not options.distilled:
-        parser.error("distilled needs --distilled, a language model of --stage text-distillation")
+    for name in ("distilled", "teacher"):
+        if name in options.runs and getattr(options, name) is None:
+            parser.error(f"{name} needs --{name}")
     if options.data == "flickr8k" and None in (
         options.vision,
         options.text,

@@ -77,7 +77,9 @@ class DataArguments(TableArguments):
         [], "text-distillation: columns of texts, or of lists of texts; the caption_column by default."
     )
     teacher: str | None = option(
-        None, "text-distillation: model of sentence-transformers (folder or Hub id), which embeds the texts once."
+        None,
+        "Model of sentence-transformers (folder or Hub id), which embeds the texts of text-distillation, or the "
+        "captions of stage 1, once: the model learns how alike it finds them.",
     )
     teacher_column: str | None = option(None, "text-distillation: column of the teacher's vectors instead.")
     max_length: int = option(50, "Tokens per text, BOS and [EMB] included.")

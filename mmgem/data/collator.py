@@ -8,7 +8,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from ..processing import MMGEMProcessor
-from .pairs import BadDataError, digest
+from .pairs import TEACHER_EMBEDS, BadDataError, digest
 from .regions import regions_inside
 from .triplets import Item
 
@@ -20,8 +20,8 @@ MODEL_INPUTS = (
     *("input_ids", "attention_mask", "position_ids", "text_positions", "labels", "label_positions"),
     *("pixel_values", *CACHED_FEATURES, "boxes", "region_mask"),
 )
-# By which the losses tell what is no negative.
-IDS = ("pair_ids", "negative_ids", "own_ids")
+# What L_Emb sees beside embeddings: by which it tells what is no negative, and what a teacher makes of the captions.
+LOSS_INPUTS = ("pair_ids", "negative_ids", "own_ids", TEACHER_EMBEDS)
 TokenSequence = tuple[list[int], list[int]]  # token ids and labels
 
 
@@ -103,6 +103,8 @@ class PairCollator:
         if sentences:
             pair_ids = [[digest(examples[i]["caption"].encode()), examples[i]["image_id"]] for i in images]
             batch["pair_ids"] = torch.tensor(pair_ids)
+        if TEACHER_EMBEDS in examples[0] and sentences:
+            batch[TEACHER_EMBEDS] = torch.stack([examples[i][TEACHER_EMBEDS] for i in images])
         if "negative" in examples[0] and sentences:
             batch["negative_ids"] = torch.tensor([digest(text.encode()) for text in hard], dtype=torch.long)
             captions_of = [examples[i]["captions"] for i in images]

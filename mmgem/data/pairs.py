@@ -6,7 +6,7 @@ import hashlib
 import math
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ from ..processing.tokenization_mmgem import as_sentence
 from .features import CachedFeatures, UnreadableImageError
 
 
+TEACHER_EMBEDS = "teacher_embeds"  # of a text, by a teacher
 MAX_STRETCH = 4 / 3  # of random crops
 # A list or tuple of texts as Python, JSON or NumPy (without commas) write it. One element in parentheses is no tuple.
 ITEM = r"""(?:'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"|None|null)"""
@@ -38,7 +39,7 @@ class PairDataset(torch.utils.data.Dataset):
     cannot be read is replaced by the next that can; `bad` says which were skipped, for the Trainer to count.
 
     With `features`, examples hold `pooled_features` (and `patch_features`) of the cache instead of `"image"`, and no
-    image is read.
+    image is read. With a `teacher`, such as [`TeacherVectors`], they hold `teacher_embeds` `(E,)` of the caption.
 
     Args:
         table: rows with the two columns; anything with `len` and indexing by row number and by column name, such as
@@ -74,6 +75,7 @@ class PairDataset(torch.utils.data.Dataset):
         self.missing = 0  # number of images that annotations name but that do not exist
         self.least_side = 0  # pixels per side that the image processor needs; 0 decodes at full size
         self.features: CachedFeatures | None = None  # of the examples in their order
+        self.teacher: Mapping[str, torch.Tensor] | None = None  # the vectors of captions
         # Shared with the loader's worker processes, which start before the epoch is known.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 
@@ -203,6 +205,8 @@ class PairDataset(torch.utils.data.Dataset):
             image = augmented_image(content, self.augmentation_scale, self.least_side, rng)
             cached = {"image": image, "image_id": image_id_of(content)}
         example = {**cached, "caption": captions[rng.integers(len(captions))], "captions": captions}
+        if self.teacher is not None:
+            example[TEACHER_EMBEDS] = self.teacher[example["caption"]]
         if self.negative_column is not None:
             negatives = as_captions(columns[self.negative_column])
             example["negative"] = negatives[rng.integers(len(negatives))] if negatives else None

@@ -1,20 +1,21 @@
-"""Texts alone, with what a teacher makes of them, for the stage text-distillation."""
+"""Texts alone, for the stage text-distillation, and what a teacher makes of them and of captions."""
 
 import importlib.util
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import datasets
 import numpy as np
+import torch
 
 from ..modeling_mmgem.loading_mmgem import digest_of_tensors
 from .arguments import DataArguments
 from .loading import BUILT_IN, Table, load_tables
-from .pairs import as_captions, digest
+from .pairs import TEACHER_EMBEDS, as_captions, digest
 
 
-TEXT, TEACHER_EMBEDS = "text", "teacher_embeds"
+TEXT = "text"
 EVALUATED_TEXTS = 2000  # by default, whose pairs are two million
 TEACHER_BATCH = 256  # texts that the teacher embeds at a time
 
@@ -106,6 +107,33 @@ def load_teacher(name: str) -> Any:
         return SentenceTransformer(name)
     except (OSError, ValueError) as error:
         raise ValueError(f"--teacher {name} is no model of sentence-transformers: {error}") from error
+
+
+class TeacherVectors(Mapping[str, torch.Tensor]):
+    """
+    The unit vectors `(E,)` of a teacher by their texts, read from a file when they are asked for.
+
+    Args:
+        texts: with the columns `text` and `teacher_embeds`.
+    """
+
+    def __init__(self, texts: datasets.Dataset):
+        self.texts = as_tensors(texts)
+        self.rows = {text: i for i, text in enumerate(texts[TEXT])}
+
+    def __getitem__(self, text: str) -> torch.Tensor:
+        return self.texts[self.rows[text]][TEACHER_EMBEDS]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+
+def distinct_texts(texts: Iterable[str]) -> datasets.Dataset:
+    """A table of texts, each once."""
+    return datasets.Dataset.from_dict({TEXT: list(dict.fromkeys(texts))})
 
 
 def with_teacher(tables: Sequence[datasets.Dataset], teacher: Any, folder: str) -> list[datasets.Dataset]:

@@ -31,7 +31,10 @@ MINIMA = {
 }
 
 # Options that another stage than the first has no use for, and those that one of them has not.
-NOT_OF_LATER_STAGES = ("batch_sampler", "objective", "freeze", "projection_lr_multiplier", "generation_num_beams")
+NOT_OF_LATER_STAGES = (
+    *("batch_sampler", "objective", "freeze", "projection_lr_multiplier", "generation_num_beams"),
+    "distillation_weight",
+)
 NOT_OF_STAGE = {
     "region-caption": ("lora_rank", "temperature", "mini_batch_size"),
     "region-retrieval": ("lora_rank", "mini_batch_size"),
@@ -42,6 +45,7 @@ NOT_OF_STAGE = {
     ),
 }
 
+DISTILLATION_TAU = 0.05  # of both similarities; in stage 1 L_Emb has its own, which is learned
 
 # The options that most runs set: `--help` lists these.
 COMMON = (
@@ -124,6 +128,7 @@ class MMGEMTrainingArguments(TrainingArguments):
         "tau where it is not learned: of text-distillation (0.05 by default), and of adapters that embed (by default "
         "the model's own; UniME: 0.02).",
     )
+    distillation_weight: float = option(1.0, "Stage 1 with a --teacher: weight of its loss beside L_Emb.")
     distillation_prompt: str = option(
         "Summary above sentence in one word:",
         "text-distillation: what stands behind each text; at its last token the text is embedded.",
@@ -164,8 +169,6 @@ class MMGEMTrainingArguments(TrainingArguments):
                 raise ValueError("temperature is learned in stage 1. Leave out --temperature.")
         else:
             self._set_up_later_stage()
-        if self.feature_cache_dir is not None and not self.cache_features and self.stage != "text-distillation":
-            raise ValueError("feature_cache_dir is the folder of cached features: pass --cache_features true too.")
         if self.mini_batch_size and self.objective == "caption":
             raise ValueError(
                 "mini_batch_size is for the contrastive loss. A caption loss alone needs gradient accumulation only."
@@ -261,7 +264,7 @@ class MMGEMTrainingArguments(TrainingArguments):
         self.objective = "caption" if self.stage == "region-caption" else "contrastive"
         self.projection_lr_multiplier = 1.0
         if self.stage == "text-distillation":
-            self.temperature = 0.05 if self.temperature is None else self.temperature
+            self.temperature = DISTILLATION_TAU if self.temperature is None else self.temperature
         if self.temperature is not None and not self.temperature > 0:
             raise ValueError(f"temperature must be above 0, got {self.temperature}.")
 
@@ -292,9 +295,11 @@ def parse_arguments(
         raise ValueError("region_grid_size is for --stage region-caption; stage 1 has --image_grid_size.")
     if data_args.negative_caption_column is not None and (args.stage != "1" or args.objective == "caption"):
         raise ValueError("negative_caption_column is for L_Emb of stage 1. Leave it out.")
-    for name in ("text_columns", "teacher", "teacher_column"):
+    for name in ("text_columns", "teacher_column"):
         if getattr(data_args, name) and args.stage != "text-distillation":
             raise ValueError(f"{name} is of texts, for --stage text-distillation.")
+    if data_args.teacher is not None:
+        _check_teacher(data_args, args)
     for name in ("train_mixture", "query_instruction", "target_instruction"):
         if getattr(data_args, name) and args.stage != "fused-retrieval":
             raise ValueError(f"{name} is of triplets, for --stage fused-retrieval.")
@@ -319,6 +324,14 @@ def _check_text_distillation(model_args: ModelArguments, data_args: DataArgument
         raise ValueError("--stage text-distillation trains a language model: give --text_model_name_or_path.")
     if (data_args.teacher is None) == (data_args.teacher_column is None):
         raise ValueError("Give exactly one of teacher, teacher_column: what the language model learns from.")
+
+
+def _check_teacher(data_args: DataArguments, args: MMGEMTrainingArguments) -> None:
+    """It embeds texts, or the captions of a table beside L_Emb."""
+    if args.stage not in ("1", "text-distillation") or args.objective == "caption":
+        raise ValueError("teacher is for --stage text-distillation, and for L_Emb of stage 1. Leave it out.")
+    if data_args.train_shards:
+        raise ValueError("teacher embeds the captions of tables before the run, and a stream has no end.")
 
 
 def _check_adapter(model_args: ModelArguments, data_args: DataArguments, args: MMGEMTrainingArguments) -> None:

@@ -25,11 +25,12 @@ logger = logging.get_logger(__name__)
 # The loss, the optimizer's state and the data order depend on these: with another value the run would be another one.
 SETTINGS = (
     *("stage", "objective", "caption_loss_weight", "matryoshka_dims", "freeze", "lora_rank", "lora_alpha"),
-    *("false_negative_margin", "hardest_negatives", "hardness_weight", "temperature", "distillation_prompt"),
+    *("false_negative_margin", "hardest_negatives", "hardness_weight", "temperature"),
+    *("distillation_prompt", "distillation_weight"),
     *("optim", "optim_args", "seed", "data_seed", "batch_sampler"),
     *("learning_rate", "projection_lr_multiplier", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon"),
 )
-PATHS = ("init_from", "vision_model_name_or_path", "text_model_name_or_path")
+PATHS = ("init_from", "vision_model_name_or_path", "text_model_name_or_path", "teacher")
 
 
 class CheckpointError(ValueError):

@@ -34,6 +34,13 @@ class GatherWithGradient(torch.autograd.Function):
         return total.chunk(dist.get_world_size())[dist.get_rank()]
 
 
+def gather_rows(*tensors: torch.Tensor) -> tuple[tuple[torch.Tensor, ...], int]:
+    """`(n, …)` of all processes, as [`GatherWithGradient`], and the place of this process's first row."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return tensors, 0
+    return tuple(map(GatherWithGradient.apply, tensors)), dist.get_rank() * len(tensors[0])
+
+
 def gather_ragged(tensor: torch.Tensor) -> list[torch.Tensor]:
     """Gathers `(n_i, …)` of each of W processes as a list of all W, with gradient; the n_i may differ."""
     size = torch.tensor([len(tensor)], device=tensor.device)

@@ -127,6 +127,8 @@ def _settings(args: MMGEMTrainingArguments, data_args: DataArguments, model_args
         settings["temperature"] = args.temperature
     if args.stage == "text-distillation":
         settings |= {"teacher": data_args.teacher, "distillation_prompt": args.distillation_prompt}
+    elif data_args.teacher is not None:
+        settings |= {"teacher": data_args.teacher, "distillation_weight": args.distillation_weight}
     if model_args.contrastive_loss is not None:
         settings["contrastive_loss"] = model_args.contrastive_loss
     if args.batch_sampler != "random":

@@ -65,17 +65,17 @@ class RegionTrainer(AdapterTrainer):
     def make_collator(self, args: MMGEMTrainingArguments) -> RegionCollator:
         return RegionCollator(self.processing_class, args.objective)
 
-    def _contrastive_loss(self, embeddings: Embeddings, ids: dict[str, torch.Tensor]) -> torch.Tensor:
+    def _contrastive_loss(self, embeddings: Embeddings, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         """Against the regions of all processes, whose numbers differ: every region counts the same."""
         if self.args.world_size == 1:
-            return super()._contrastive_loss(embeddings, ids)
+            return super()._contrastive_loss(embeddings, inputs)
         regions, phrases, logit_scale, logit_bias, _ = embeddings
-        gathered = [gather_ragged(tensor) for tensor in (regions, phrases, ids["pair_ids"])]
+        gathered = [gather_ragged(tensor) for tensor in (regions, phrases, inputs["pair_ids"])]
         sizes = [len(part) for part in gathered[0]]
         offset, total = sum(sizes[: dist.get_rank()]), sum(sizes)
         all_regions, all_phrases, all_ids = map(torch.cat, gathered)
         loss = contrastive_loss(
-            *(regions, phrases, logit_scale, all_regions, all_phrases, offset, ids["pair_ids"], all_ids),
+            *(regions, phrases, logit_scale, all_regions, all_phrases, offset, inputs["pair_ids"], all_ids),
             dims=self.args.matryoshka_dims,
             negatives=self.args.negatives,
             logit_bias=logit_bias,

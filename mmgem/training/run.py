@@ -10,6 +10,7 @@ from ..configuration import MMGEMConfig
 from ..data.arguments import DataArguments
 from ..data.loading import is_hub_id, load_pairs, load_regions, load_triplets
 from ..data.pairs import PairDataset
+from ..data.texts import TeacherVectors, distinct_texts
 from ..evaluation.evaluator import evaluate_model
 from ..evaluation.fused import evaluate_fused, fused_section
 from ..evaluation.region_report import add_to_report_of_base, region_section
@@ -23,6 +24,7 @@ from .fused_trainer import FusedTrainer
 from .model_arguments import ModelArguments
 from .record import changed_settings, write_record
 from .region_trainer import RegionTrainer
+from .train_data import embedded_by_teacher
 from .trainer import MMGEMTrainer
 
 
@@ -63,9 +65,12 @@ def build_trainer(
     train_dataset, eval_dataset = load(data_args, config.vision_config.image_size, data_seed(args))
     if eval_dataset is not None:
         eval_dataset[0]  # raises before training if none of its examples can be read
+    if args.stage == "1" and data_args.teacher is not None:
+        captions = distinct_texts(caption for of_image in train_dataset.captions() for caption in of_image)
+        train_dataset.teacher = TeacherVectors(*embedded_by_teacher([captions], data_args.teacher, args))
     model, processor = build_model_and_processor(model_args, train_dataset, data_args.max_length, checkpoint)
     parameters = model.num_parameters()
-    model_settings = vars(model_args).copy()
+    model_settings = {**vars(model_args), "teacher": data_args.teacher}
     if args.stage != "1":
         del model_settings["init_from"]  # the adapter recognizes its base, which may have been moved
     trainer = trainer_class(

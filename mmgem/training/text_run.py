@@ -8,11 +8,12 @@ import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ..data.arguments import DataArguments
-from ..data.texts import load_teacher, load_texts, with_teacher
+from ..data.texts import load_texts
 from ..evaluation.report import Section, environment, table, write_report
 from .arguments import MMGEMTrainingArguments, data_seed
 from .model_arguments import ModelArguments
 from .text_trainer import TextDistillationTrainer
+from .train_data import embedded_by_teacher
 
 
 def build_text_trainer(
@@ -27,11 +28,9 @@ def build_text_trainer(
         transformers.utils.logging.disable_progress_bar()
     train_dataset, eval_dataset = load_texts(data_args, data_seed(args))
     if data_args.teacher is not None:
-        folder = args.feature_cache_dir or os.path.join(str(args.output_dir), "features")
-        with args.main_process_first(desc="the teacher"):  # the others read what it has written
-            tables = [train_dataset] if eval_dataset is None else [train_dataset, eval_dataset]
-            train_dataset, *held_out = with_teacher(tables, load_teacher(data_args.teacher), folder)
-            eval_dataset = held_out[0] if held_out else None
+        tables = [train_dataset] if eval_dataset is None else [train_dataset, eval_dataset]
+        train_dataset, *held_out = embedded_by_teacher(tables, data_args.teacher, args)
+        eval_dataset = held_out[0] if held_out else None
     name: Any = model_args.text_model_name_or_path
     text_kwargs: Any = model_args.text_kwargs
     causal_lm = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, **text_kwargs)

@@ -8,7 +8,6 @@ from typing import Any
 import datasets
 import pandas as pd
 import torch
-import torch.distributed as dist
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -24,7 +23,7 @@ from .arguments import MMGEMTrainingArguments
 from .base_trainer import BaseTrainer
 from .checkpoints import run_settings
 from .checks import check_parallelism, check_precision
-from .distributed import GatherWithGradient
+from .distributed import gather_rows
 from .gradient_cache import cached_backward, refuse_dropout
 from .stages import check_optimizer
 
@@ -185,10 +184,7 @@ class TextDistillationTrainer(BaseTrainer):
 
     def _distillation_loss(self, embeds: torch.Tensor, goals: torch.Tensor) -> torch.Tensor:
         goals = goals.to(embeds.dtype)
-        all_embeds, all_goals, offset = embeds, goals, 0
-        if self.args.world_size > 1:
-            all_embeds, all_goals = map(GatherWithGradient.apply, (embeds, goals))
-            offset = dist.get_rank() * len(embeds)
+        (all_embeds, all_goals), offset = gather_rows(embeds, goals)
         scale = 1 / self.args.temperature  # type: ignore[operator]
         loss = relational_distillation(embeds, goals, scale, all_embeds, all_goals, offset)
         loss = loss / self.current_gradient_accumulation_steps

@@ -1,15 +1,19 @@
 """What the Trainer does with its training data: prepares it, counts unusable examples, and tells it the epoch."""
 
 import copy
+import os
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
+import datasets
 from transformers import TrainerCallback
 from transformers.utils import logging
 
 from ..data.pairs import BadDataError, PairDataset
 from ..data.regions import RegionDataset
 from ..data.shards import ShardStream
+from ..data.texts import load_teacher, with_teacher
 from ..modeling_mmgem import MMGEMModel
 from ..processing.image_processors_mmgem import least_side_of
 from .arguments import MMGEMTrainingArguments
@@ -53,6 +57,15 @@ def prepared_for(
             "--per_device_train_batch_size."
         )
     return dataset
+
+
+def embedded_by_teacher(
+    tables: Sequence[datasets.Dataset], teacher: str, args: MMGEMTrainingArguments
+) -> list[datasets.Dataset]:
+    """[`with_teacher`], by the first process of each machine; the others read what it has written."""
+    folder = args.feature_cache_dir or os.path.join(str(args.output_dir), "features")
+    with args.main_process_first(desc="the teacher"):
+        return with_teacher(tables, load_teacher(teacher), folder)
 
 
 class ExampleCounts:

@@ -7,22 +7,21 @@ from typing import Any
 
 import datasets
 import torch
-import torch.distributed as dist
 from peft import LoraConfig, PeftModel
 from transformers.utils import logging
 
-from ..data.collator import CACHED_FEATURES, IDS, MODEL_INPUTS, PairCollator
-from ..data.pairs import PairDataset
+from ..data.collator import CACHED_FEATURES, LOSS_INPUTS, MODEL_INPUTS, PairCollator
+from ..data.pairs import TEACHER_EMBEDS, PairDataset
 from ..data.samplers import ClusteredSampler
 from ..data.shards import ShardStream
 from ..evaluation.arguments import check_dims
-from ..modeling_mmgem import MMGEMModel, contrastive_loss
+from ..modeling_mmgem import MMGEMModel, contrastive_loss, relational_distillation
 from ..processing import MMGEMProcessor
 from .adapters import add_lora, held_in_bfloat16, lora_config
-from .arguments import MMGEMTrainingArguments, data_seed
+from .arguments import DISTILLATION_TAU, MMGEMTrainingArguments, data_seed
 from .checkpoints import run_settings
 from .checks import check_cached_features, check_packing, check_parallelism, check_precision, check_processor
-from .distributed import GatherWithGradient, gather_ragged, keep_temperature_in_float32, on_device
+from .distributed import gather_ragged, gather_rows, keep_temperature_in_float32, on_device
 from .evaluating_trainer import EvaluatingTrainer
 from .feature_cache import cache_features
 from .gradient_cache import Embeddings, cached_backward, refuse_dropout
@@ -112,6 +111,8 @@ class MMGEMTrainer(EvaluatingTrainer):
         check_precision(trained)
         if args.cache_features:
             check_cached_features(model, train_data.augmentation_scale)
+        elif args.feature_cache_dir is not None and getattr(train_data, "teacher", None) is None:
+            raise ValueError("feature_cache_dir is the folder of cached features: pass --cache_features true too.")
         if args.mini_batch_size and args.stage == "1":  # adapters are trained in eval mode
             refuse_dropout(trained)
         if args.torch_compile:
@@ -194,7 +195,7 @@ class MMGEMTrainer(EvaluatingTrainer):
         """L_Emb + weight L_Gen, such that sums over micro-batches and means over processes are the batch's loss."""
         embeddings, outputs, loss = self._forward(model, inputs, num_items_in_batch)
         if self.args.objective != "caption":
-            contrastive = self._contrastive_loss(embeddings, ids_of([inputs]))
+            contrastive = self._contrastive_loss(embeddings, loss_inputs_of([inputs]))
             loss = contrastive if loss is None else loss + contrastive
         return (loss, outputs) if return_outputs else loss
 
@@ -229,32 +230,39 @@ class MMGEMTrainer(EvaluatingTrainer):
         self._logit_scale = scale.detach() if self.args.objective != "caption" else None
         return Embeddings(queries, keys, scale, outputs.logit_bias, negatives)
 
-    def _contrastive_loss(self, embeddings: Embeddings, ids: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Against the pairs of all processes, without those that share one of the row's ids, and all negatives."""
+    def _contrastive_loss(self, embeddings: Embeddings, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        """
+        Against the pairs of all processes, without those that share one of the row's ids, and all negatives. With
+        a teacher's vectors of the keys, which are captions, their distillation comes on top.
+        """
         queries, keys, logit_scale, logit_bias, negatives = embeddings
-        all_queries, all_keys, all_ids, offset = queries, keys, ids["pair_ids"], 0
-        if self.args.world_size > 1:
-            all_queries, all_keys, all_ids = map(GatherWithGradient.apply, (queries, keys, all_ids))
-            offset = dist.get_rank() * len(queries)
+        (all_queries, all_keys, all_ids), offset = gather_rows(queries, keys, inputs["pair_ids"])
         loss = contrastive_loss(
-            *(queries, keys, logit_scale, all_queries, all_keys, offset, ids["pair_ids"], all_ids),
+            *(queries, keys, logit_scale, all_queries, all_keys, offset, inputs["pair_ids"], all_ids),
             dims=self.args.matryoshka_dims,
-            **self._gathered_negatives(negatives, ids),
+            **self._gathered_negatives(negatives, inputs),
             negatives=self.args.negatives,
             logit_bias=logit_bias,
         )
         loss = loss / self.current_gradient_accumulation_steps
         self._add_to_log("contrastive_loss", loss)
-        return loss
+        if TEACHER_EMBEDS not in inputs:
+            return loss
+        goals = inputs[TEACHER_EMBEDS].to(keys.dtype)
+        (all_goals,), _ = gather_rows(goals)
+        distillation = relational_distillation(keys, goals, 1 / DISTILLATION_TAU, all_keys, all_goals, offset)
+        distillation = distillation / self.current_gradient_accumulation_steps
+        self._add_to_log("distillation_loss", distillation)
+        return loss + self.args.distillation_weight * distillation
 
-    def _gathered_negatives(self, negatives: torch.Tensor | None, ids: dict[str, torch.Tensor]) -> dict[str, Any]:
+    def _gathered_negatives(self, negatives: torch.Tensor | None, inputs: dict[str, torch.Tensor]) -> dict[str, Any]:
         """The hard negatives of all processes, of which one may have more than another."""
         if negatives is None:
             return {}
-        parts = [negatives, ids["negative_ids"]]
+        parts = [negatives, inputs["negative_ids"]]
         if self.args.world_size > 1:
             parts = [torch.cat(gather_ragged(part)) for part in parts]
-        return {"negative_keys": parts[0], "negative_ids": parts[1], "own_ids": ids.get("own_ids")}
+        return {"negative_keys": parts[0], "negative_ids": parts[1], "own_ids": inputs.get("own_ids")}
 
     def training_step(
         self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
@@ -264,7 +272,7 @@ class MMGEMTrainer(EvaluatingTrainer):
             return super().training_step(model, inputs, num_items_in_batch)
         self.set_modes(model)
         mini_batches: Any = self._prepare_inputs(inputs)["mini_batches"]
-        ids = ids_of(mini_batches)
+        loss_inputs = loss_inputs_of(mini_batches)
         caption_losses = []
 
         def embed(mini_batch: dict[str, Any]) -> Embeddings:
@@ -278,7 +286,7 @@ class MMGEMTrainer(EvaluatingTrainer):
             return embeddings, loss
 
         def contrastive(*embeddings: Any) -> torch.Tensor:
-            return self._contrastive_loss(Embeddings(*embeddings), ids)
+            return self._contrastive_loss(Embeddings(*embeddings), loss_inputs)
 
         backward, no_sync = self.accelerator.backward, self._no_sync(model)
         loss = cached_backward(mini_batches, embed, contrastive, forward, backward, no_sync)
@@ -340,6 +348,6 @@ class MMGEMTrainer(EvaluatingTrainer):
         super()._save_rng_state(output_dir)
 
 
-def ids_of(parts: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    """The ids of a batch in parts, by which L_Emb tells what is no negative."""
-    return {name: torch.cat([part[name] for part in parts]) for name in IDS if name in parts[0]}
+def loss_inputs_of(parts: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    """What L_Emb sees of a batch in parts, beside embeddings."""
+    return {name: torch.cat([part[name] for part in parts]) for name in LOSS_INPUTS if name in parts[0]}

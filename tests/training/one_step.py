@@ -45,10 +45,15 @@ def main(strategy: str, accumulation_steps: int, mini_batch_size: int, folder: P
     negatives = negatives if strategy == "ddp-negatives" else {}
     # 1 to 4 objects: captions of very different lengths
     scenes = ScenesDataset("train", CACHED_PAIRS if is_cached else PAIRS, 32)
-    if is_sigmoid:  # with hard negatives, of which processes and mini-batches have different numbers
+    if is_sigmoid:  # with hard negatives, of which processes and mini-batches have different numbers, and a teacher
         hard = [None if i in (2, 9) else CORPUS[i % 4] for i in range(PAIRS)]
         scenes = Table([{**scenes[i], "hard": text} for i, text in enumerate(hard)])
     dataset = PairDataset(scenes, negative_column="hard" if is_sigmoid else None)
+    if is_sigmoid:
+        goals = torch.nn.functional.normalize(
+            torch.randn(PAIRS, 5, generator=torch.Generator().manual_seed(0)), dim=-1
+        )
+        dataset.teacher = {dataset[i]["caption"]: goals[i] for i in range(PAIRS)}
     micro_batch = PAIRS // accumulation_steps
     expected_loss = reference_loss(model, processor, dataset, micro_batch)
     args = training_arguments(
@@ -86,14 +91,15 @@ def main(strategy: str, accumulation_steps: int, mini_batch_size: int, folder: P
 @torch.no_grad()
 def reference_loss(model, processor, dataset, micro_batch: int) -> torch.Tensor:
     """
-    Mean contrastive loss of the micro-batches, without hard negatives, and weighted caption loss over all tokens of
-    the step.
+    Mean contrastive loss of the micro-batches, without hard negatives and the teacher, and weighted caption loss over
+    all tokens of the step.
     """
     collate = PairCollator(processor)
     contrastive, nll, tokens = [], 0.0, 0
+    extra = ("negative", "teacher_embeds")
     for start in range(0, PAIRS, micro_batch):
         rows = [dataset[i] for i in range(start, start + micro_batch)]
-        batch = collate([{name: value for name, value in row.items() if name != "negative"} for row in rows])
+        batch = collate([{name: value for name, value in row.items() if name not in extra} for row in rows])
         labels = batch["labels"]
         inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "pixel_values", "labels")}
         output = model(**inputs, return_loss=True)

@@ -65,7 +65,7 @@ def test_gradient_cache_equals_the_whole_batch(
 def test_other_losses_are_those_of_the_whole_batch(strategy, processes, mini_batch_size, tmp_path):
     """
     The margin, the weights and the choice of the hardest; SigLIP's loss with hard negatives, of which each process has
-    another number. Over processes and through the gradient cache.
+    another number, and with a teacher. Over processes and through the gradient cache.
     """
     expected = run(1, 1, tmp_path / "one", strategy=strategy)
     actual = run(processes, 1, tmp_path / "several", mini_batch_size, strategy)

@@ -40,6 +40,29 @@ def test_a_negative_is_drawn_of_those_there_are_and_captions_stay_what_they_were
     assert data[0]["negative"] is None
 
 
+@pytest.mark.parametrize(("packing", "mini_batch_size"), [(False, 0), (True, 3)])
+def test_captions_come_to_be_as_alike_as_the_teacher_finds_them(processor, tmp_path, packing, mini_batch_size):
+    """Row by row: how far the student's similarities to the other captions are from the teacher's."""
+    data, model = PairDataset(with_negatives().table), make_model(processor)
+    goals = torch.nn.functional.normalize(torch.randn(8, 5, generator=torch.Generator().manual_seed(0)), dim=-1)
+    data.teacher = dict(zip(CAPTIONS, goals))
+    options = {"packing": packing, "mini_batch_size": mini_batch_size, "max_steps": 1, "logging_steps": 1}
+    options |= {"distillation_weight": 0.5, "caption_loss_weight": 0.25}
+    trainer = MMGEMTrainer(model, training_arguments(tmp_path, learning_rate=0.0, **options), processor, data)
+    trainer.train()
+    logs = trainer.state.log_history[0]
+    with torch.no_grad():
+        texts = model.get_embedding(**processor(text=CAPTIONS, return_tensors="pt"))
+    expected = 0.0
+    for i in range(8):
+        others = [j for j in range(8) if j != i]
+        student, teacher = (torch.softmax(x[others] @ x[i] / 0.05, 0) for x in (texts, goals))
+        expected += float((teacher * (teacher / student).log()).sum()) / 8
+    assert expected > 0.1 and logs["distillation_loss"] == pytest.approx(expected, rel=1e-4)
+    total = logs["contrastive_loss"] + 0.5 * logs["distillation_loss"] + 0.25 * logs["caption_loss"]
+    assert logs["loss"] == pytest.approx(total, rel=1e-4)
+
+
 @pytest.mark.parametrize("packing", [False, True])
 @pytest.mark.parametrize("mini_batch_size", [0, 3])
 def test_loss_is_that_of_all_captions_and_negatives(processor, tmp_path, packing, mini_batch_size):
@@ -136,7 +159,7 @@ def test_from_the_command_line(train, pairs, tmp_path):  # noqa: F811
         (["--batch_sampler", "clustered"], "needs a column 'cluster' of numbers"),
         (["--negative_caption_column", "nothing"], "no column 'nothing'"),
         (["--negative_caption_column", "captions", "--objective", "caption"], "is for L_Emb of stage 1"),
-        (["--teacher", "a"], "teacher is of texts, for --stage text-distillation"),
+        (["--teacher", "a", "--objective", "caption"], "teacher is for --stage text-distillation, and for L_Emb"),
         (["--temperature", "0.02"], "temperature is learned in stage 1"),
     ],
 )

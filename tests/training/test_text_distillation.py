@@ -14,14 +14,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mmgem.data import texts
 from mmgem.data.arguments import DataArguments
-from mmgem.data.texts import as_tensors, load_teacher, load_texts, with_teacher
+from mmgem.data.pairs import as_captions
+from mmgem.data.texts import TeacherVectors, as_tensors, load_teacher, load_texts, with_teacher
 from mmgem.data.tokenizer import train_tokenizer
 from mmgem.processing import to_mmgem_tokenizer
 from mmgem.training.arguments import MMGEMTrainingArguments
 from mmgem.training.text_trainer import TextCollator, TextDistillationTrainer, embeds_of_last_tokens, spearman
 from tests.conftest import CORPUS, make_language_model
 
-from .test_cli import train  # noqa: F401
+from .test_cli import TOWERS, pairs, train  # noqa: F401
 
 
 TEXTS = [*dict.fromkeys(CORPUS), "a boat", "an old man reads", "three birds on a wire", "green apples in a bowl"]
@@ -97,8 +98,8 @@ def test_a_long_text_is_cut_and_the_prompt_stays(base_tokenizer):
 
 def test_spearman_is_that_of_scipy():
     one, other = (torch.nn.functional.normalize(torch.randn(9, d), dim=-1) for d in (4, 7))
-    pairs = np.triu_indices(9, 1)
-    expected = spearmanr(*((x @ x.T).numpy()[pairs] for x in (one, other))).statistic
+    upper = np.triu_indices(9, 1)
+    expected = spearmanr(*((x @ x.T).numpy()[upper] for x in (one, other))).statistic
     assert spearman(one, other) == pytest.approx(expected, abs=1e-9)
 
 
@@ -246,6 +247,27 @@ def test_from_the_command_line(train, base_tokenizer, teacher, tmp_path, capsys)
     record = json.loads((tmp_path / "out" / "training.json").read_text())
     assert record["settings"]["lora_rank"] == 2 and record["settings"]["temperature"] == 0.05
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.vocab_size == len(base_tokenizer)
+
+
+def test_stage_1_learns_from_a_teacher_of_captions(train, pairs, teacher, tmp_path):  # noqa: F811
+    """Which embeds each caption once, for this run and the next, whatever the order of its examples."""
+    data = ["--train_file", pairs, "--caption_column", "captions", "--report_to", "none", "--use_cpu", "true"]
+    data += [*TOWERS, "--teacher", teacher, "--feature_cache_dir", "vectors", "--per_device_train_batch_size", 4]
+    train(*data, "--max_steps", 2, "--output_dir", "one", "--logging_steps", 1, "--distillation_weight", 2)
+    (kept,) = (tmp_path / "vectors").iterdir()
+    written = kept.stat().st_mtime_ns
+    train(*data, "--max_steps", 1, "--output_dir", "other", "--seed", 1)
+    assert [file.stat().st_mtime_ns for file in (tmp_path / "vectors").iterdir()] == [written]
+    record = json.loads((tmp_path / "one" / "training.json").read_text())["settings"]
+    assert record["teacher"].endswith("st") and record["distillation_weight"] == 2
+    vectors = TeacherVectors(Dataset.from_file(str(kept)))
+    captions = {
+        caption for line in pairs.read_text().splitlines() for caption in as_captions(json.loads(line)["captions"])
+    }
+    assert set(vectors) == captions
+    for caption in captions:
+        expected = load_teacher(str(teacher)).encode(caption, normalize_embeddings=True)
+        np.testing.assert_allclose(vectors[caption], expected, atol=1e-5)
 
 
 @pytest.mark.parametrize(
