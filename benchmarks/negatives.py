@@ -165,7 +165,7 @@ def main() -> None:
     parser.add_argument("--runs", nargs="+", default=["plain"], choices=RUNS)
     options = parser.parse_args()
     for name in ("distilled", "teacher"):
-        if name in options.runs and getattr(options, name) is None:
+        if getattr(options, name) is None and any(run.startswith(name) for run in options.runs):
             parser.error(f"{name} needs --{name}")
     if options.data == "flickr8k" and None in (
         options.vision,

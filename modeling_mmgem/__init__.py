@@ -1,6 +1,6 @@
-from .losses_mmgem import caption_loss, contrastive_loss
+from .losses_mmgem import caption_loss, contrastive_loss, relational_distillation
 from .modeling_mmgem import MMGEMModel, MMGEMOutput
-from .negatives_mmgem import Negatives, relational_distillation
+from .negatives_mmgem import Negatives
 from .pipelines_mmgem import RegionCaptioningPipeline
 from .pooling_mmgem import PoolAggregator
 

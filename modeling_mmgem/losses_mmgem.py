@@ -1,4 +1,7 @@
-"""The two losses of MM-GEM and their temperature. L = L_Emb + L_Gen, unweighted (paper, equation 4)."""
+"""
+The two losses of MM-GEM and their temperature: L = L_Emb + L_Gen, unweighted (paper, equation 4). And what a teacher
+of texts adds.
+"""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -125,20 +128,27 @@ def contrastive_loss(
                 contrastive_loss(rows, positives, logit_scale, columns, other_columns, *ids, negatives, logit_bias)
             )
         return torch.stack(losses).mean()
-    count = max(1, BLOCK_SIZE // (len(all_keys) + (0 if negative_keys is None else len(negative_keys))))
-    total = queries.new_zeros((), dtype=torch.float32)
-    for start in range(0, len(queries), count):
-        block = slice(start, start + count)
+
+    def loss_of(block: slice) -> torch.Tensor:
         arguments = (
-            *(queries[block], keys[block], logit_scale, all_queries, all_keys, offset + start),
+            *(queries[block], keys[block], logit_scale, all_queries, all_keys, offset + block.start),
             *((None, None) if pair_ids is None else (pair_ids[block], all_pair_ids)),
             *(negative_keys, negative_ids, None if own_ids is None else own_ids[block], negatives, logit_bias),
         )
-        if len(queries) <= count:
-            total = total + _block_loss(*arguments)
-        else:
-            total = total + checkpoint(_block_loss, *arguments, use_reentrant=False, preserve_rng_state=False)
-    return total / len(queries)
+        return _block_loss(*arguments)
+
+    count = len(all_keys) + (0 if negative_keys is None else len(negative_keys))
+    return _sum_of_blocks(loss_of, len(queries), count) / len(queries)
+
+
+def _sum_of_blocks(loss_of: Callable[[slice], torch.Tensor], rows: int, columns: int) -> torch.Tensor:
+    """The sum of a loss over rows, of which many are computed block by block, and again in the backward pass."""
+    count = max(1, BLOCK_SIZE // columns)
+    if rows <= count:
+        return loss_of(slice(0, rows))
+    blocks = [slice(start, start + count) for start in range(0, rows, count)]
+    losses = [checkpoint(loss_of, block, use_reentrant=False, preserve_rng_state=False) for block in blocks]
+    return torch.stack(losses).sum()
 
 
 def shortened(embeds: torch.Tensor, dim: int) -> torch.Tensor:
@@ -191,6 +201,51 @@ def _share_a_number(ids: torch.Tensor, other_ids: torch.Tensor) -> torch.Tensor:
     for numbers, others in zip(ids.unbind(-1), other_ids.unbind(-1)):
         shared |= numbers[:, None] == others
     return shared
+
+
+def relational_distillation(
+    embeds: torch.Tensor,
+    teacher_embeds: torch.Tensor,
+    logit_scale: torch.Tensor,
+    all_embeds: torch.Tensor | None = None,
+    all_teacher_embeds: torch.Tensor | None = None,
+    offset: int = 0,
+    ids: torch.Tensor | None = None,
+    all_ids: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """
+    KL(teacher || student) of the row-wise softmax of their similarities (UniME's stage 1, arXiv 2504.17432, equation
+    1; the dimensions of both may differ). A mean over the rows; each row's similarity with itself, which says nothing,
+    is left out. Computed in blocks of rows, as [`contrastive_loss`].
+
+    Args:
+        embeds (`torch.FloatTensor` of shape `(N, D)`), teacher_embeds (`(N, E)`): unit norm, of the same items.
+        logit_scale (`torch.FloatTensor`, scalar): 1 / tau, of both.
+        all_embeds (`(M, D)`), all_teacher_embeds (`(M, E)`, *optional*): the columns, gathered from all processes.
+        offset: column of the first row.
+        ids (`torch.LongTensor` of shape `(N,)`, *optional*): numbers by which the items are known: columns with the
+            row's number are the row once more, and left out too.
+        all_ids (`(M,)`, *optional*): those of the columns.
+
+    Returns:
+        `torch.FloatTensor`, scalar, in nats.
+    """
+    all_embeds = embeds if all_embeds is None else all_embeds
+    all_teacher_embeds = teacher_embeds if all_teacher_embeds is None else all_teacher_embeds
+    all_ids = ids if all_ids is None else all_ids
+    places = torch.arange(len(all_embeds), device=embeds.device)
+
+    def loss_of(block: slice) -> torch.Tensor:
+        own = places[offset : offset + len(embeds)][block, None] == places
+        if ids is not None and all_ids is not None:
+            own |= ids[block, None] == all_ids
+        log_student, log_teacher = (
+            similarity_logits(rows[block], columns, logit_scale).masked_fill(own, -torch.inf).log_softmax(1)
+            for rows, columns in ((embeds, all_embeds), (teacher_embeds, all_teacher_embeds))
+        )
+        return (log_teacher.exp() * (log_teacher - log_student)).masked_fill(own, 0.0).sum()
+
+    return _sum_of_blocks(loss_of, len(embeds), len(all_embeds)) / len(embeds)
 
 
 def similarity_logits(queries: torch.Tensor, keys: torch.Tensor, logit_scale: torch.Tensor) -> torch.Tensor:
@@ -278,6 +333,7 @@ __all__ = [
     "caption_loss",
     "caption_loss_of_states",
     "contrastive_loss",
+    "relational_distillation",
     "scale_logits",
     "shortened",
     "similarity_logits",

@@ -1,4 +1,4 @@
-"""Which negatives the contrastive loss sees, how much they weigh, and what a teacher says of them."""
+"""Which negatives the contrastive loss sees, and how much they weigh."""
 
 from dataclasses import dataclass
 
@@ -80,36 +80,4 @@ def hardest_of_rows(logits: torch.Tensor, k: int) -> torch.Tensor:
     return found.gather(1, torch.arange(k, device=logits.device) % count)
 
 
-def relational_distillation(
-    embeds: torch.Tensor,
-    teacher_embeds: torch.Tensor,
-    logit_scale: torch.Tensor | float,
-    all_embeds: torch.Tensor | None = None,
-    all_teacher_embeds: torch.Tensor | None = None,
-    offset: int = 0,
-) -> torch.Tensor:
-    """
-    KL(teacher || student) of the row-wise softmax of their similarities (UniME's stage 1, equation 1; the dimensions
-    of both may differ). A mean over the rows; each row's similarity with itself, which says nothing, is left out.
-
-    Args:
-        embeds (`torch.FloatTensor` of shape `(N, D)`), teacher_embeds (`(N, E)`): unit norm, of the same items.
-        logit_scale: 1 / tau, of both.
-        all_embeds (`(M, D)`), all_teacher_embeds (`(M, E)`, *optional*): the columns, gathered from all processes.
-        offset: column of the first row.
-
-    Returns:
-        `torch.FloatTensor`, scalar, in nats.
-    """
-    all_embeds = embeds if all_embeds is None else all_embeds
-    all_teacher_embeds = teacher_embeds if all_teacher_embeds is None else all_teacher_embeds
-    own = torch.arange(len(embeds), device=embeds.device)[:, None] + offset
-    logits = logit_scale * (embeds @ all_embeds.T)
-    goal = logit_scale * (teacher_embeds @ all_teacher_embeds.T)
-    logits, goal = (values.scatter(1, own, -torch.inf) for values in (logits, goal))
-    log_student, log_teacher = logits.log_softmax(1), goal.log_softmax(1)
-    terms = log_teacher.exp() * (log_teacher - log_student)
-    return terms.scatter(1, own, 0.0).sum() / len(embeds)
-
-
-__all__ = ["ALL_ALIKE", "Negatives", "choose_negatives", "hardest_of_rows", "relational_distillation", "sigmoid_loss"]
+__all__ = ["ALL_ALIKE", "Negatives", "choose_negatives", "hardest_of_rows", "sigmoid_loss"]

@@ -40,10 +40,12 @@ def starts_with_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 def opening_token(tokenizer: PreTrainedTokenizerBase) -> str | None:
     """
-    What stands in front of every text, because language models make the first token the sink of their attention
-    (https://arxiv.org/abs/2309.17453) and lose much of what it says, which would be the image: the BOS that the
-    tokenizer writes; otherwise `<|endoftext|>` if there is this token, since the BOS of chat models (`<|im_start|>`)
-    starts a turn, not a text; otherwise its BOS or EOS, and None without any.
+    The token in front of every text; None for a tokenizer without a BOS and an EOS.
+
+    Language models make the first token the sink of their attention (https://arxiv.org/abs/2309.17453) and lose much
+    of what it says, which would be the image. It is the BOS where the tokenizer writes one; otherwise
+    `<|endoftext|>` if there is this token, because the BOS of chat models (`<|im_start|>`) starts a turn, not a text;
+    otherwise BOS, or EOS.
     """
     if not starts_with_bos(tokenizer) and DOCUMENT_START in tokenizer.get_vocab():
         return DOCUMENT_START

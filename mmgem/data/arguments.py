@@ -79,7 +79,7 @@ class DataArguments(TableArguments):
     teacher: str | None = option(
         None,
         "Model of sentence-transformers (folder or Hub id), which embeds the texts of text-distillation, or the "
-        "captions of stage 1, once: the model learns how alike it finds them.",
+        "captions of stage 1, once: the model learns their similarities.",
     )
     teacher_column: str | None = option(None, "text-distillation: column of the teacher's vectors instead.")
     max_length: int = option(50, "Tokens per text, BOS and [EMB] included.")

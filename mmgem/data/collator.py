@@ -20,7 +20,7 @@ MODEL_INPUTS = (
     *("input_ids", "attention_mask", "position_ids", "text_positions", "labels", "label_positions"),
     *("pixel_values", *CACHED_FEATURES, "boxes", "region_mask"),
 )
-# What L_Emb sees beside embeddings: by which it tells what is no negative, and what a teacher makes of the captions.
+# What the losses of embeddings see beside these: ids, which tell what is no negative, and a teacher's vectors.
 LOSS_INPUTS = ("pair_ids", "negative_ids", "own_ids", TEACHER_EMBEDS)
 TokenSequence = tuple[list[int], list[int]]  # token ids and labels
 

@@ -128,7 +128,9 @@ class MMGEMTrainingArguments(TrainingArguments):
         "tau where it is not learned: of text-distillation (0.05 by default), and of adapters that embed (by default "
         "the model's own; UniME: 0.02).",
     )
-    distillation_weight: float = option(1.0, "Stage 1 with a --teacher: weight of its loss beside L_Emb.")
+    distillation_weight: float = option(
+        1.0, "Stage 1 with a --teacher: weight of its loss beside L_Emb (both similarities over tau 0.05, all of D)."
+    )
     distillation_prompt: str = option(
         "Summary above sentence in one word:",
         "text-distillation: what stands behind each text; at its last token the text is embedded.",
@@ -300,6 +302,10 @@ def parse_arguments(
             raise ValueError(f"{name} is of texts, for --stage text-distillation.")
     if data_args.teacher is not None:
         _check_teacher(data_args, args)
+    else:
+        refuse_feature_folder(args)
+        if args.distillation_weight != MMGEMTrainingArguments.distillation_weight:
+            raise ValueError("distillation_weight is that of a teacher's loss. Give --teacher, or leave it out.")
     for name in ("train_mixture", "query_instruction", "target_instruction"):
         if getattr(data_args, name) and args.stage != "fused-retrieval":
             raise ValueError(f"{name} is of triplets, for --stage fused-retrieval.")
@@ -327,11 +333,23 @@ def _check_text_distillation(model_args: ModelArguments, data_args: DataArgument
 
 
 def _check_teacher(data_args: DataArguments, args: MMGEMTrainingArguments) -> None:
-    """It embeds texts, or the captions of a table beside L_Emb."""
+    """A teacher embeds texts for text-distillation, or captions of a table for stage 1."""
     if args.stage not in ("1", "text-distillation") or args.objective == "caption":
         raise ValueError("teacher is for --stage text-distillation, and for L_Emb of stage 1. Leave it out.")
-    if data_args.train_shards:
-        raise ValueError("teacher embeds the captions of tables before the run, and a stream has no end.")
+    if data_args.train_shards and args.stage == "1":
+        raise ValueError(
+            "teacher embeds all captions before the run, which those of train_shards have no end of. Give a table, or "
+            "leave out --teacher."
+        )
+
+
+def refuse_feature_folder(args: MMGEMTrainingArguments) -> None:
+    """Raises ValueError for a folder that nothing would be kept in."""
+    if args.feature_cache_dir is not None and not args.cache_features:
+        raise ValueError(
+            "feature_cache_dir is the folder of cached features, and of what a teacher embeds: pass --cache_features "
+            "true too, or --teacher."
+        )
 
 
 def _check_adapter(model_args: ModelArguments, data_args: DataArguments, args: MMGEMTrainingArguments) -> None:

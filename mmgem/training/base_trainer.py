@@ -16,8 +16,10 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 from transformers.utils import logging
 
+from ..modeling_mmgem import relational_distillation
 from .arguments import MMGEMTrainingArguments
 from .checkpoints import RunSettings, TrainingStopped, atomic_checkpoint, check_settings, checkpoint_to_resume
+from .distributed import gather_rows
 from .stages import make_optimizer
 
 
@@ -139,6 +141,21 @@ class BaseTrainer(Trainer):
         result = super().get_batch_samples(epoch_iterator, num_batches, device)
         self._interval["data"] += time.perf_counter() - start
         return result
+
+    def _distillation_loss(
+        self, embeds: torch.Tensor, goals: torch.Tensor, tau: float, ids: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """
+        [`relational_distillation`] of this process's texts from their teacher's vectors, against those of all
+        processes, without those that have the row's id.
+        """
+        goals, scale = goals.to(embeds.dtype), torch.tensor(1 / tau, device=embeds.device)
+        (all_embeds, all_goals), offset = gather_rows(embeds, goals)
+        all_ids = None if ids is None else gather_rows(ids)[0][0]
+        loss = relational_distillation(embeds, goals, scale, all_embeds, all_goals, offset, ids, all_ids)
+        loss = loss / self.current_gradient_accumulation_steps
+        self._add_to_log("distillation_loss", loss)
+        return loss
 
     def _add_to_log(self, name: str, loss: torch.Tensor) -> None:
         self._sums[name] = self._sums.get(name, 0) + loss.detach()

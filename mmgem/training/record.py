@@ -126,9 +126,10 @@ def _settings(args: MMGEMTrainingArguments, data_args: DataArguments, model_args
     if args.temperature is not None:
         settings["temperature"] = args.temperature
     if args.stage == "text-distillation":
-        settings |= {"teacher": data_args.teacher, "distillation_prompt": args.distillation_prompt}
-    elif data_args.teacher is not None:
-        settings |= {"teacher": data_args.teacher, "distillation_weight": args.distillation_weight}
+        settings["distillation_prompt"] = args.distillation_prompt
+    if (teacher := data_args.teacher) is not None:
+        settings["teacher"] = teacher if is_hub_id(teacher) else os.path.basename(os.path.normpath(teacher))
+        settings |= {"distillation_weight": args.distillation_weight} if args.stage == "1" else {}
     if model_args.contrastive_loss is not None:
         settings["contrastive_loss"] = model_args.contrastive_loss
     if args.batch_sampler != "random":

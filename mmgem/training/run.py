@@ -67,7 +67,8 @@ def build_trainer(
         eval_dataset[0]  # raises before training if none of its examples can be read
     if args.stage == "1" and data_args.teacher is not None:
         captions = distinct_texts(caption for of_image in train_dataset.captions() for caption in of_image)
-        train_dataset.teacher = TeacherVectors(*embedded_by_teacher([captions], data_args.teacher, args))
+        (embedded,) = embedded_by_teacher([captions], data_args.teacher, args)
+        train_dataset.teacher = TeacherVectors(embedded)
     model, processor = build_model_and_processor(model_args, train_dataset, data_args.max_length, checkpoint)
     parameters = model.num_parameters()
     model_settings = {**vars(model_args), "teacher": data_args.teacher}

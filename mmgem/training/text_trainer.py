@@ -13,17 +13,15 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data.texts import TEACHER_EMBEDS, TEXT, as_tensors
-from ..modeling_mmgem import relational_distillation
 from ..modeling_mmgem.conversion_mmgem import check_language_model
 from ..modeling_mmgem.embedding_mmgem import unit_norm
 from ..modeling_mmgem.inputs_mmgem import batches_by_length
-from ..processing.tokenization_mmgem import opening_token, starts_with_bos
+from ..processing.tokenization_mmgem import opening_token
 from .adapters import held_in_bfloat16, lora_config
 from .arguments import MMGEMTrainingArguments
 from .base_trainer import BaseTrainer
 from .checkpoints import run_settings
 from .checks import check_parallelism, check_precision
-from .distributed import gather_rows
 from .gradient_cache import cached_backward, refuse_dropout
 from .stages import check_optimizer
 
@@ -44,10 +42,10 @@ class TextCollator:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt: str, max_length: int, part_size: int = 0):
         self.tokenizer = tokenizer
         self.prompt_ids = tokenizer(f" {prompt}".rstrip(), add_special_tokens=False)["input_ids"] if prompt else []
-        opening = None if starts_with_bos(tokenizer) else opening_token(tokenizer)
+        opening = opening_token(tokenizer)
         self.opening_ids = [] if opening is None else [tokenizer.convert_tokens_to_ids(opening)]
         self.text_length = max_length - len(self.opening_ids) - len(self.prompt_ids)
-        if self.text_length < 2:
+        if self.text_length < 1:
             raise ValueError(
                 f"max_length {max_length} leaves no room for texts: the prompt {prompt!r} has {len(self.prompt_ids)} "
                 "tokens. Raise --max_length."
@@ -61,7 +59,8 @@ class TextCollator:
 
     def parts(self, texts: Sequence[str]) -> Iterator[dict[str, torch.Tensor]]:
         """Tensors of part after part, the shortest texts first; `order` `(n,)` are their indices."""
-        rows = self.tokenizer(list(texts), truncation=True, max_length=self.text_length)["input_ids"]
+        options = {"truncation": True, "max_length": self.text_length, "add_special_tokens": False}
+        rows = self.tokenizer(list(texts), **options)["input_ids"]
         for order in batches_by_length([len(row) for row in rows], self.part_size, None):
             tokens = [torch.tensor([*self.opening_ids, *rows[i], *self.prompt_ids]) for i in order]
             masks = [torch.ones_like(own) for own in tokens]
@@ -163,7 +162,7 @@ class TextDistillationTrainer(BaseTrainer):
         return cached_backward(
             parts,
             embed,
-            lambda embeds: self._distillation_loss(embeds, goals),
+            lambda embeds: self._loss(embeds, goals),
             lambda part: (embed(part), None),
             self.accelerator.backward,
             self._no_sync(model),
@@ -179,18 +178,12 @@ class TextDistillationTrainer(BaseTrainer):
         """KL divergence of the rows of this process, against the texts of all."""
         parts = inputs["mini_batches"]
         embeds = torch.cat([embeds_of_last_tokens(model, part) for part in parts])
-        loss = self._distillation_loss(embeds, torch.cat([part[TEACHER_EMBEDS] for part in parts]))
+        loss = self._loss(embeds, torch.cat([part[TEACHER_EMBEDS] for part in parts]))
         return (loss, {}) if return_outputs else loss
 
-    def _distillation_loss(self, embeds: torch.Tensor, goals: torch.Tensor) -> torch.Tensor:
-        goals = goals.to(embeds.dtype)
-        (all_embeds, all_goals), offset = gather_rows(embeds, goals)
-        scale = 1 / self.args.temperature  # type: ignore[operator]
-        loss = relational_distillation(embeds, goals, scale, all_embeds, all_goals, offset)
-        loss = loss / self.current_gradient_accumulation_steps
-        self._add_to_log("distillation_loss", loss)
-        self._interval["samples"] += len(all_embeds)
-        return loss
+    def _loss(self, embeds: torch.Tensor, goals: torch.Tensor) -> torch.Tensor:
+        self._interval["samples"] += len(embeds) * self.args.world_size
+        return self._distillation_loss(embeds, goals, self.args.temperature)  # type: ignore[arg-type]
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"

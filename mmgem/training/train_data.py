@@ -7,13 +7,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import datasets
+from accelerate.utils import broadcast_object_list
 from transformers import TrainerCallback
 from transformers.utils import logging
 
 from ..data.pairs import BadDataError, PairDataset
 from ..data.regions import RegionDataset
 from ..data.shards import ShardStream
-from ..data.texts import load_teacher, with_teacher
+from ..data.texts import as_tensors, load_teacher, with_teacher
 from ..modeling_mmgem import MMGEMModel
 from ..processing.image_processors_mmgem import least_side_of
 from .arguments import MMGEMTrainingArguments
@@ -62,10 +63,16 @@ def prepared_for(
 def embedded_by_teacher(
     tables: Sequence[datasets.Dataset], teacher: str, args: MMGEMTrainingArguments
 ) -> list[datasets.Dataset]:
-    """[`with_teacher`], by the first process of each machine; the others read what it has written."""
-    folder = args.feature_cache_dir or os.path.join(str(args.output_dir), "features")
+    """
+    [`with_teacher`], for which the first process of each machine alone loads the teacher; the others read what it has
+    written.
+    """
+    folder, files = args.feature_cache_dir or os.path.join(str(args.output_dir), "features"), [""] * len(tables)
     with args.main_process_first(desc="the teacher"):
-        return with_teacher(tables, load_teacher(teacher), folder)
+        if args.local_process_index == 0:
+            files = [rows.cache_files[0]["filename"] for rows in with_teacher(tables, load_teacher(teacher), folder)]
+    files = broadcast_object_list(files)  # whose names depend on the teacher
+    return [as_tensors(datasets.Dataset.from_file(file)) for file in files]
 
 
 class ExampleCounts:

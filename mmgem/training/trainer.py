@@ -15,10 +15,10 @@ from ..data.pairs import TEACHER_EMBEDS, PairDataset
 from ..data.samplers import ClusteredSampler
 from ..data.shards import ShardStream
 from ..evaluation.arguments import check_dims
-from ..modeling_mmgem import MMGEMModel, contrastive_loss, relational_distillation
+from ..modeling_mmgem import MMGEMModel, contrastive_loss
 from ..processing import MMGEMProcessor
 from .adapters import add_lora, held_in_bfloat16, lora_config
-from .arguments import DISTILLATION_TAU, MMGEMTrainingArguments, data_seed
+from .arguments import DISTILLATION_TAU, MMGEMTrainingArguments, data_seed, refuse_feature_folder
 from .checkpoints import run_settings
 from .checks import check_cached_features, check_packing, check_parallelism, check_precision, check_processor
 from .distributed import gather_ragged, gather_rows, keep_temperature_in_float32, on_device
@@ -111,8 +111,8 @@ class MMGEMTrainer(EvaluatingTrainer):
         check_precision(trained)
         if args.cache_features:
             check_cached_features(model, train_data.augmentation_scale)
-        elif args.feature_cache_dir is not None and getattr(train_data, "teacher", None) is None:
-            raise ValueError("feature_cache_dir is the folder of cached features: pass --cache_features true too.")
+        elif getattr(train_data, "teacher", None) is None:
+            refuse_feature_folder(args)
         if args.mini_batch_size and args.stage == "1":  # adapters are trained in eval mode
             refuse_dropout(trained)
         if args.torch_compile:
@@ -246,14 +246,11 @@ class MMGEMTrainer(EvaluatingTrainer):
         )
         loss = loss / self.current_gradient_accumulation_steps
         self._add_to_log("contrastive_loss", loss)
-        if TEACHER_EMBEDS not in inputs:
-            return loss
-        goals = inputs[TEACHER_EMBEDS].to(keys.dtype)
-        (all_goals,), _ = gather_rows(goals)
-        distillation = relational_distillation(keys, goals, 1 / DISTILLATION_TAU, all_keys, all_goals, offset)
-        distillation = distillation / self.current_gradient_accumulation_steps
-        self._add_to_log("distillation_loss", distillation)
-        return loss + self.args.distillation_weight * distillation
+        if TEACHER_EMBEDS in inputs:
+            texts = inputs["pair_ids"][:, 0]
+            distillation = self._distillation_loss(keys, inputs[TEACHER_EMBEDS], DISTILLATION_TAU, texts)
+            loss = loss + self.args.distillation_weight * distillation
+        return loss
 
     def _gathered_negatives(self, negatives: torch.Tensor | None, inputs: dict[str, torch.Tensor]) -> dict[str, Any]:
         """The hard negatives of all processes, of which one may have more than another."""

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from mmgem import MMGEMModel
-from mmgem.modeling_mmgem import Negatives, contrastive_loss
-from mmgem.modeling_mmgem.negatives_mmgem import hardest_of_rows, relational_distillation
+from mmgem.modeling_mmgem import Negatives, contrastive_loss, relational_distillation
+from mmgem.modeling_mmgem.negatives_mmgem import hardest_of_rows
 from tests.conftest import make_model, make_picture
 
 
@@ -197,13 +197,17 @@ def test_blocks_of_rows_change_nothing(name, monkeypatch):
 
 
 @pytest.mark.parametrize("offset", [0, 4])
-def test_distillation_equals_the_definition(offset):
+@pytest.mark.parametrize("ids", [None, [0, 1, 2, 3, 4, 5, 0, 7, 8, 9, 4, 4]], ids=["distinct", "some texts twice"])
+@pytest.mark.parametrize("rows_at_once", [12, 3])
+def test_distillation_equals_the_definition(offset, ids, rows_at_once, monkeypatch):
+    monkeypatch.setattr("mmgem.modeling_mmgem.losses_mmgem.BLOCK_SIZE", rows_at_once * 12)
     student, teacher = embeddings(3, dim=6)[0], embeddings(4, dim=9)[0].detach()
-    rows = slice(offset, offset + 4)
-    loss = relational_distillation(student[rows], teacher[rows], SCALE, student, teacher, offset)
+    rows, scale = slice(offset, offset + 4), torch.tensor(SCALE)
+    numbers = () if ids is None else (torch.tensor(ids)[rows], torch.tensor(ids))
+    loss = relational_distillation(student[rows], teacher[rows], scale, student, teacher, offset, *numbers)
     expected = 0.0
     for i in range(offset, offset + 4):
-        others = [j for j in range(12) if j != i]
+        others = [j for j in range(12) if j != i and (ids is None or ids[j] != ids[i])]
         p = (SCALE * torch.stack([teacher[i] @ teacher[j] for j in others])).softmax(0)
         q = (SCALE * torch.stack([student[i] @ student[j] for j in others])).softmax(0)
         expected = expected + (p * (p / q).log()).sum() / 4
@@ -214,4 +218,14 @@ def test_distillation_equals_the_definition(offset):
 
 def test_a_student_that_agrees_has_no_loss():
     student = embeddings(5)[0]
-    assert relational_distillation(student, student.detach(), SCALE).item() == pytest.approx(0, abs=1e-12)
+    loss = relational_distillation(student, student.detach(), torch.tensor(SCALE))
+    assert loss.item() == pytest.approx(0, abs=1e-12)
+
+
+def test_a_text_that_stands_alone_teaches_nothing():
+    """All others of the batch are the same one: no loss, and a gradient of zeros."""
+    student = embeddings(5)[0]
+    ids = torch.zeros(len(student), dtype=torch.long)
+    loss = relational_distillation(student, student.detach().flip(0), torch.tensor(SCALE), ids=ids)
+    (gradient,) = torch.autograd.grad(loss, student)
+    assert loss.item() == 0 and torch.equal(gradient, torch.zeros_like(student))

@@ -46,7 +46,7 @@ def take_step(trainer: Any, folder: Path, **more: Any) -> None:
     more = {name: value() if callable(value) else value for name, value in more.items()}
     if int(os.environ["RANK"]) == 0:
         log = next(entry for entry in trainer.state.log_history if "loss" in entry)
-        found = {name: torch.tensor(log[name]) for name in ("loss", "tau") if name in log}
+        found = {name: torch.tensor(log[name]) for name in ("loss", "tau", "distillation_loss") if name in log}
         world_size = dist.get_world_size() if dist.is_initialized() else 1
         torch.save({"gradients": gradients, "world_size": world_size, **found, **more}, folder / "gradients.pt")
     trainer.leave_process_group()

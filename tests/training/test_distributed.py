@@ -73,6 +73,9 @@ def test_other_losses_are_those_of_the_whole_batch(strategy, processes, mini_bat
     assert ("logit_scale.bias" in expected["gradients"]) == (strategy == "ddp-sigmoid")
     torch.testing.assert_close(actual["loss"], expected["loss"], atol=1e-4, rtol=1e-5)
     assert abs(float(expected["loss"] - expected["expected_loss"])) > 1e-2, "which is that of all negatives alike"
+    if strategy == "ddp-sigmoid":
+        assert expected["distillation_loss"] > 0.1
+        torch.testing.assert_close(actual["distillation_loss"], expected["distillation_loss"], atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("stage", [pytest.param("region-caption", marks=slow), "region-retrieval"])

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from mmgem import MMGEMModel
-from mmgem.data.pairs import PairDataset
+from mmgem.data.pairs import BadDataError, PairDataset
 from mmgem.training.trainer import MMGEMTrainer
 from tests.conftest import Table, make_model, make_picture
 
@@ -38,6 +38,13 @@ def test_a_negative_is_drawn_of_those_there_are_and_captions_stay_what_they_were
     assert drawn == set(CAPTIONS)
     data.table[0]["hard"] = None
     assert data[0]["negative"] is None
+
+
+def test_a_caption_that_the_teacher_does_not_know_is_named():
+    data = PairDataset(with_negatives().table)
+    data.teacher = dict.fromkeys(CAPTIONS[1:], torch.zeros(5))
+    with pytest.raises(BadDataError, match=f"the teacher has no vector of its caption '{CAPTIONS[0]}'"):
+        data.read(0)
 
 
 @pytest.mark.parametrize(("packing", "mini_batch_size"), [(False, 0), (True, 3)])
@@ -160,11 +167,15 @@ def test_from_the_command_line(train, pairs, tmp_path):  # noqa: F811
         (["--negative_caption_column", "nothing"], "no column 'nothing'"),
         (["--negative_caption_column", "captions", "--objective", "caption"], "is for L_Emb of stage 1"),
         (["--teacher", "a", "--objective", "caption"], "teacher is for --stage text-distillation, and for L_Emb"),
+        (["--teacher", "a", "--train_shards", "a.tar"], "captions before the run"),
+        (["--distillation_weight", "2"], "distillation_weight is that of a teacher's loss. Give --teacher"),
+        (["--feature_cache_dir", "a"], "pass --cache_features true too, or --teacher"),
         (["--temperature", "0.02"], "temperature is learned in stage 1"),
     ],
 )
 def test_what_cannot_be_is_said_in_a_line(train, pairs, options, message):  # noqa: F811
-    data = ["--train_file", pairs, "--caption_column", "captions", "--report_to", "none", "--max_steps", 1]
+    data = ["--caption_column", "captions", "--report_to", "none", "--max_steps", 1]
+    data += ["--train_file", pairs] if "--train_shards" not in options else []
     with pytest.raises(SystemExit) as stopped:
         train(*data, *TOWERS, "--per_device_train_batch_size", 4, "--use_cpu", "true", *options)
     assert message in str(stopped.value)
