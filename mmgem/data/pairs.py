@@ -206,9 +206,10 @@ class PairDataset(torch.utils.data.Dataset):
             cached = {"image": image, "image_id": image_id_of(content)}
         example = {**cached, "caption": captions[rng.integers(len(captions))], "captions": captions}
         if self.teacher is not None:
-            if example["caption"] not in self.teacher:
-                raise ValueError(f"the teacher has no vector of its caption {example['caption']!r}")
-            example[TEACHER_EMBEDS] = self.teacher[example["caption"]]
+            try:
+                example[TEACHER_EMBEDS] = self.teacher[example["caption"]]
+            except KeyError as error:
+                raise ValueError(f"the teacher has no vector of its caption {example['caption']!r}") from error
         if self.negative_column is not None:
             negatives = as_captions(columns[self.negative_column])
             example["negative"] = negatives[rng.integers(len(negatives))] if negatives else None

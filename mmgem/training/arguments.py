@@ -338,7 +338,7 @@ def _check_teacher(data_args: DataArguments, args: MMGEMTrainingArguments) -> No
         raise ValueError("teacher is for --stage text-distillation, and for L_Emb of stage 1. Leave it out.")
     if data_args.train_shards and args.stage == "1":
         raise ValueError(
-            "teacher embeds all captions before the run, which those of train_shards have no end of. Give a table, or "
+            "teacher embeds all captions before the run, and a stream of train_shards has no end. Give a table, or "
             "leave out --teacher."
         )
 
