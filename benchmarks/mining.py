@@ -13,7 +13,7 @@ import torch
 from common import print_result
 from torch.nn.functional import normalize
 
-from mmgem.mining import Embedded, MiningArguments, choose_negatives
+from mmgem.mining import Embedded, MiningArguments, find_negatives
 
 
 SIZES = (25_000, 50_000, 100_000)
@@ -34,7 +34,7 @@ def mine(count: int) -> None:
     before, start = peak_mib(), time.perf_counter()
     positives = torch.arange(count)[:, None].repeat(1, 2)
     options = MiningArguments(model="-", data_file="-", num_negatives=8, absolute_margin=0.0)
-    chosen = choose_negatives(Embedded(queries, keys, positives), options)
+    chosen = find_negatives(Embedded(queries, keys, positives), options)
     assert sum(map(len, chosen)) > 0
     print(2 * count * DIM * 4 / 2**20, peak_mib() - before, time.perf_counter() - start)
 

@@ -15,15 +15,18 @@ of its own (`taskset`, `OMP_NUM_THREADS=1`).
 
 import argparse
 import json
+import math
 import re
 import statistics
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import datasets
 import yaml
+from scipy.stats import t
 
 from mmgem.data.scenes import ScenesDataset
 
@@ -33,7 +36,6 @@ SAME_SPEED = {
     "plain": [],
     "margin 0.1": ["--false_negative_margin", "0.1"],
     "8 hardest": ["--hardest_negatives", "8"],
-    "margin 0.1, 8 hardest": ["--false_negative_margin", "0.1", "--hardest_negatives", "8"],
     "hardness 9": ["--hardness_weight", "9"],
     "sigmoid": ["--contrastive_loss", "sigmoid"],
     "clustered": ["--batch_sampler", "clustered", "--train_file", "{mined}"],
@@ -130,23 +132,36 @@ def measure(name: str, seed: int, options: argparse.Namespace) -> dict[str, Any]
 
 
 def table(results: dict[str, list[dict[str, Any]]]) -> list[str]:
-    """Lines of Markdown: means over seeds, ± their standard deviation, and of R@1 the difference to plain by seed."""
-    lines = [["run", "pairs", *COLUMNS, "R@1 minus plain, per seed"]]
+    """
+    Lines of Markdown: means over seeds, ± their standard deviation, and how far R@1 is from plain on the same seeds, ±
+    half of the 95 % interval (Student's t).
+    """
+    lines = [["run", "pairs"]]
+    for label in COLUMNS:
+        lines[0] += [label, "minus plain"] if label.endswith("R@1") else [label]
     for name, runs in results.items():
         base = "plain, L_Emb alone" if name.endswith("alone") else "plain"
-        plain = {run["seed"]: run["text_to_image_R@1"] for run in results.get(base, [])}
-        differences = [run["text_to_image_R@1"] - plain[run["seed"]] for run in runs if run["seed"] in plain]
-        shown = ", ".join(f"{difference:+.3f}" for difference in differences)
-        cells = [f"{runs[0]['pairs']:,}", *(_mean(runs, figure) for figure in COLUMNS.values())]
-        lines.append([name, *cells, shown if name != base else "–"])
+        plain, cells = {run["seed"]: run for run in results.get(base, [])}, []
+        for label, figure in COLUMNS.items():
+            shown = not (figure.startswith("caption") and name.endswith("alone"))
+            values = {run["seed"]: run[figure] for run in runs if shown and figure in run}
+            cells.append(_mean(list(values.values()), statistics.stdev))
+            if label.endswith("R@1"):
+                gains = [value - plain[seed][figure] for seed, value in values.items() if seed in plain]
+                cells.append("–" if name == base else _mean(gains, _half_interval, "+"))
+        lines.append([name, f"{runs[0]['pairs']:,}", *cells])
     return [f"| {' | '.join(line)} |" for line in [lines[0], ["---"] * len(lines[0]), *lines[1:]]]
 
 
-def _mean(runs: list[dict[str, Any]], figure: str) -> str:
-    values = [run[figure] for run in runs if figure in run]
-    if not values or (figure.startswith("caption") and runs[0]["run"].endswith("alone")):
+def _half_interval(values: list[float]) -> float:
+    return float(t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))
+
+
+def _mean(values: list[float], spread: Callable[[list[float]], float], sign: str = "") -> str:
+    if not values:
         return "–"
-    return f"{statistics.mean(values):.3f}" + (f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else "")
+    mean = f"{statistics.mean(values):{sign}.3f}"
+    return f"{mean} ± {spread(values):.3f}" if len(values) > 1 else mean
 
 
 def main() -> None:

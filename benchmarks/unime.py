@@ -50,8 +50,8 @@ class WithoutNegatives:
 def measure(name: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
     """Metrics of one run; from its file if it was done before."""
     file = options.output_dir / f"{name} {seed}.json"
-    if file.exists():
-        return json.loads(file.read_text())
+    if file.exists() and (found := json.loads(file.read_text()))["steps"] == options.steps:
+        return found
     with_near_misses, extra = RUNS[name]
     words = ["--config", "configs/scenes-fused-retrieval.yaml", "--init_from", options.base, "--seed", str(seed)]
     words += ["--output_dir", str(options.work_dir), "--max_steps", str(options.steps), "--use_cpu", "true"]

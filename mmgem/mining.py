@@ -57,7 +57,9 @@ class MiningArguments(TableArguments):
     num_negatives: int = option(3, "Negatives of each query; 0 mines none, where clusters alone are wanted.")
     range_min: int = option(0, "Skips so many of the nearest candidates, which may be true.")
     range_max: int | None = option(
-        None, "Looks at so many of the nearest; by default as many as are needed, or 10 for each where some may go."
+        None,
+        "Looks at so many of the nearest that are no positives; by default as many as are needed, or 10 times as many "
+        "where some may go or are drawn.",
     )
     max_score: float | None = option(None, "Highest cosine of a negative with its query.")
     min_score: float | None = option(None, "Lowest cosine.")
@@ -78,6 +80,10 @@ class MiningArguments(TableArguments):
             raise ValueError(f"{self.dataset_name} are drawn anew each time. Give --data_file, or another dataset.")
         if not self.model:
             raise ValueError("Give --model, the checkpoint to mine with.")
+        if not self.output_file.endswith(".parquet"):
+            raise ValueError(
+                f"output_file is written as parquet, got {self.output_file}. Let its name end in .parquet."
+            )
         self.require_at_least(1, "batch_size", "max_samples", "range_max")
         self.require_at_least(0, "num_negatives", "range_min", "cluster_size")
         if not self.num_negatives and not self.cluster_size:
@@ -92,7 +98,8 @@ class MiningArguments(TableArguments):
     def last_rank(self) -> int:
         """How many of the nearest candidates are looked at."""
         filters = (self.max_score, self.absolute_margin, self.relative_margin)
-        spare = 10 if any(value is not None for value in filters) else 1
+        is_choosy = self.sampling_strategy == "random" or any(value is not None for value in filters)
+        spare = 10 if is_choosy else 1
         return self.range_min + spare * self.num_negatives if self.range_max is None else self.range_max
 
 
@@ -105,7 +112,7 @@ class Embedded(NamedTuple):
     excluded: list[tuple[int, int]] = []
 
 
-def choose_negatives(found: Embedded, arguments: MiningArguments) -> list[list[int]]:
+def find_negatives(found: Embedded, arguments: MiningArguments) -> list[list[int]]:
     """The keys that are each query's hard negatives, hardest first; fewer where no more candidates are left."""
     left_out = torch.cat([found.positives, torch.tensor(found.excluded, dtype=torch.long).view(-1, 2)])
     scores, indices = nearest_others(found.queries, found.keys, left_out, arguments.last_rank)
@@ -154,9 +161,9 @@ def nearest_others(
             here = own[(own[:, 1] >= start) & (own[:, 1] < start + BLOCK[1])]
             scores[here[:, 0], here[:, 1] - start] = -torch.inf
             found = scores.topk(min(count, scores.shape[1]))
-            scores, indices = (torch.cat(x, 1) for x in zip(best, (found.values, found.indices + start)))
-            top = scores.topk(count)
-            best = top.values, indices.gather(1, top.indices)
+            both_scores, both_indices = (torch.cat(x, 1) for x in zip(best, (found.values, found.indices + start)))
+            top = both_scores.topk(count)
+            best = top.values, both_indices.gather(1, top.indices)
         all_scores.append(best[0])
         all_indices.append(best[1])
     return torch.cat(all_scores), torch.cat(all_indices)
@@ -212,7 +219,7 @@ def mine_pairs(
     if arguments.num_negatives:
         positives = [(i, column) for i, image_id in enumerate(image_ids) for column in sorted(groups[image_id])]
         embedded = Embedded(images, captions[list(first.values())], torch.tensor(positives))
-        chosen = choose_negatives(embedded, arguments)
+        chosen = find_negatives(embedded, arguments)
         rows = rows.add_column(NEGATIVE_COLUMN, [[names[i] for i in own] for own in chosen])
     if arguments.cluster_size:
         means = torch.zeros_like(images).index_add_(0, found["text_to_image"], captions)
@@ -251,7 +258,7 @@ def mine_triplets(
     )
     sources = [record.example for record in first.values()]
     pairs: list[tuple[int, int | None]] = []  # of rows
-    for query, own in zip(queries, choose_negatives(embedded, arguments)):
+    for query, own in zip(queries, find_negatives(embedded, arguments)):
         pairs += [(query.example, sources[j]) for j in own] or [(query.example, None)]
 
     def negative_of(row: dict[str, Any], index: int) -> dict[str, Any]:

@@ -117,25 +117,33 @@ def contrastive_loss(
     all_pair_ids = pair_ids if all_pair_ids is None else all_pair_ids
     own_ids = pair_ids if own_ids is None else own_ids
     if dims:
+        ids = {"pair_ids": pair_ids, "all_pair_ids": all_pair_ids, "negative_ids": negative_ids, "own_ids": own_ids}
+        others = {**ids, "offset": offset, "negatives": negatives, "logit_bias": logit_bias}
         losses = []
         for dim in (*dims, queries.shape[-1]):
-            rows, positives, columns, other_columns = (
-                shortened(embeds, dim) for embeds in (queries, keys, all_queries, all_keys)
-            )
+            rows, positives, *columns = (shortened(x, dim) for x in (queries, keys, all_queries, all_keys))
             hard = None if negative_keys is None else shortened(negative_keys, dim)
-            ids = (offset, pair_ids, all_pair_ids, (), hard, negative_ids, own_ids)
-            losses.append(
-                contrastive_loss(rows, positives, logit_scale, columns, other_columns, *ids, negatives, logit_bias)
-            )
+            losses.append(contrastive_loss(rows, positives, logit_scale, *columns, negative_keys=hard, **others))
         return torch.stack(losses).mean()
+    columns_of_rows = torch.arange(len(queries), device=queries.device) + offset
 
     def loss_of(block: slice) -> torch.Tensor:
-        arguments = (
-            *(queries[block], keys[block], logit_scale, all_queries, all_keys, offset + block.start),
-            *((None, None) if pair_ids is None else (pair_ids[block], all_pair_ids)),
-            *(negative_keys, negative_ids, None if own_ids is None else own_ids[block], negatives, logit_bias),
-        )
-        return _block_loss(*arguments)
+        """Both cross-entropies, or SigLIP's loss, summed over a block of rows."""
+        targets, duplicates, is_own = columns_of_rows[block], None, None
+        if pair_ids is not None and all_pair_ids is not None:
+            duplicates = _share_a_number(pair_ids[block], all_pair_ids).scatter_(1, targets[:, None], False)
+        of_queries = similarity_logits(queries[block], all_keys, logit_scale, duplicates)
+        if negative_keys is not None:
+            if own_ids is not None and negative_ids is not None:
+                is_own = _share_a_number(own_ids[block], negative_ids[:, None].expand(-1, own_ids.shape[1]))
+            hard = similarity_logits(queries[block], negative_keys, logit_scale, is_own)
+            of_queries = torch.cat([of_queries, hard], 1)
+        forth = choose_negatives(of_queries, targets, logit_scale, negatives)
+        if logit_bias is not None:
+            return sigmoid_loss(*forth, logit_bias)
+        of_keys = similarity_logits(keys[block], all_queries, logit_scale, duplicates)
+        back = choose_negatives(of_keys, targets, logit_scale, negatives)
+        return F.cross_entropy(*forth, reduction="sum") + F.cross_entropy(*back, reduction="sum")
 
     count = len(all_keys) + (0 if negative_keys is None else len(negative_keys))
     return _sum_of_blocks(loss_of, len(queries), count) / len(queries)
@@ -154,45 +162,6 @@ def _sum_of_blocks(loss_of: Callable[[slice], torch.Tensor], rows: int, columns:
 def shortened(embeds: torch.Tensor, dim: int) -> torch.Tensor:
     """The first `dim` numbers of `(…, D)`, with unit norm; at full length the same tensor."""
     return embeds if dim == embeds.shape[-1] else F.normalize(embeds[..., :dim], dim=-1)
-
-
-def _block_loss(
-    queries: torch.Tensor,
-    keys: torch.Tensor,
-    logit_scale: torch.Tensor,
-    all_queries: torch.Tensor,
-    all_keys: torch.Tensor,
-    offset: int,
-    pair_ids: torch.Tensor | None,
-    all_pair_ids: torch.Tensor | None,
-    negative_keys: torch.Tensor | None,
-    negative_ids: torch.Tensor | None,
-    own_ids: torch.Tensor | None,
-    negatives: Negatives,
-    logit_bias: torch.Tensor | None,
-) -> torch.Tensor:
-    """Both cross-entropies, or SigLIP's loss, summed over a block of rows."""
-    targets = torch.arange(len(queries), device=queries.device) + offset
-    duplicates = None
-    if pair_ids is not None and all_pair_ids is not None:
-        duplicates = _share_a_number(pair_ids, all_pair_ids).scatter_(1, targets[:, None], False)
-
-    def logits_of(rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
-        logits = similarity_logits(rows, columns, logit_scale)
-        return logits if duplicates is None else logits.masked_fill(duplicates, -torch.inf)
-
-    of_queries = logits_of(queries, all_keys)
-    if negative_keys is not None:
-        logits = similarity_logits(queries, negative_keys, logit_scale)
-        if own_ids is not None and negative_ids is not None:
-            is_own = _share_a_number(own_ids, negative_ids[:, None].expand(-1, own_ids.shape[1]))
-            logits = logits.masked_fill(is_own, -torch.inf)
-        of_queries = torch.cat([of_queries, logits], 1)
-    forth = choose_negatives(of_queries, targets, logit_scale, negatives)
-    if logit_bias is not None:
-        return sigmoid_loss(*forth, logit_bias)
-    back = choose_negatives(logits_of(keys, all_queries), targets, logit_scale, negatives)
-    return F.cross_entropy(*forth, reduction="sum") + F.cross_entropy(*back, reduction="sum")
 
 
 def _share_a_number(ids: torch.Tensor, other_ids: torch.Tensor) -> torch.Tensor:
@@ -240,7 +209,7 @@ def relational_distillation(
         if ids is not None and all_ids is not None:
             own |= ids[block, None] == all_ids
         log_student, log_teacher = (
-            similarity_logits(rows[block], columns, logit_scale).masked_fill(own, -torch.inf).log_softmax(1)
+            similarity_logits(rows[block], columns, logit_scale, own).log_softmax(1)
             for rows, columns in ((embeds, all_embeds), (teacher_embeds, all_teacher_embeds))
         )
         return (log_teacher.exp() * (log_teacher - log_student)).masked_fill(own, 0.0).sum()
@@ -248,14 +217,17 @@ def relational_distillation(
     return _sum_of_blocks(loss_of, len(embeds), len(all_embeds)) / len(embeds)
 
 
-def similarity_logits(queries: torch.Tensor, keys: torch.Tensor, logit_scale: torch.Tensor) -> torch.Tensor:
+def similarity_logits(
+    queries: torch.Tensor, keys: torch.Tensor, logit_scale: torch.Tensor, left_out: torch.Tensor | None = None
+) -> torch.Tensor:
     """
     Scaled cosine similarities `(N, M)` in float32 at least, under autocast too: at 1 / tau = 100 the eight bits of
-    bfloat16 leave steps of half a nat.
+    bfloat16 leave steps of half a nat. -inf where `left_out` `(N, M)` is true.
     """
     dtype = torch.promote_types(queries.dtype, torch.float32)
     with torch.autocast(queries.device.type, enabled=False):
-        return logit_scale.to(dtype) * queries.to(dtype) @ keys.to(dtype).T
+        logits = logit_scale.to(dtype) * queries.to(dtype) @ keys.to(dtype).T
+    return logits if left_out is None else logits.masked_fill(left_out, -torch.inf)
 
 
 def scale_logits(logits: torch.Tensor, text_config: Any) -> torch.Tensor:

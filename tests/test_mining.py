@@ -13,7 +13,7 @@ from mmgem import mining
 from mmgem.data.pairs import PairDataset
 from mmgem.data.samplers import ClusteredSampler
 from mmgem.data.triplets import TripletDataset
-from mmgem.mining import Embedded, MiningArguments, choose_negatives, clusters_of, main, nearest_others
+from mmgem.mining import Embedded, MiningArguments, clusters_of, find_negatives, main, nearest_others
 from mmgem.training.adapters import add_fused_adapter, lora_config
 from tests.conftest import CORPUS, Table, make_model, make_picture
 
@@ -48,7 +48,7 @@ def test_no_more_candidates_than_there_are():
     scores, indices = nearest_others(unit(2, 4), unit(3, 4, seed=1), torch.tensor([[0, 1]]), 5)
     assert scores.isinf().sum(1).tolist() == [3, 2]
     assert 1 not in indices[0, :2].tolist()
-    found = choose_negatives(Embedded(unit(2, 4), unit(3, 4, seed=1), torch.tensor([[0, 1], [1, 0]])), options())
+    found = find_negatives(Embedded(unit(2, 4), unit(3, 4, seed=1), torch.tensor([[0, 1], [1, 0]])), options())
     assert [len(row) for row in found] == [2, 2]
 
 
@@ -89,7 +89,7 @@ def test_the_same_negatives_as_sentence_transformers(name, seed, capsys):
     mined = mine_hard_negatives(table, model, **settings, output_format="n-tuple", verbose=False)
     columns = [f"negative_{i + 1}" for i in range(settings["num_negatives"])] if settings["num_negatives"] > 1 else []
     expected = {row["anchor"]: [row[column] for column in columns] for row in mined}
-    found = choose_negatives(Embedded(queries, keys, torch.arange(80)[:, None].repeat(1, 2)), options(**settings))
+    found = find_negatives(Embedded(queries, keys, torch.arange(80)[:, None].repeat(1, 2)), options(**settings))
     assert expected, "there is something to compare"
     whole = {f"q{i}": [f"k{j}" for j in own] for i, own in enumerate(found) if len(own) == settings["num_negatives"]}
     assert whole == expected
@@ -97,12 +97,14 @@ def test_the_same_negatives_as_sentence_transformers(name, seed, capsys):
 
 def test_random_candidates_are_of_the_range_and_the_same_again():
     found = Embedded(unit(50, 8), unit(200, 8, seed=1), torch.arange(50)[:, None].repeat(1, 2))
-    chosen = choose_negatives(found, options(sampling_strategy="random", range_min=5, range_max=25))
+    chosen = find_negatives(found, options(sampling_strategy="random", range_min=5, range_max=25))
     top = nearest_others(found.queries, found.keys, found.positives, 25)[1]
     assert all(set(own) <= set(row[5:].tolist()) for own, row in zip(chosen, top))
     assert len({tuple(own) for own in chosen}) > 40
-    assert chosen == choose_negatives(found, options(sampling_strategy="random", range_min=5, range_max=25))
-    assert chosen != choose_negatives(found, options(sampling_strategy="random", range_min=5, range_max=25, seed=1))
+    assert chosen == find_negatives(found, options(sampling_strategy="random", range_min=5, range_max=25))
+    assert chosen != find_negatives(found, options(sampling_strategy="random", range_min=5, range_max=25, seed=1))
+    by_default = [find_negatives(found, options(sampling_strategy="random", seed=seed)) for seed in range(2)]
+    assert by_default[0] != by_default[1], "without range_max there is a choice too"
 
 
 def test_what_is_excluded_is_no_positive_by_whose_cosine_the_margin_goes():
@@ -110,7 +112,7 @@ def test_what_is_excluded_is_no_positive_by_whose_cosine_the_margin_goes():
     keys = torch.nn.functional.normalize(keys, dim=-1)
     query = torch.nn.functional.normalize(torch.tensor([[0.8, 0.3, 0.5]]), dim=-1)
     found = Embedded(query, keys, torch.tensor([[0, 0]]), [(0, 1)])
-    (chosen,) = choose_negatives(found, options(absolute_margin=0.01, range_max=4))
+    (chosen,) = find_negatives(found, options(absolute_margin=0.01, range_max=4))
     assert chosen == [3, 2], (
         "by the positive's 0.81, not by the 0.30 of what is excluded, whose threshold 2 would miss"
     )
@@ -257,6 +259,7 @@ def test_targets_of_other_queries_whatever_they_are(processor, tmp_path, capsys)
         (["--model", "m", "--dataset_name", "scenes"], "scenes are drawn anew"),
         (["--model", "m", "--data_file", "d.csv", "--num_negatives", "0"], "nothing is to be done"),
         (["--model", "m", "--data_file", "d.csv", "--range_min", "4", "--range_max", "5"], "fewer than 3"),
+        (["--model", "m", "--data_file", "d.csv", "--output_file", "d.jsonl"], "output_file must end in .parquet"),
         (["--model", "m", "--data_file", "d.csv"], "There is no file d.csv"),
         (["--model", "m", "--data_file", "d.csv", "--num_negative", "3"], "did you mean 'num_negatives'"),
     ],

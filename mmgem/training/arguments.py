@@ -41,7 +41,7 @@ NOT_OF_STAGE = {
     "fused-retrieval": ("cache_features", "train_sampling_strategy"),
     "text-distillation": (
         *("cache_features", "matryoshka_dims", "false_negative_margin", "hardest_negatives", "hardness_weight"),
-        *("push_to_hub", "dry_run", "torch_compile"),
+        *("caption_loss_weight", "push_to_hub", "dry_run", "torch_compile"),
     ),
 }
 
@@ -300,6 +300,8 @@ def parse_arguments(
     for name in ("text_columns", "teacher_column"):
         if getattr(data_args, name) and args.stage != "text-distillation":
             raise ValueError(f"{name} is of texts, for --stage text-distillation.")
+    if args.stage != "text-distillation" and args.distillation_prompt != MMGEMTrainingArguments.distillation_prompt:
+        raise ValueError("distillation_prompt is for --stage text-distillation: elsewhere [EMB] embeds a text.")
     if data_args.teacher is not None:
         _check_teacher(data_args, args)
     else:

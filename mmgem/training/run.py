@@ -71,7 +71,8 @@ def build_trainer(
         train_dataset.teacher = TeacherVectors(embedded)
     model, processor = build_model_and_processor(model_args, train_dataset, data_args.max_length, checkpoint)
     parameters = model.num_parameters()
-    model_settings = {**vars(model_args), "teacher": data_args.teacher}
+    of_the_loss = ("teacher", "negative_caption_column")
+    model_settings = {**vars(model_args), **{name: getattr(data_args, name) for name in of_the_loss}}
     if args.stage != "1":
         del model_settings["init_from"]  # the adapter recognizes its base, which may have been moved
     trainer = trainer_class(

@@ -41,7 +41,9 @@ class TextCollator:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt: str, max_length: int, part_size: int = 0):
         self.tokenizer = tokenizer
-        self.prompt_ids = tokenizer(f" {prompt}".rstrip(), add_special_tokens=False)["input_ids"] if prompt else []
+        # As behind a text: at the start of one, some tokenizers put a space of their own.
+        word, both = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("a", f"a {prompt}".rstrip()))
+        self.prompt_ids = both[len(word) :]
         opening = opening_token(tokenizer)
         self.opening_ids = [] if opening is None else [tokenizer.convert_tokens_to_ids(opening)]
         self.text_length = max_length - len(self.opening_ids) - len(self.prompt_ids)

@@ -22,25 +22,47 @@ def embeddings(seed=0, count=12, dim=6, noise=1.5):
     return [torch.nn.functional.normalize(x, dim=-1).requires_grad_() for x in (texts, images)]
 
 
-def looped(queries, keys, negatives, left_out=(), scale=SCALE):
-    """One direction as the papers write it: a list of negatives per row. Cosines in weights have no gradient."""
+def row_of_loop(i, queries, keys, negatives, extra=(), left_out=()):
+    """
+    A row as the papers write it: cosine of the positive, and a list of the negatives' logits. Columns from `len(keys)`
+    on are `extra` ones. Cosines in weights have no gradient.
+    """
+    positive = queries[i] @ keys[i]
+    columns = [j for j in range(len(keys) + len(extra)) if j != i and (i, j) not in left_out]
+    cosines = [queries[i] @ (keys[j] if j < len(keys) else extra[j - len(keys)]) for j in columns]
+    if negatives.margin is not None:
+        cosines = [cosine for cosine in cosines if cosine.item() <= positive.item() + negatives.margin]
+    logits = [SCALE * cosine + negatives.hardness * cosine.item() for cosine in cosines]
+    if negatives.hardest:
+        logits.sort(key=lambda logit: -logit.item())
+        logits = [logits[n % len(logits)] for n in range(negatives.hardest)] if logits else []
+    return positive, logits
+
+
+def looped(queries, keys, negatives, extra=(), left_out=()):
+    """One direction of InfoNCE."""
     total = 0.0
     for i in range(len(queries)):
-        positive = queries[i] @ keys[i]
-        kept = []
-        for j in range(len(keys)):
-            if j == i or (i, j) in left_out:
-                continue
-            cosine = queries[i] @ keys[j]
-            if negatives.margin is not None and cosine.item() > positive.item() + negatives.margin:
-                continue
-            kept.append(scale * cosine + negatives.hardness * cosine.item())
-        if negatives.hardest:
-            kept.sort(key=lambda logit: -logit.item())
-            kept = [kept[n % len(kept)] for n in range(negatives.hardest)] if kept else []
-        logits = torch.stack([scale * positive, *kept])
+        positive, others = row_of_loop(i, queries, keys, negatives, extra, left_out)
+        logits = torch.stack([SCALE * positive, *others])
         total = total + logits.logsumexp(0) - logits[0]
     return total / len(queries)
+
+
+def looped_sigmoid(queries, keys, negatives, bias, extra=(), left_out=()):
+    """SigLIP's loss (equation 1), pair by pair."""
+    total = 0.0
+    for i in range(len(queries)):
+        positive, others = row_of_loop(i, queries, keys, negatives, extra, left_out)
+        total = total - (SCALE * positive + bias).sigmoid().log()
+        total = total - sum((-(logit + bias)).sigmoid().log() for logit in others)
+    return total / len(queries)
+
+
+def assert_gradients_equal(loss, expected, leaves):
+    torch.testing.assert_close(loss.double(), expected, atol=1e-8, rtol=1e-8)
+    for one, other in zip(torch.autograd.grad(loss, leaves), torch.autograd.grad(expected, leaves), strict=True):
+        torch.testing.assert_close(one, other, atol=1e-8, rtol=0)
 
 
 CASES = {
@@ -60,36 +82,16 @@ def test_loss_and_gradients_equal_the_loop(name, seed):
     texts, images = embeddings(seed)
     loss = contrastive_loss(texts, images, torch.tensor(SCALE, dtype=torch.float64), negatives=CASES[name])
     expected = looped(texts, images, CASES[name]) + looped(images, texts, CASES[name])
-    torch.testing.assert_close(loss.double(), expected, atol=1e-8, rtol=1e-8)
-    found, right = (torch.autograd.grad(value, (texts, images)) for value in (loss, expected))
-    for one, other in zip(found, right):
-        torch.testing.assert_close(one, other, atol=1e-8, rtol=1e-6)
+    assert_gradients_equal(loss, expected, (texts, images))
     plain = contrastive_loss(texts, images, torch.tensor(SCALE, dtype=torch.float64))
     assert abs(float(loss - plain)) > 1e-6, "the option has an effect"
 
 
-def looped_sigmoid(queries, keys, negatives, bias, extra=(), left_out=()):
-    """SigLIP's loss (equation 1), pair by pair."""
-    total = 0.0
-    for i in range(len(queries)):
-        positive = queries[i] @ keys[i]
-        total = total - (SCALE * positive + bias).sigmoid().log()
-        others = [(queries[i] @ keys[j]) for j in range(len(keys)) if j != i and (i, j) not in left_out]
-        others += [queries[i] @ key for k, key in enumerate(extra) if (i, len(keys) + k) not in left_out]
-        if negatives.margin is not None:
-            others = [cosine for cosine in others if cosine.item() <= positive.item() + negatives.margin]
-        logits = [SCALE * cosine + negatives.hardness * cosine.item() for cosine in others]
-        if negatives.hardest:
-            logits.sort(key=lambda logit: -logit.item())
-            logits = [logits[n % len(logits)] for n in range(negatives.hardest)] if logits else []
-        total = total - sum((-(logit + bias)).sigmoid().log() for logit in logits)
-    return total / len(queries)
-
-
 @pytest.mark.parametrize("name", ["plain", *CASES])
+@pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
 @pytest.mark.parametrize("seed", range(3))
-def test_sigmoid_loss_and_gradients_equal_the_loop(name, seed, monkeypatch):
-    """With pairs that are no negatives of each other, and hard negatives of which one is a row's own text."""
+def test_hard_negatives_and_their_gradients_equal_the_loop(name, kind, seed, monkeypatch):
+    """With pairs that are no negatives of each other; two of the hard negatives are rows' own texts."""
     negatives = CASES.get(name, Negatives())
     texts, images = embeddings(seed)
     extra = embeddings(seed + 10, count=3)[0]
@@ -103,14 +105,16 @@ def test_sigmoid_loss_and_gradients_equal_the_loop(name, seed, monkeypatch):
         negative_keys=extra,
         negative_ids=torch.tensor([7, 999, 102]),
         negatives=negatives,
-        logit_bias=bias,
+        logit_bias=bias if kind == "sigmoid" else None,
     )
-    left_out = {(4, 5), (5, 4), (7, 12), (2, 14)}
-    expected = looped_sigmoid(texts, images, negatives, bias, extra, left_out)
-    torch.testing.assert_close(loss.double(), expected, atol=1e-8, rtol=1e-8)
-    leaves = (texts, images, extra, bias)
-    for one, other in zip(torch.autograd.grad(loss, leaves), torch.autograd.grad(expected, leaves)):
-        torch.testing.assert_close(one, other, atol=1e-8, rtol=1e-6)
+    twice = {(4, 5), (5, 4)}
+    left_out, leaves = {*twice, (7, 12), (2, 14)}, [texts, images, extra]
+    if kind == "sigmoid":
+        expected = looped_sigmoid(texts, images, negatives, bias, extra, left_out)
+        leaves.append(bias)
+    else:
+        expected = looped(texts, images, negatives, extra, left_out) + looped(images, texts, negatives, (), twice)
+    assert_gradients_equal(loss, expected, leaves)
 
 
 def test_sigmoid_loss_is_that_of_transformers(processor):
@@ -143,10 +147,9 @@ def test_a_pair_twice_is_no_negative_and_never_stands_in_for_one():
     texts, images = embeddings(1)
     ids = torch.arange(12)[:, None].repeat(1, 2)
     ids[5] = ids[4]
-    left_out = {(4, 5), (5, 4)}
-    negatives = Negatives(margin=0.1, hardest=8)
+    negatives, twice = Negatives(margin=0.1, hardest=8), {(4, 5), (5, 4)}
     loss = contrastive_loss(texts, images, torch.tensor(SCALE, dtype=torch.float64), pair_ids=ids, negatives=negatives)
-    expected = looped(texts, images, negatives, left_out) + looped(images, texts, negatives, left_out)
+    expected = looped(texts, images, negatives, (), twice) + looped(images, texts, negatives, (), twice)
     torch.testing.assert_close(loss.double(), expected, atol=1e-8, rtol=1e-8)
 
 
@@ -211,9 +214,7 @@ def test_distillation_equals_the_definition(offset, ids, rows_at_once, monkeypat
         p = (SCALE * torch.stack([teacher[i] @ teacher[j] for j in others])).softmax(0)
         q = (SCALE * torch.stack([student[i] @ student[j] for j in others])).softmax(0)
         expected = expected + (p * (p / q).log()).sum() / 4
-    torch.testing.assert_close(loss, expected, atol=1e-8, rtol=1e-8)
-    found, right = (torch.autograd.grad(value, student)[0] for value in (loss, expected))
-    torch.testing.assert_close(found, right, atol=1e-8, rtol=1e-6)
+    assert_gradients_equal(loss, expected, (student,))
 
 
 def test_a_student_that_agrees_has_no_loss():

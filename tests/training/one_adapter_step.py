@@ -52,8 +52,10 @@ def main(strategy: str, stage: str, features: str, folder: Path) -> None:
     image_processor = CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
     processor = MMGEMProcessor(image_processor, to_mmgem_tokenizer(train_tokenizer(CORPUS, 320)), max_length=200)
     model = make_model(processor)
+    unime = {"false_negative_margin": 0.05, "hardest_negatives": 5, "temperature": 0.05}
     args = training_arguments(
         strategy,
+        **({} if stage == "region-caption" else unime),
         output_dir=str(folder),
         stage=stage,
         cache_features=features == "cached",

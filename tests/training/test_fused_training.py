@@ -17,7 +17,7 @@ from mmgem.data.pairs import PairDataset
 from mmgem.data.triplets import TripletDataset
 from mmgem.evaluation.__main__ import main
 from mmgem.evaluation.fused import evaluate_fused
-from mmgem.modeling_mmgem import contrastive_loss
+from mmgem.modeling_mmgem import Negatives, contrastive_loss
 from mmgem.modeling_mmgem.adapters_mmgem import FUSED_ADAPTER
 from mmgem.training.adapters import lora_config
 from mmgem.training.arguments import MMGEMTrainingArguments, parse_arguments
@@ -69,9 +69,14 @@ def test_only_the_matrices_move_and_the_model_stays_as_it_was(processor, tmp_pat
     assert json.loads((tmp_path / "adapter_config.json").read_text())["auto_mapping"]["stage"] == FUSED_ADAPTER
 
 
-def test_loss_is_that_of_embeddings_computed_one_by_one(processor, tmp_path):
+UNIME = {"false_negative_margin": 0.0, "hardest_negatives": 4, "temperature": 0.05}
+
+
+@pytest.mark.parametrize("options", [{}, UNIME, {**UNIME, "mini_batch_size": 3}], ids=["plain", "UniME", "cached"])
+def test_loss_is_that_of_embeddings_computed_one_by_one(processor, tmp_path, options):
+    """Plain by hand; with margin, hardest negatives and tau by the loss that stands against loops elsewhere."""
     model, data = make_model(processor), triplets()
-    args = arguments(tmp_path, max_steps=1, learning_rate=0.0, matryoshka_dims=[8])
+    args = arguments(tmp_path, max_steps=1, learning_rate=0.0, matryoshka_dims=[8], **options)
     trainer = FusedTrainer(model, args, processor, data)
     trainer.train()
     logged = trainer.state.log_history[0]["contrastive_loss"]
@@ -86,13 +91,15 @@ def test_loss_is_that_of_embeddings_computed_one_by_one(processor, tmp_path):
     examples = [data[i] for i in range(8)]
     queries, targets = (torch.cat([embed(example[side]) for example in examples]) for side in ("query", "target"))
     negatives = torch.cat([embed(example["negative"]) for example in examples if example["negative"] is not None])
-    losses = []
+    scale, right, losses = model.logit_scale.scale.detach(), torch.arange(8), {True: [], False: []}
     for dim in (8, 16):
         q, t, n = (torch.nn.functional.normalize(part[:, :dim], dim=-1) for part in (queries, targets, negatives))
-        scale = model.logit_scale.scale.detach()
-        right = torch.arange(8)
-        losses.append(cross_entropy(scale * q @ torch.cat([t, n]).T, right) + cross_entropy(scale * t @ q.T, right))
-    assert logged == pytest.approx(float(sum(losses) / 2), rel=1e-4)
+        plain = cross_entropy(scale * q @ torch.cat([t, n]).T, right) + cross_entropy(scale * t @ q.T, right)
+        chosen = contrastive_loss(q, t, torch.tensor(20.0), negative_keys=n, negatives=Negatives(0.0, hardest=4))
+        losses[False].append(plain)
+        losses[True].append(chosen)
+    assert logged == pytest.approx(float(sum(losses[bool(options)]) / 2), rel=1e-4)
+    assert logged != pytest.approx(float(sum(losses[not options]) / 2), rel=1e-2)
 
 
 def test_a_negative_that_is_the_rows_own_target_is_none_of_it():

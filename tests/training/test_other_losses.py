@@ -144,7 +144,11 @@ def test_from_the_command_line(train, pairs, tmp_path):  # noqa: F811
     data = ["--train_file", pairs, "--validation_file", pairs, "--caption_column", "captions", "--report_to", "none"]
     data += ["--negative_caption_column", "negative_caption", "--max_steps", 2, "--caption_samples", 0]
     data += ["--per_device_train_batch_size", 4, "--use_cpu", "true", "--batch_sampler", "clustered"]
-    train(*data, *TOWERS, "--output_dir", "first", "--contrastive_loss", "sigmoid")
+    run = [*TOWERS, "--output_dir", "first", "--contrastive_loss", "sigmoid", "--save_strategy", "steps"]
+    train(*data, *run)
+    others = [word for word in data if "negative_caption" not in str(word)]
+    with pytest.raises(SystemExit, match="negative_caption_column 'negative_caption', not None"):
+        train(*others, *run, "--resume_from_checkpoint", "true")
     first = MMGEMModel.from_pretrained(tmp_path / "first")
     assert first.config.logit_bias_init_value == -10 and first.logit_scale.bias.item() != -10
     assert first.logit_scale.scale.item() == pytest.approx(10, rel=0.1)
@@ -171,6 +175,7 @@ def test_from_the_command_line(train, pairs, tmp_path):  # noqa: F811
         (["--distillation_weight", "2"], "distillation_weight is that of a teacher's loss. Give --teacher"),
         (["--feature_cache_dir", "a"], "pass --cache_features true too, or --teacher"),
         (["--temperature", "0.02"], "temperature is learned in stage 1"),
+        (["--distillation_prompt", "In a word:"], "distillation_prompt is for --stage text-distillation"),
     ],
 )
 def test_what_cannot_be_is_said_in_a_line(train, pairs, options, message):  # noqa: F811

@@ -16,6 +16,7 @@ from mmgem.data.collator import MODEL_INPUTS
 from mmgem.data.pairs import BadDataError
 from mmgem.data.regions import RegionDataset
 from mmgem.evaluation.regions import evaluate_regions
+from mmgem.modeling_mmgem import Negatives, contrastive_loss
 from mmgem.modeling_mmgem.adapters_mmgem import REGION_ADAPTERS
 from mmgem.training.adapters import add_lora, add_region_adapter
 from mmgem.training.arguments import MMGEMTrainingArguments
@@ -201,6 +202,25 @@ def test_equal_phrases_are_no_negatives_and_regions_of_a_picture_are(processor, 
             columns = [j for j, other in enumerate(phrases) if j == i or other != phrase]
             expected += torch.logsumexp(matrix[i, columns], 0) - matrix[i, i]
     torch.testing.assert_close(loss, expected / len(phrases), atol=1e-4, rtol=0)
+
+
+def test_retrieval_has_the_negatives_and_the_temperature_of_the_options(processor, tmp_path):
+    dataset, model = four_pictures(), make_model(processor)
+    options = {"false_negative_margin": 0.0, "hardness_weight": 3.0, "temperature": 0.05}
+    args = arguments(tmp_path, "region-retrieval", max_steps=1, learning_rate=0.0, **options)
+    trainer = RegionTrainer(model, args, processor, dataset)
+    trainer.current_gradient_accumulation_steps = 1
+    batch = trainer.data_collator([dataset[i] for i in range(4)])
+    with torch.no_grad():
+        loss = trainer.compute_loss(model, batch)
+        regions = model.get_embedding(pixel_values=batch["pixel_values"], boxes=batch["boxes"]).flatten(0, 1)
+        phrases = [phrase for i in range(4) for phrase in dataset[i]["phrases"]]
+        texts = model.get_embedding(**processor(text=phrases, return_tensors="pt"))
+    negatives = Negatives(margin=0.0, hardness=3.0)
+    expected = contrastive_loss(regions, texts, torch.tensor(20.0), negatives=negatives)
+    torch.testing.assert_close(loss, expected, atol=1e-4, rtol=0)
+    for scale, other in ((20.0, Negatives()), (float(model.logit_scale.scale), negatives)):
+        assert abs(contrastive_loss(regions, texts, torch.tensor(scale), negatives=other) - loss) > 0.01
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -9,6 +9,7 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig
 from scipy.stats import spearmanr
+from tokenizers import normalizers
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -67,6 +68,15 @@ def test_a_text_is_embedded_at_the_last_token_of_the_prompt_behind_it(base_token
         with torch.no_grad():
             state = model(input_ids=ids).last_hidden_state[0, -1]
         torch.testing.assert_close(found[i], state / state.norm(), atol=1e-5, rtol=0)
+
+
+def test_the_prompt_stands_behind_a_text_in_tokenizers_that_start_every_text_with_a_space():
+    """As that of Llama 2 does."""
+    tokenizer = train_tokenizer(CORPUS, 320)
+    spaces = [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    tokenizer.backend_tokenizer.normalizer = normalizers.Sequence(spaces)
+    (part,) = TextCollator(tokenizer, PROMPT, 60).parts(["a dog"])
+    assert part["input_ids"][0].tolist() == tokenizer(f"a dog {PROMPT}")["input_ids"]
 
 
 @pytest.mark.parametrize("start_token", [None, "<|endoftext|>"], ids=["its BOS", "the start of a document"])
@@ -278,6 +288,7 @@ def test_stage_1_learns_from_a_teacher_of_captions(train, pairs, teacher, tmp_pa
         ({"--text_model_name_or_path": None}, "give --text_model_name_or_path"),
         ({"--image_size": 32}, "image_size has no effect in --stage text-distillation"),
         ({"--hardest_negatives": 8}, "hardest_negatives is for other stages"),
+        ({"--caption_loss_weight": 2}, "caption_loss_weight is for other stages"),
         ({"--temperature": 0}, "temperature must be above 0, got 0"),
         ({"--teacher": "no/such/folder"}, "--teacher no/such/folder is no model of sentence-transformers"),
         ({"--max_length": 9}, "max_length 9 leaves no room"),
