@@ -118,12 +118,14 @@ def contrastive_loss(
     own_ids = pair_ids if own_ids is None else own_ids
     if dims:
         ids = {"pair_ids": pair_ids, "all_pair_ids": all_pair_ids, "negative_ids": negative_ids, "own_ids": own_ids}
-        others = {**ids, "offset": offset, "negatives": negatives, "logit_bias": logit_bias}
+        others: dict[str, Any] = {**ids, "offset": offset, "negatives": negatives, "logit_bias": logit_bias}
         losses = []
         for dim in (*dims, queries.shape[-1]):
-            rows, positives, *columns = (shortened(x, dim) for x in (queries, keys, all_queries, all_keys))
-            hard = None if negative_keys is None else shortened(negative_keys, dim)
-            losses.append(contrastive_loss(rows, positives, logit_scale, *columns, negative_keys=hard, **others))
+            rows, positives, columns, other_columns = (
+                shortened(embeds, dim) for embeds in (queries, keys, all_queries, all_keys)
+            )
+            others["negative_keys"] = None if negative_keys is None else shortened(negative_keys, dim)
+            losses.append(contrastive_loss(rows, positives, logit_scale, columns, other_columns, **others))
         return torch.stack(losses).mean()
     columns_of_rows = torch.arange(len(queries), device=queries.device) + offset
 
