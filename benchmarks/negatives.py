@@ -141,10 +141,13 @@ def table(results: dict[str, list[dict[str, Any]]]) -> list[str]:
         lines[0] += [label, "minus plain"] if label.endswith("R@1") else [label]
     for name, runs in results.items():
         base = "plain, L_Emb alone" if name.endswith("alone") else "plain"
-        plain, cells = {run["seed"]: run for run in results.get(base, [])}, []
+        plain = {run["seed"]: run for run in results.get(base, [])}
+        cells = []
         for label, figure in COLUMNS.items():
-            shown = not (figure.startswith("caption") and name.endswith("alone"))
-            values = {run["seed"]: run[figure] for run in runs if shown and figure in run}
+            if figure.startswith("caption") and name.endswith("alone"):
+                cells.append("–")
+                continue
+            values = {run["seed"]: run[figure] for run in runs if figure in run}
             cells.append(_mean(list(values.values()), statistics.stdev))
             if label.endswith("R@1"):
                 gains = [value - plain[seed][figure] for seed, value in values.items() if seed in plain]

@@ -58,8 +58,8 @@ class MiningArguments(TableArguments):
     range_min: int = option(0, "Skips so many of the nearest candidates, which may be true.")
     range_max: int | None = option(
         None,
-        "Looks at so many of the nearest that are no positives; by default as many as are needed, or 10 times as many "
-        "where some may go or are drawn.",
+        "How many of the nearest that are no positives are candidates. By default range_min + num_negatives, or "
+        "range_min + 10 x num_negatives with max_score, a margin or random sampling.",
     )
     max_score: float | None = option(None, "Highest cosine of a negative with its query.")
     min_score: float | None = option(None, "Lowest cosine.")
@@ -81,9 +81,7 @@ class MiningArguments(TableArguments):
         if not self.model:
             raise ValueError("Give --model, the checkpoint to mine with.")
         if not self.output_file.endswith(".parquet"):
-            raise ValueError(
-                f"output_file is written as parquet, got {self.output_file}. Let its name end in .parquet."
-            )
+            raise ValueError(f"output_file must end in .parquet, got {self.output_file}.")
         self.require_at_least(1, "batch_size", "max_samples", "range_max")
         self.require_at_least(0, "num_negatives", "range_min", "cluster_size")
         if not self.num_negatives and not self.cluster_size:
@@ -98,8 +96,8 @@ class MiningArguments(TableArguments):
     def last_rank(self) -> int:
         """How many of the nearest candidates are looked at."""
         filters = (self.max_score, self.absolute_margin, self.relative_margin)
-        is_choosy = self.sampling_strategy == "random" or any(value is not None for value in filters)
-        spare = 10 if is_choosy else 1
+        needs_spare = self.sampling_strategy == "random" or any(value is not None for value in filters)
+        spare = 10 if needs_spare else 1
         return self.range_min + spare * self.num_negatives if self.range_max is None else self.range_max
 
 

@@ -117,25 +117,35 @@ def contrastive_loss(
     all_pair_ids = pair_ids if all_pair_ids is None else all_pair_ids
     own_ids = pair_ids if own_ids is None else own_ids
     if dims:
-        ids = {"pair_ids": pair_ids, "all_pair_ids": all_pair_ids, "negative_ids": negative_ids, "own_ids": own_ids}
-        others: dict[str, Any] = {**ids, "offset": offset, "negatives": negatives, "logit_bias": logit_bias}
-        losses = []
-        for dim in (*dims, queries.shape[-1]):
-            rows, positives, columns, other_columns = (
-                shortened(embeds, dim) for embeds in (queries, keys, all_queries, all_keys)
+
+        def loss_at(dim: int) -> torch.Tensor:
+            return contrastive_loss(
+                queries=shortened(queries, dim),
+                keys=shortened(keys, dim),
+                logit_scale=logit_scale,
+                all_queries=shortened(all_queries, dim),
+                all_keys=shortened(all_keys, dim),
+                offset=offset,
+                pair_ids=pair_ids,
+                all_pair_ids=all_pair_ids,
+                negative_keys=None if negative_keys is None else shortened(negative_keys, dim),
+                negative_ids=negative_ids,
+                own_ids=own_ids,
+                negatives=negatives,
+                logit_bias=logit_bias,
             )
-            others["negative_keys"] = None if negative_keys is None else shortened(negative_keys, dim)
-            losses.append(contrastive_loss(rows, positives, logit_scale, columns, other_columns, **others))
-        return torch.stack(losses).mean()
+
+        return torch.stack([loss_at(dim) for dim in (*dims, queries.shape[-1])]).mean()
     columns_of_rows = torch.arange(len(queries), device=queries.device) + offset
 
     def loss_of(block: slice) -> torch.Tensor:
         """Both cross-entropies, or SigLIP's loss, summed over a block of rows."""
-        targets, duplicates, is_own = columns_of_rows[block], None, None
+        targets, duplicates = columns_of_rows[block], None
         if pair_ids is not None and all_pair_ids is not None:
             duplicates = _share_a_number(pair_ids[block], all_pair_ids).scatter_(1, targets[:, None], False)
         of_queries = similarity_logits(queries[block], all_keys, logit_scale, duplicates)
         if negative_keys is not None:
+            is_own = None
             if own_ids is not None and negative_ids is not None:
                 is_own = _share_a_number(own_ids[block], negative_ids[:, None].expand(-1, own_ids.shape[1]))
             hard = similarity_logits(queries[block], negative_keys, logit_scale, is_own)
@@ -210,11 +220,12 @@ def relational_distillation(
         own = places[offset : offset + len(embeds)][block, None] == places
         if ids is not None and all_ids is not None:
             own |= ids[block, None] == all_ids
+        # Without an infinity in what follows, whose gradient would be NaN.
         log_student, log_teacher = (
-            similarity_logits(rows[block], columns, logit_scale, own).log_softmax(1)
+            similarity_logits(rows[block], columns, logit_scale, own).log_softmax(1).masked_fill(own, 0.0)
             for rows, columns in ((embeds, all_embeds), (teacher_embeds, all_teacher_embeds))
         )
-        return (log_teacher.exp() * (log_teacher - log_student)).masked_fill(own, 0.0).sum()
+        return (log_teacher.exp() * (log_teacher - log_student)).sum()
 
     return _sum_of_blocks(loss_of, len(embeds), len(all_embeds)) / len(embeds)
 

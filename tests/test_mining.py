@@ -259,7 +259,7 @@ def test_targets_of_other_queries_whatever_they_are(processor, tmp_path, capsys)
         (["--model", "m", "--dataset_name", "scenes"], "scenes are drawn anew"),
         (["--model", "m", "--data_file", "d.csv", "--num_negatives", "0"], "nothing is to be done"),
         (["--model", "m", "--data_file", "d.csv", "--range_min", "4", "--range_max", "5"], "fewer than 3"),
-        (["--model", "m", "--data_file", "d.csv", "--output_file", "d.jsonl"], "Let its name end in .parquet"),
+        (["--model", "m", "--data_file", "d.csv", "--output_file", "d.jsonl"], "output_file must end in .parquet"),
         (["--model", "m", "--data_file", "d.csv"], "There is no file d.csv"),
         (["--model", "m", "--data_file", "d.csv", "--num_negative", "3"], "did you mean 'num_negatives'"),
     ],

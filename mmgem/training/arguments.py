@@ -37,8 +37,8 @@ NOT_OF_LATER_STAGES = (
 )
 NOT_OF_STAGE = {
     "region-caption": ("lora_rank", "temperature", "mini_batch_size"),
-    "region-retrieval": ("lora_rank", "mini_batch_size"),
-    "fused-retrieval": ("cache_features", "train_sampling_strategy"),
+    "region-retrieval": ("lora_rank", "mini_batch_size", "caption_loss_weight"),
+    "fused-retrieval": ("cache_features", "train_sampling_strategy", "caption_loss_weight"),
     "text-distillation": (
         *("cache_features", "matryoshka_dims", "false_negative_margin", "hardest_negatives", "hardness_weight"),
         *("caption_loss_weight", "push_to_hub", "dry_run", "torch_compile"),
@@ -301,7 +301,9 @@ def parse_arguments(
         if getattr(data_args, name) and args.stage != "text-distillation":
             raise ValueError(f"{name} is of texts, for --stage text-distillation.")
     if args.stage != "text-distillation" and args.distillation_prompt != MMGEMTrainingArguments.distillation_prompt:
-        raise ValueError("distillation_prompt is for --stage text-distillation: elsewhere [EMB] embeds a text.")
+        raise ValueError(
+            "distillation_prompt is for --stage text-distillation; elsewhere [EMB] embeds a text. Leave it out."
+        )
     if data_args.teacher is not None:
         _check_teacher(data_args, args)
     else:

@@ -41,9 +41,10 @@ class TextCollator:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt: str, max_length: int, part_size: int = 0):
         self.tokenizer = tokenizer
-        # As behind a text: at the start of one, some tokenizers put a space of their own.
-        word, both = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("a", f"a {prompt}".rstrip()))
-        self.prompt_ids = both[len(word) :]
+        # Tokenized behind a word, since some tokenizers, such as Llama 2's, put a space before every text.
+        texts = ("a", f"a {prompt}".rstrip())
+        word, word_and_prompt = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts)
+        self.prompt_ids = word_and_prompt[len(word) :]
         opening = opening_token(tokenizer)
         self.opening_ids = [] if opening is None else [tokenizer.convert_tokens_to_ids(opening)]
         self.text_length = max_length - len(self.opening_ids) - len(self.prompt_ids)

@@ -205,16 +205,16 @@ def test_blocks_of_rows_change_nothing(name, monkeypatch):
 def test_distillation_equals_the_definition(offset, ids, rows_at_once, monkeypatch):
     monkeypatch.setattr("mmgem.modeling_mmgem.losses_mmgem.BLOCK_SIZE", rows_at_once * 12)
     student, teacher = embeddings(3, dim=6)[0], embeddings(4, dim=9)[0].detach()
-    rows, scale = slice(offset, offset + 4), torch.tensor(SCALE)
+    rows, scale = slice(offset, offset + 4), torch.tensor(SCALE, dtype=torch.float64, requires_grad=True)
     numbers = () if ids is None else (torch.tensor(ids)[rows], torch.tensor(ids))
     loss = relational_distillation(student[rows], teacher[rows], scale, student, teacher, offset, *numbers)
     expected = 0.0
     for i in range(offset, offset + 4):
         others = [j for j in range(12) if j != i and (ids is None or ids[j] != ids[i])]
-        p = (SCALE * torch.stack([teacher[i] @ teacher[j] for j in others])).softmax(0)
-        q = (SCALE * torch.stack([student[i] @ student[j] for j in others])).softmax(0)
+        p = (scale * torch.stack([teacher[i] @ teacher[j] for j in others])).softmax(0)
+        q = (scale * torch.stack([student[i] @ student[j] for j in others])).softmax(0)
         expected = expected + (p * (p / q).log()).sum() / 4
-    assert_gradients_equal(loss, expected, (student,))
+    assert_gradients_equal(loss, expected, (student, scale))
 
 
 def test_a_student_that_agrees_has_no_loss():

@@ -231,6 +231,7 @@ def pairs():
         (["--dataset_name", "scenes", "--cache_features", "true"], "cache_features is for other stages"),
         (["--dataset_name", "scenes", "--train_sampling_strategy", "sequential"], "train_sampling_strategy is for"),
         (["--dataset_name", "scenes", "--objective", "caption"], "objective is for other stages"),
+        (["--dataset_name", "scenes", "--caption_loss_weight", "2"], "caption_loss_weight is for other stages"),
         (["--dataset_name", "scenes", "--region_grid_size", "2"], "region_grid_size is for captions of regions"),
         (["--dataset_name", "scenes", "--train_mixture", "a.yaml"], "exactly one of"),
         (["--dataset_name", "scenes", "--init_from", ""], "give --init_from"),
