@@ -133,12 +133,12 @@ def measure(name: str, seed: int, options: argparse.Namespace) -> dict[str, Any]
 
 def table(results: dict[str, list[dict[str, Any]]]) -> list[str]:
     """
-    Lines of Markdown: means over seeds, ± their standard deviation, and how far R@1 is from plain on the same seeds, ±
+    Lines of Markdown: means over seeds, ± their standard deviation, and how far recall is from plain on the same seeds, ±
     half of the 95 % interval (Student's t).
     """
     lines = [["run", "pairs"]]
     for label in COLUMNS:
-        lines[0] += [label, "minus plain"] if label.endswith("R@1") else [label]
+        lines[0] += [label, "minus plain"] if "R@" in label else [label]
     for name, runs in results.items():
         base = "plain, L_Emb alone" if name.endswith("alone") else "plain"
         plain = {run["seed"]: run for run in results.get(base, [])}
@@ -149,7 +149,7 @@ def table(results: dict[str, list[dict[str, Any]]]) -> list[str]:
                 continue
             values = {run["seed"]: run[figure] for run in runs if figure in run}
             cells.append(_mean(list(values.values()), statistics.stdev))
-            if label.endswith("R@1"):
+            if "R@" in label:
                 gains = [value - plain[seed][figure] for seed, value in values.items() if seed in plain]
                 cells.append("–" if name == base else _mean(gains, _half_interval, "+"))
         lines.append([name, f"{runs[0]['pairs']:,}", *cells])
