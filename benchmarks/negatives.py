@@ -133,8 +133,8 @@ def measure(name: str, seed: int, options: argparse.Namespace) -> dict[str, Any]
 
 def table(results: dict[str, list[dict[str, Any]]]) -> list[str]:
     """
-    Lines of Markdown: means over seeds, ± their standard deviation, and how far recall is from plain on the same seeds, ±
-    half of the 95 % interval (Student's t).
+    Lines of Markdown: means over seeds, ± their standard deviation, and how far recall is from plain on the same
+    seeds, ± half of the 95 % interval (Student's t).
     """
     lines = [["run", "pairs"]]
     for label in COLUMNS:
