@@ -18,7 +18,7 @@ from transformers import HfArgumentParser
 
 def option(default: Any, description: str) -> Any:
     """Declares a field of a dataclass of options; the description is its help."""
-    metadata = {"help": description}
+    metadata = {"help": description.replace("%", "%%")}  # argparse formats it
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -88,7 +88,8 @@ def _short_help(parser: ArgumentParser, usage: str, common: Container[str] | Non
             and (common is None or action.dest in common)
             and action.option_strings[0][2:5] != "no_"
         ):
-            lines.append(f"  --{action.dest:<30} {textwrap.shorten(action.help or '', 80, placeholder=' …')}")
+            description = (action.help or "").replace("%%", "%")
+            lines.append(f"  --{action.dest:<30} {textwrap.shorten(description, 80, placeholder=' …')}")
     return "\n".join(lines)
 
 

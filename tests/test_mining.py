@@ -268,3 +268,10 @@ def test_errors_are_a_line(words, message):
     with pytest.raises(SystemExit) as stopped:
         main(words)
     assert message in str(stopped.value)
+
+
+@pytest.mark.parametrize("word", ["--help", "--help_all"])
+def test_help_explains_shares_in_percent(word, capsys):
+    with pytest.raises(SystemExit):
+        main([word])
+    assert "0.05 is 5 % less." in " ".join(capsys.readouterr().out.split())
